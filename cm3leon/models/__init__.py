@@ -1,1 +1,1 @@
-"""The decoder: ids to logits, and nothing else (paper section 3.1)."""
+"""Models: ids to logits, and nothing else (paper section 3.1)."""

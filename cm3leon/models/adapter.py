@@ -2,10 +2,15 @@
 
     W + scale * (B A),   scale = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
 
-An adapter is `adapter_config.json` and `adapter_model.safetensors` (or `.bin`). Its tensors are named after the
-modules that they change: `base_model.model.` NAME `.lora_A.weight` (r, in) and `.lora_B.weight` (out, r) for a linear
-layer, `.lora_embedding_A` (r, V) and `.lora_embedding_B` (D, r) for an embedding. A tensor with neither is a weight
-that was trained whole (`modules_to_save`), and takes the place of the one in the model.
+An adapter consists of `adapter_config.json` and `adapter_model.safetensors` (or `.bin`). Each
+tensor is named after the module that it changes:
+
+    base_model.model.NAME.lora_A.weight      (r, in)    of a linear layer, with
+    base_model.model.NAME.lora_B.weight      (out, r)
+    base_model.model.NAME.lora_embedding_A   (r, V)     of an embedding, with
+    base_model.model.NAME.lora_embedding_B   (D, r)
+    base_model.model.NAME.weight             a weight that was trained whole (`modules_to_save`);
+                                             it replaces the model's
 """
 
 from __future__ import annotations
@@ -24,7 +29,10 @@ from cm3leon.weights import ADAPTERS, read_weights
 
 PREFIX = "base_model.model."
 PAIRS = {"linear": ("A.weight", "B.weight"), "embedding": ("embedding_A", "embedding_B")}
-"""Names of the two matrices of a module; an embedding's product is transposed, (D, V) for a table (V, D)."""
+"""Names of a module's two matrices, A and B.
+
+An embedding's product B A has the shape (D, V) and is transposed for its table (V, D).
+"""
 NOT_MERGED = {
     "fan_in_fan_out": "transposed weights",
     "use_dora": "DoRA",
@@ -34,21 +42,22 @@ NOT_MERGED = {
     "trainable_token_indices": "single trained tokens",
     "target_parameters": "parameters that are no module's",
 }
-"""Settings of PEFT under which a merge is another formula."""
+"""PEFT's settings for adapters that merge by another formula, with their names in messages."""
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Ways to begin the matrices that leave the model's own weights as they are."""
+"""Values of `init_lora_weights` under which PEFT leaves the model's own weights as they are."""
 
 
 def has_adapter(folder: Path) -> bool:
-    """Whether PEFT left an adapter, or a part of one, in a folder."""
+    """Tell whether a folder holds an adapter of PEFT, or a part of one."""
     return any((folder / name).exists() for name in ADAPTERS)
 
 
 def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with the adapter of a folder merged into them, in their own precision.
+    """Return the weights, in their own precision, with the folder's adapter merged into them.
 
     Raises:
-        UserError: for an adapter that lacks a file, is of another kind than LoRA, or has a tensor that fits no weight.
+        UserError: for an adapter that lacks a file, is of another kind than LoRA, or has a tensor
+            that fits no weight.
     """
     settings = _settings(folder)
     adapter = {
@@ -56,13 +65,14 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
     }
     matrices = {name for name in adapter if ".lora_" in name}
 
-    # Weights that were trained whole come first: PEFT may have put matrices on top of them.
+    # Weights that were trained whole go first, since PEFT may have adapted them on top.
     merged = dict(weights)
     for name in sorted(adapter.keys() - matrices):
         weight = name.replace(".base_layer.", ".")
         _check_fits(folder, weight, adapter[name], merged)
         merged[weight] = adapter[name].to(merged[weight].dtype)
 
+    # Each remaining module has a pair of matrices of one rank.
     for module, kind in sorted({_module_of(folder, name) for name in matrices}):
         names = [f"{module}.lora_{name}" for name in PAIRS[kind]]
         for name in names:
@@ -76,10 +86,12 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
                 f"{tuple(second.shape)}; {ADAPTERS[0]} gives them the rank {rank}"
             )
 
+        # W + scale * (B A), added in float32.
         alpha = _of_module(settings, "lora_alpha", "alpha_pattern", module)
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
         change = scale * (second @ first)
-        change = change.T if kind == "embedding" else change
+        if kind == "embedding":
+            change = change.T
         weight = f"{module}.weight"
         _check_fits(folder, weight, change, merged)
         merged[weight] = (merged[weight].float() + change).to(merged[weight].dtype)
@@ -87,7 +99,7 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration, if it is one that can be merged."""
+    """Read the adapter's configuration, and refuse one that `merge_adapter` cannot merge."""
     file = folder / ADAPTERS[0]
     if not file.is_file():
         raise UserError(f"{folder} holds an adapter without its {ADAPTERS[0]}")
@@ -102,20 +114,27 @@ def _settings(folder: Path) -> dict[str, Any]:
     merge = "merge it with PEFT (model.merge_and_unload()) and save the model"
     if settings.get("peft_type") != "LORA":
         raise UserError(
-            f"{file}: peft_type is {json.dumps(settings.get('peft_type'))}; only LORA is merged here: {merge}"
+            f"{file}: peft_type is {json.dumps(settings.get('peft_type'))}; "
+            f"only LORA is merged here: {merge}"
         )
     for key, what in NOT_MERGED.items():
         if settings.get(key):
             raise UserError(f"{file}: {key} asks for {what}, which are not merged here; {merge}")
     if settings.get("bias", "none") != "none":
         raise UserError(
-            f"{file}: bias is {json.dumps(settings['bias'])}; this decoder has no biases, it must be none"
+            f"{file}: bias is {json.dumps(settings['bias'])}; "
+            "this decoder has no biases, it must be none"
         )
+
+    # Some ways to initialise the matrices change the weights below them, which are not in the file.
     start = settings.get("init_lora_weights")
     if start not in PLAIN_STARTS:
         raise UserError(
-            f"{file}: init_lora_weights is {json.dumps(start)}, which changes the weights below it as well; {merge}"
+            f"{file}: init_lora_weights is {json.dumps(start)}, "
+            f"which changes the weights below it as well; {merge}"
         )
+
+    # Rank and alpha may differ between modules; PEFT finds a module's by a pattern of its name.
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         of_modules = settings.setdefault(pattern, {}) or {}
         if not isinstance(of_modules, dict):
@@ -128,7 +147,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         for name in of_modules:
             if not re.fullmatch(r"\^?[\w.]+", name):
                 raise UserError(
-                    f"{file}: {pattern} has {json.dumps(name)}; only names of modules are read here: {merge}"
+                    f"{file}: {pattern} has {json.dumps(name)}; "
+                    f"only names of modules are read here: {merge}"
                 )
     return settings
 
@@ -141,7 +161,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _module_of(folder: Path, name: str) -> tuple[str, str]:
-    """The module that a matrix changes, and which kind of module it is."""
+    """Return the name of the module that a matrix changes, and its kind, a key of `PAIRS`."""
     module, _, matrix = name.rpartition(".lora_")
     for kind, pair in PAIRS.items():
         if matrix in pair:
@@ -150,7 +170,10 @@ def _module_of(folder: Path, name: str) -> tuple[str, str]:
 
 
 def _of_module(settings: Mapping[str, Any], key: str, pattern: str, module: str) -> float:
-    """A setting of a module: that of the first pattern which ends its name, or else that of all."""
+    """Return a module's setting: of the first pattern that its name ends with, or the general one.
+
+    A pattern that begins with ^ is the module's whole name.
+    """
     for name, value in (settings[pattern] or {}).items():
         whole = name.removeprefix("^")
         if module == whole or (whole == name and module.endswith(f".{name}")):

@@ -20,7 +20,10 @@ from cm3leon.types import UserError
 
 
 class Attention:
-    """Base of the backends: softmax attention, scaled by 1/sqrt(E), inside the samples of packed blocks."""
+    """Base of the attention backends.
+
+    All compute causal softmax attention, scaled by 1/sqrt(E), inside the samples of packed blocks.
+    """
 
     Config = NoSettings
 
@@ -29,29 +32,31 @@ class Attention:
 
     @staticmethod
     def missing(device: torch.device) -> str:
-        """What is missing to train with it on that device, in a few words; "" if nothing is."""
+        """Say in a few words what training with it on the device lacks; "" if nothing."""
         return ""
 
     def plan(self, sample_BT: Tensor, device: torch.device) -> Any:
-        """What all layers need of the samples' places, on that device: computed once a forward pass.
+        """Compute once for each forward pass what all layers need to know of the samples' bounds.
 
-        Compiled layers get it as an argument, so it is made of tensors: what is a Python number in it is taken for a
-        constant, and another packing would have them compiled again.
+        The plan is an argument of compiled layers and consists of tensors. A Python number in it
+        would be compiled in as a constant, and another packing would compile the layers again.
 
         Args:
-            sample_BT: on the device, or on the CPU, where looking at the numbers waits for no device.
+            sample_BT: number of the sample at each position, on the device or on the CPU. Reading
+                the numbers from the CPU waits for no device.
+            device: where attention is computed.
         """
         raise NotImplementedError
 
     def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
-        """The values attended to, (B, A, T, E); `plan` None means one sample a row."""
+        """Return the attended values (B, A, T, E); a `plan` of None means one sample a row."""
         raise NotImplementedError
 
 
 def packed_mask(sample_BT: Tensor) -> Tensor:
-    """Which positions may attend to which: earlier ones, and itself, of the same sample.
+    """Let each position attend to itself and to earlier positions of its sample.
 
-    Two samples of two tokens in a block of four give, a row for each query:
+    Two samples of two tokens each in a block of four give this mask, one row per query:
 
         1 . . .
         1 1 . .
@@ -59,7 +64,7 @@ def packed_mask(sample_BT: Tensor) -> Tensor:
         . . 1 1
 
     Args:
-        sample_BT: number of the sample at each position (any integers; padding has its own, -1).
+        sample_BT: number of the sample at each position. Any integers will do; padding has -1.
 
     Returns:
         Boolean mask (B, 1, T, T), True = may attend.
@@ -70,7 +75,7 @@ def packed_mask(sample_BT: Tensor) -> Tensor:
 
 
 def run_lengths(sample_BT: Tensor) -> list[int]:
-    """Lengths of the runs of equal numbers, row after row; none goes on into the next row.
+    """Return the lengths of the runs of equal numbers, row after row; a run ends with its row.
 
     >>> run_lengths(torch.tensor([[0, 0, 1, -1], [-1, 0, 0, 0]]))
     [2, 1, 1, 1, 3]
@@ -80,7 +85,10 @@ def run_lengths(sample_BT: Tensor) -> list[int]:
 
 @ATTENTIONS.register("naive")
 class Naive(Attention):
-    """The formula, from a mask of all pairs of positions; in any precision, on any device."""
+    """The formula as it is written, with a mask of all pairs of positions.
+
+    It works in every precision and on every device.
+    """
 
     def plan(self, sample_BT: Tensor, device: torch.device) -> Tensor:
         return packed_mask(sample_BT.to(device, non_blocking=True))
@@ -94,14 +102,18 @@ class Naive(Attention):
 
 
 LONG = 1024
-"""Positions of a block from which taking samples one by one is faster on a CPU: 1.8 times there, 5 times at 4096."""
+"""Positions of a block from which a CPU computes one sample after the other.
+
+This is 1.8 times as fast as the mask at 1024 positions, and 5 times at 4096.
+"""
 
 
 @ATTENTIONS.register("sdpa")
 class Sdpa(Attention):
-    """torch's scaled_dot_product_attention, from a mask of all pairs of positions; what a cache is read with, too.
+    """torch's scaled_dot_product_attention, with a mask of all pairs of positions.
 
-    In long blocks on a CPU it takes the samples one by one: there the mask would not spare any of the work.
+    Long blocks on a CPU are computed sample by sample, because there the mask would save no work.
+    Decoding with a cache uses this backend as well.
     """
 
     def plan(self, sample_BT: Tensor, device: torch.device) -> Tensor | Packing:
@@ -121,15 +133,16 @@ class Sdpa(Attention):
 
 @ATTENTIONS.register("flex")
 class Flex(Attention):
-    """torch's FlexAttention, which leaves out blocks of positions without a common sample; trains on CUDA only."""
+    """torch's FlexAttention, which skips blocks of positions that have no sample in common.
+
+    It trains on CUDA only.
+    """
 
     @staticmethod
     def missing(device: torch.device) -> str:
-        return (
-            ""
-            if device.type == "cuda"
-            else "a CUDA device: FlexAttention has no gradients elsewhere"
-        )
+        if device.type == "cuda":
+            return ""
+        return "a CUDA device: FlexAttention has no gradients elsewhere"
 
     def plan(self, sample_BT: Tensor, device: torch.device) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
@@ -149,10 +162,12 @@ class Flex(Attention):
             plan = self.plan(zeros_BT, device)
         from torch.nn.attention.flex_attention import flex_attention
 
-        # Inside of a layer that is compiled it is compiled with it; by itself it would be slow on CUDA.
-        alone = device.type == "cuda" and not torch.compiler.is_compiling()
-        attend = _compiled_flex_attention() if alone else flex_attention
-        return attend(*_alike(q_BATE, k_BATE, v_BATE), block_mask=plan)  # type: ignore[operator]  # by overloads
+        # A compiled layer compiles it along. Outside of one it is compiled here, for it would be
+        # slow on CUDA otherwise.
+        attend: Callable[..., Any] = flex_attention
+        if device.type == "cuda" and not torch.compiler.is_compiling():
+            attend = _compiled_flex_attention()
+        return attend(*_alike(q_BATE, k_BATE, v_BATE), block_mask=plan)
 
 
 @cache
@@ -164,7 +179,10 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 @ATTENTIONS.register("xformers")
 class Xformers(Attention):
-    """xformers' memory_efficient_attention, with all samples of the blocks as one row and a block-diagonal mask."""
+    """xformers' memory_efficient_attention.
+
+    All samples of all blocks form one row under a block-diagonal mask.
+    """
 
     @staticmethod
     def missing(device: torch.device) -> str:
@@ -184,56 +202,69 @@ class Xformers(Attention):
 
 
 def _alike(q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys in the precision of the values: under autocast norms of them give float32, products bf16."""
+    """Give queries and keys the precision of the values.
+
+    Under autocast the norms of queries and keys return float32, whereas the product that gives the
+    values returns bf16.
+    """
     return q_BATE.to(v_BATE.dtype), k_BATE.to(v_BATE.dtype), v_BATE
 
 
 @cache
 def _missing_of_xformers() -> str:
-    """What keeps xformers' operators from training here, "" if nothing does: each wheel is built for some torch."""
+    """Say what keeps xformers' operators from training here; "" if nothing does.
+
+    Each of its wheels is built for one version of torch, and fails with another.
+    """
     if importlib.util.find_spec("xformers") is None:
         return "the package xformers (pip install xformers)"
     try:
         from xformers.ops import fmha
-    except (
-        Exception
-    ) as error:  # what an extension built for another torch raises is anybody's guess
-        return f"an xformers that imports with torch {torch.__version__} ({type(error).__name__}: {error})"
-    if all(
-        any(operator.is_available() for operator in each)
-        for each in (fmha.ALL_FW_OPS, fmha.ALL_BW_OPS)
-    ):
+    # An extension that was built for another torch may raise anything.
+    except Exception as error:
+        return (
+            f"an xformers that imports with torch {torch.__version__} "
+            f"({type(error).__name__}: {error})"
+        )
+
+    forward = any(operator.is_available() for operator in fmha.ALL_FW_OPS)
+    if forward and any(operator.is_available() for operator in fmha.ALL_BW_OPS):
         return ""
     installed = importlib.metadata.version("xformers")
-    return f"an xformers whose operators load with torch {torch.__version__}: those of {installed} do not"
+    return (
+        f"an xformers whose operators load with torch {torch.__version__}: "
+        f"those of {installed} do not"
+    )
 
 
 PREFERRED = ("xformers", "flex", "sdpa")
-"""What `auto` takes: the first that can train on the device."""
+"""Order of `auto`: it takes the first of these backends that can train on the device."""
 
 
 class ChosenAttention(NamedTuple):
-    """The backend that is used, and why `auto` did not take those it prefers; printed as a line for a log."""
+    """The backend in use. Printed, it is a line for the log with the reasons against the others."""
 
     name: str
     attention: Attention
     passed_over: tuple[str, ...] = ()
+    """Why `auto` did not take the backends that it prefers, a clause for each."""
 
     def __str__(self) -> str:
-        return f"{self.name} ({'; '.join(self.passed_over)})" if self.passed_over else self.name
+        if not self.passed_over:
+            return self.name
+        return f"{self.name} ({'; '.join(self.passed_over)})"
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that is neither a backend nor `auto`."""
-    if name != "auto" and name not in ATTENTIONS.names():
-        raise UserError(
-            f"attention is {name}, which is not known; {choices(name, ['auto', *ATTENTIONS.names()])}"
-        )
+    """Raise UserError for a name that is neither a backend nor `auto`."""
+    allowed = ["auto", *ATTENTIONS.names()]
+    if name not in allowed:
+        raise UserError(f"attention is {name}, which is not known; {choices(name, allowed)}")
 
 
 @cache
 def choose(name: str, device: torch.device) -> ChosenAttention:
-    """The backend of that name, or with `auto` the preferred one for the device.
+    """Return the backend of that name, or for `auto` the first of `PREFERRED` that can be used.
 
     Raises:
         UserError: for a backend that cannot be used on the device.
@@ -245,6 +276,7 @@ def choose(name: str, device: torch.device) -> ChosenAttention:
                 f"model.attention is {name}, which lacks {missing}; take attention=auto"
             )
         return ChosenAttention(name, ATTENTIONS.build(name))
+
     passed_over: list[str] = []
     for each in PREFERRED:
         missing = ATTENTIONS.get(each).missing(device)
@@ -257,11 +289,16 @@ def choose(name: str, device: torch.device) -> ChosenAttention:
 def attend_by(
     name: str, ids_BT: Tensor, sample_BT: Tensor | None, *, cached: bool
 ) -> tuple[Attention, Any]:
-    """What a model attends by, and its plan for packed samples; None where there are none.
+    """Return the backend for a forward pass, and its plan; the plan is None without packed samples.
 
     Args:
-        name: the backend that is asked for; where cached keys are attended to in its place, the one that runs
-            everywhere is taken.
+        name: the requested backend.
+        ids_BT: the ids of the pass, on the device that computes it.
+        sample_BT: number of the sample at each position, or None.
+        cached: whether a cache's pass computes attention instead. The backend then goes unused, so
+            the one that runs everywhere is taken.
     """
     attention = choose("sdpa" if cached else name, ids_BT.device).attention
-    return attention, None if sample_BT is None else attention.plan(sample_BT, ids_BT.device)
+    if sample_BT is None:
+        return attention, None
+    return attention, attention.plan(sample_BT, ids_BT.device)

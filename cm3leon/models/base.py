@@ -1,4 +1,4 @@
-"""What a model is: hidden states of ids, an output layer, and the cache that its passes may fill."""
+"""The base class of models: hidden states from ids, an output layer, and a cache to decode with."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from cm3leon.models.initial import First, fill
 from cm3leon.types import OnCpu, UserError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q, k, v) -> what is attended to, (B, A, T, E) each."""
+"""(layer, q, k, v) -> the attended values; each tensor has the shape (B, A, T, E)."""
 
 
 class LayerBytes(NamedTuple):
-    """What a training in bf16 on a GPU holds of a layer for each token, in bytes, by activation checkpointing."""
+    """Bytes that one layer holds for each token of a training in bf16 on a GPU."""
 
     none: float
-    """Kept for the backward pass where nothing is computed again."""
+    """Kept for the backward pass without activation checkpointing."""
     selective: float
+    """Kept under selective checkpointing."""
     full: float
+    """Kept under full checkpointing."""
     backward: float
-    """Of gradients of its widest part, while they are computed."""
+    """Gradients of the layer's widest part, while the backward pass computes them."""
 
 
 class Model(nn.Module):
@@ -34,24 +36,29 @@ class Model(nn.Module):
     """Has at least `layers`, `head_size` and `seq_len`."""
     vocab_size: int
     heads: int
-    """Heads of a layer; where ranks share them (`serving.share`), those of this one."""
+    """Heads of queries of a layer; where ranks share them (`serving.share`), those of this rank."""
     kv_heads: int
-    """Heads of keys and values, each read by as many heads of queries: what a cache keeps."""
+    """Heads of keys and values, which the cache keeps; `heads // kv_heads` heads of queries read
+    each of them."""
     matrices: ClassVar[tuple[str, ...]] = ()
-    """Names of a layer's linear modules, all that LoRA adapts and int8 rounds; none where a model offers neither."""
+    """Names of a layer's linear modules, which LoRA adapts and int8 rounds; empty for a model that
+    offers neither."""
     recomputed: ClassVar[tuple[str, ...]] = ("forward",)
-    """Methods of a layer that selective activation checkpointing computes again. Where attention stands between them,
-    it is computed once, whatever computes it; of a layer in one piece, known operators' results are kept."""
+    """Methods of a layer that selective activation checkpointing computes again.
+
+    Attention that stands between them is computed once, whichever backend computes it. For a layer
+    in one piece, the results of known operators are kept instead.
+    """
     embedding: Any
-    """Table of the tokens; its `weight` says where the decoder is, and in what precision."""
+    """Token embedding. Its `weight` gives the model's device and precision."""
     blocks: Any
-    """The layers: what is recomputed, compiled and sharded as one."""
+    """The layers. Each is recomputed, compiled and sharded as one unit."""
     head: Any
-    """The output layer, linear, without bias."""
+    """The output layer: linear, without bias."""
 
     @staticmethod
     def missing() -> str:
-        """What is missing to build it on this machine, in a few words; "" if nothing is."""
+        """Say in a few words what building it on this machine lacks; "" if nothing."""
         return ""
 
     def hidden(
@@ -62,13 +69,15 @@ class Model(nn.Module):
         sample_BT: Tensor | None = None,
         attend: Attend | None = None,
     ) -> Tensor:
-        """Normalised hidden states (B, T, D), the input of `head`.
+        """Compute the normalised hidden states (B, T, D), the input of `head`.
 
         Args:
             ids_BT: token ids.
             position_BT: position numbers below `seq_len`; None = 0, 1, 2 ...
-            sample_BT: the sample each position belongs to; attention stays inside it. None = one sample a row.
-            attend: attention by other means, in every layer: a pass of a `KVCache`, which keeps keys and values.
+            sample_BT: number of the sample of each position; attention stays inside a sample.
+                None = one sample a row.
+            attend: replaces attention in every layer. It is a pass of a `KVCache`, which also keeps
+                the keys and values.
 
         Raises:
             ValueError: for more positions than `seq_len`.
@@ -76,28 +85,32 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def firsts(self) -> list[First]:
-        """How each parameter begins, in the order in which they are drawn; empty for a model that begins otherwise.
+        """List how each parameter is initialised, in the order in which they are drawn.
 
-        Ranks draw shards of such models by it, where others are built whole by the first rank and sent.
+        With this list each rank draws its own shards. A model with an empty list is built whole by
+        the first rank and sent to the others.
         """
         return []
 
     def share(self, rank: int, count: int) -> None:
-        """Leaves a rank its part of every layer, in place, as `serving.share` says.
+        """Leave a rank its part of every layer, in place, as `serving.share` describes.
 
         Raises:
-            UserError: for a number of ranks that does not divide the heads, or a model whose layers are not shared.
+            UserError: for a number of ranks that does not divide the heads, or a model whose layers
+                cannot be shared.
         """
         raise UserError(f"several ranks cannot share the layers of a {type(self).__name__}")
 
     def reset_parameters(self) -> None:
-        """The parameters as they begin, by `firsts`, from torch's stream of random numbers."""
+        """Initialise the parameters by `firsts`, from torch's stream of random numbers."""
         parameters = dict(self.named_parameters())
         for first in self.firsts():
             fill(parameters[first.name], first)
 
     def layer_bytes(self, *, sharded: bool, frozen: bool) -> LayerBytes | None:
-        """What a training holds of a layer beside weights, as a plan counts it; None = it is not known.
+        """Return what a training holds of a layer beside its weights; None if it is not known.
+
+        `command=plan` counts memory by it.
 
         Args:
             sharded: whether ranks gather the weights in bf16 (FSDP), so that layers hand on bf16.
@@ -107,7 +120,10 @@ class Model(nn.Module):
 
     @property
     def matrix_weights(self) -> int:
-        """Weights that each token is multiplied by: those of the layers' matrices and the head, not of the tables."""
+        """Number of weights that multiply each token: the layers' matrices and the head.
+
+        Embedding tables are looked up and do not count.
+        """
         return self.head.weight.numel() + sum(matrix.numel() for matrix in self._matrices())
 
     @property
@@ -117,13 +133,13 @@ class Model(nn.Module):
         return {name: tuple(getattr(block, name).weight.shape) for name in self.matrices}
 
     def _matrices(self) -> list[Tensor]:
-        """Weights of the layers' linear modules; where they are not named, all that have two dimensions."""
+        """List the weights of the layers' linear modules: by name, or else all of two dimensions."""
         if self.matrices:
             return [getattr(block, name).weight for block in self.blocks for name in self.matrices]
         return [weight for weight in self.blocks.parameters() if weight.dim() == 2]
 
     def attention_on(self, device: torch.device) -> str:
-        """What attention is computed with in a training on that device, and why not with what is preferred."""
+        """Name the backend for training on the device, with the reasons against preferred ones."""
         raise NotImplementedError
 
     def forward(
@@ -135,10 +151,11 @@ class Model(nn.Module):
         attend: Attend | None = None,
         readout: Callable[[Tensor, nn.Linear], Any] | None = None,
     ) -> Any:
-        """Logits (B, T, V) of the token after each position; arguments as in `hidden`.
+        """Compute the logits (B, T, V) of the token after each position; arguments as in `hidden`.
 
-        `readout(hidden_BTD, head)` is called instead where it is given, and its result returned: a loss that never
-        holds all logits needs the head's weight, which a sharded model has only while its forward pass runs.
+        With a `readout`, the result of `readout(hidden_BTD, head)` is returned instead. A loss that
+        never holds all logits needs the head's weight, and a sharded model has its weights only
+        while its forward pass runs.
         """
         if isinstance(sample_BT, OnCpu):
             sample_BT = sample_BT.tensor
@@ -149,11 +166,11 @@ class Model(nn.Module):
 
     @property
     def seq_len(self) -> int:
-        """Most positions of a sequence."""
+        """Largest number of positions of a sequence."""
         return self.config.seq_len
 
     def default_positions(self, ids_BT: Tensor) -> Tensor:
-        """Position numbers (1, T) of ids that none were given for.
+        """Count the positions (1, T) of ids that were given without position numbers.
 
         Raises:
             ValueError: for more positions than `seq_len`.
@@ -164,7 +181,10 @@ class Model(nn.Module):
         return torch.arange(T, device=ids_BT.device)[None]
 
     def new_cache(self, *, groups: int, width: int, prefix: int, tail: int) -> KVCache:
-        """An empty cache, see there. Call it under the autocast of the passes: its precision follows it."""
+        """Build an empty cache; `KVCache` explains the arguments.
+
+        Call it under the autocast of the passes, because its precision follows autocast.
+        """
         return KVCache(
             layers=self.config.layers,
             heads=self.kv_heads,
@@ -178,22 +198,24 @@ class Model(nn.Module):
         )
 
     def cache_bytes(self, *, groups: int, width: int, prefix: int, tail: int) -> int:
-        """Bytes of such a cache."""
+        """Return the bytes of the cache that `new_cache` would build."""
         columns = groups * (prefix + width * tail)
         return self.cache_numbers * columns * self._cache_dtype().itemsize
 
     @property
     def cache_numbers(self) -> int:
-        """Numbers of a position's keys and values in all layers."""
+        """Count of numbers in the keys and values of one position, over all layers."""
         return 2 * self.config.layers * self.kv_heads * self.config.head_size
 
     def _cache_dtype(self) -> torch.dtype:
-        """That of what is computed on a GPU; float32 on a CPU, whose 16-bit products do not keep their sums."""
+        """Return the precision of keys and values: on a GPU that of its computation.
+
+        On a CPU it is float32 at least, because 16-bit products there round their partial sums.
+        """
         weight = self.embedding.weight
-        if weight.device.type == "cpu":
+        device = weight.device.type
+        if device == "cpu":
             return torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return (
-            torch.get_autocast_dtype(weight.device.type)
-            if torch.is_autocast_enabled(weight.device.type)
-            else weight.dtype
-        )
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return weight.dtype

@@ -1,4 +1,17 @@
-"""The key-value cache of the decoder: preallocated, separate from the model, with prefixes that rows share."""
+"""The key-value cache: preallocated, separate from the model, with prefixes that rows share.
+
+A batch of G = 2 groups of W = 2 rows holds its keys and values in two stores:
+
+    prefix store, one strip per group        tail store, one strip per row
+
+    group 0   <eos> documents ......         row 0   a red dog <break> I7 I2 ..
+                                             row 1   <mask:0> <break> I7 I2 ..
+    group 1   <eos> ................         row 2   a small ..
+                                             row 3   ..
+
+A token's position number counts through the group's prefix and then the row's tail. Since a prefix
+is read by all rows of its group in one matrix product, W rows cost little more than one.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +25,22 @@ from torch import Tensor
 class KVCache:
     """Keys and values of G groups of W rows that decode together.
 
-    The rows of a group begin alike: what they have in common, the prefix, is computed and kept once. What follows is
-    each row's own, its tail. Three passes through the model fill them: `prefix_pass`, `tail_pass`, and `step_pass` for
-    the next tokens of every row. Each is given to the model as `attend`.
-
-        group 0   prefix  <eos> documents           rows 0, 1   tails  a red dog <break> I7 I2 ...
-                                                    rows 2, 3   tails  <mask:0> <break> I7 I2 ...
-        group 1   prefix  <eos>                     rows 4 ...
+    The rows of a group begin with the same tokens, the prefix, which is computed and kept once.
+    What follows is the tail of each row. Three passes through the model fill them: `prefix_pass`,
+    `tail_pass`, and `step_pass` for the next tokens of every row. Each is handed to the model as
+    its `attend`.
 
     Args:
         layers: number of the model's layers.
-        heads: number of heads of keys and values, which may be fewer than those of queries. Each
-            is then read by as many heads of queries in a row.
+        heads: number of heads of keys and values. With fewer of them than heads of queries,
+            consecutive heads of queries read the same keys.
         head_size: width of a head.
+        groups: number of groups, G.
+        width: rows of each group, W.
         prefix: columns of each prefix.
         tail: columns of each tail.
-        dtype: of keys and values.
+        dtype: precision of keys and values.
+        device: where they are kept.
     """
 
     def __init__(
@@ -57,12 +70,12 @@ class KVCache:
 
     @property
     def device(self) -> torch.device:
-        """Where keys and values are."""
+        """The device of keys and values."""
         return self._tail_k.device
 
     @property
     def score_dtype(self) -> torch.dtype:
-        """That of attention's scores, float32 at least."""
+        """The precision of attention's scores, float32 at least."""
         return torch.promote_types(self._tail_k.dtype, torch.float32)
 
     def nbytes(self) -> int:
@@ -72,47 +85,58 @@ class KVCache:
         )
 
     def prefix_pass(self, group_B: Tensor, length_B: Tensor) -> PrefixPass:
-        """For the prefixes of some groups, of these lengths, padded on the right."""
+        """Return the pass for prefixes of the given groups and lengths, padded on the right."""
         self.prefix_length_G[group_B] = length_B
         return PrefixPass(self, group_B)
 
     def tail_pass(self, group_B: Tensor, row_BCN: Tensor, length_BC: Tensor) -> TailPass:
-        """For C different tails in each of some groups, padded on the right, each kept for N rows."""
+        """Return the pass for C different tails in each given group, padded on the right.
+
+        Args:
+            group_B: the groups, whose prefixes are complete.
+            row_BCN: the N rows of a group that keep each tail.
+            length_BC: tokens of each tail.
+        """
         self.tail_length_R[row_BCN] = length_BC[:, :, None].expand_as(row_BCN)
         return TailPass(self, group_B, row_BCN)
 
     def step_pass(self, groups: int, prefix: int, tail: int, tokens: int = 1) -> StepPass:
-        """For the next tokens of every row of the first `groups` groups.
+        """Return the pass for the next tokens of every row of the first `groups` groups.
 
-        They become part of the tails for good when `tail_length_R` is raised; until then the next pass replaces them.
+        The tokens join the tails only when the caller raises `tail_length_R`; until then the next
+        pass overwrites them.
 
         Args:
+            groups: number of groups that are computed.
             prefix: columns of each prefix that are read.
-            tail: columns of each tail that are read, these tokens' own among them.
+            tail: columns of each tail that are read, including those of these tokens.
+            tokens: tokens of each row.
         """
         return StepPass(self, groups, prefix, tail, tokens)
 
     def reorder(self, row_N: Tensor, source_N: Tensor) -> None:
-        """Gives rows the tails of others of their group."""
+        """Copy tails between rows of one group: row N takes the tail of its source."""
         for store in (self._tail_k, self._tail_v):
             store[:, row_N] = store[:, source_N]
         self.tail_length_R[row_N] = self.tail_length_R[source_N]
 
 
 class PrefixPass:
-    """Causal attention inside each prefix, whose keys and values are kept."""
+    """Causal attention inside each prefix; it fills the prefixes of the cache."""
 
     def __init__(self, cache: KVCache, group_B: Tensor) -> None:
         self._cache, self._group_B = cache, group_B
 
     def positions(self, T: int) -> Tensor:
-        """Position numbers (1, T)."""
+        """Position numbers (1, T) of the first T columns."""
         return torch.arange(T, device=self._group_B.device)[None]
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> Tensor:
         cache, T = self._cache, q_BATE.shape[2]
         cache._prefix_k[layer, self._group_B, :, :T] = k_BATE.to(cache._prefix_k.dtype)
         cache._prefix_v[layer, self._group_B, :, :T] = v_BATE.to(cache._prefix_v.dtype)
+
+        # The new keys are all that there is to see: nothing has to be read back.
         fewer = k_BATE.shape[1] < q_BATE.shape[1]
         return F.scaled_dot_product_attention(
             q_BATE, k_BATE, v_BATE, is_causal=True, enable_gqa=fewer
@@ -120,7 +144,10 @@ class PrefixPass:
 
 
 class TailPass:
-    """Attention of tails to their group's prefix and causally to themselves; keys and values are kept for all rows."""
+    """Attention of tails to their group's prefix and, causally, to themselves.
+
+    It fills the tails of all rows that begin with these tokens.
+    """
 
     def __init__(self, cache: KVCache, group_B: Tensor, row_BCN: Tensor) -> None:
         self._cache, self._group_B = cache, group_B
@@ -130,7 +157,7 @@ class TailPass:
         self._prefix = int(self._length_B.max())
 
     def positions(self, T: int) -> Tensor:
-        """Position numbers (B * C, T)."""
+        """Position numbers (B * C, T), which continue those of the prefix."""
         first_Q = self._length_B.repeat_interleave(self._streams)
         return first_Q[:, None] + torch.arange(T, device=first_Q.device)
 
@@ -139,6 +166,8 @@ class TailPass:
         k_QATE, v_QATE = (each.to(cache._tail_k.dtype) for each in (k_QATE, v_QATE))
         cache._tail_k[layer, self._row_QN, :, :T] = k_QATE[:, None]
         cache._tail_v[layer, self._row_QN, :, :T] = v_QATE[:, None]
+
+        # Every query sees the whole prefix of its group, and the tail up to itself.
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=q_QATE.device).tril()
         seen_BP = _below(self._length_B, self._prefix)
         return shared_attention(
@@ -152,17 +181,25 @@ class TailPass:
 
 
 class StepPass:
-    """Attention of the next tokens of every row to its group's prefix, its own tail, and causally to themselves."""
+    """Attention of every row's next tokens to the group's prefix, the row's tail and themselves.
+
+    With W = 2, a prefix of 3 of the 4 columns read, tails of 2 and 1 tokens and one new token each
+    (`n`), the columns that the two queries see are:
+
+                prefix     tail
+        row 0   1 1 1 .    1 1 n .
+        row 1   1 1 1 .    1 n . .
+    """
 
     def __init__(self, cache: KVCache, groups: int, prefix: int, tail: int, tokens: int) -> None:
         self._cache, self._groups, self._prefix, self._tail = cache, groups, prefix, tail
         self._rows = rows = groups * cache.width
         column_RT = cache.tail_length_R[:rows, None] + torch.arange(tokens, device=cache.device)
-        self._column_RT = column_RT.clamp(max=cache.tail - 1)  # rows that nobody uses may be full
+        self._column_RT = column_RT.clamp(max=cache.tail - 1)  # unused rows may be full
         self._length_G = cache.prefix_length_G[:groups]
 
-        # The same in all layers, so made once: where keys and values go, counted through rows, heads and columns,
-        # and which columns each query sees.
+        # All layers share these two: the index that new keys and values are written to, counted
+        # through rows, heads and columns, and the columns that each query sees.
         heads = cache._tail_k.shape[2]
         strip_RA = torch.arange(rows * heads, device=cache.device).view(rows, heads)
         self._place_N = (strip_RA[..., None] * cache.tail + self._column_RT[:, None]).flatten()
@@ -171,7 +208,7 @@ class StepPass:
         )
 
     def positions(self, T: int) -> Tensor:
-        """Position numbers (R, T)."""
+        """Position numbers (R, T), behind the tail so far."""
         return self._length_G.repeat_interleave(self._cache.width)[:, None] + self._column_RT
 
     def __call__(self, layer: int, q_RATE: Tensor, k_RATE: Tensor, v_RATE: Tensor) -> Tensor:
@@ -179,6 +216,7 @@ class StepPass:
         for store, new_RATE in ((cache._tail_k, k_RATE), (cache._tail_v, v_RATE)):
             new_NE = new_RATE.reshape(-1, E).to(store.dtype)
             store[layer].view(-1, E).index_copy_(0, self._place_N, new_NE)
+
         return shared_attention(
             q_RATE,
             cache._prefix_k[layer, : self._groups, :, : self._prefix],
@@ -190,12 +228,18 @@ class StepPass:
 
 
 def _below(length_N: Tensor, columns: int) -> Tensor:
-    """Mask (..., columns) of the first columns of each."""
+    """Return the mask (..., columns) that is true for the first `length` columns of each."""
     return torch.arange(columns, device=length_N.device) < length_N[..., None]
 
 
 def _bias(seen_GP: Tensor, seen_RTS: Tensor, dtype: torch.dtype) -> Tensor:
-    """What scores (R, T, P + S) of a group's prefix and the row's own columns are added to: 0, or -inf if not seen."""
+    """Return the bias (R, T, P + S) of scores: 0 where a query sees the column, -inf elsewhere.
+
+    Args:
+        seen_GP: whether the rows of a group see each column of its prefix.
+        seen_RTS: whether each query sees each column of its row.
+        dtype: precision of the scores.
+    """
     R, T, _ = seen_RTS.shape
     seen_RTP = seen_GP.repeat_interleave(R // len(seen_GP), 0)[:, None].expand(R, T, -1)
     seen_RTX = torch.cat([seen_RTP, seen_RTS], -1)
@@ -210,14 +254,24 @@ def shared_attention(
     v_RBSE: Tensor,
     bias_RTX: Tensor,
 ) -> Tensor:
-    """Softmax attention to a group's prefix and the row's own columns together, scaled by 1/sqrt(E): (R, A, T, E).
+    """Compute softmax attention to a group's prefix and the row's own columns, scaled by 1/sqrt(E).
 
-    All queries of a group read its prefix in one matrix product, and A / B heads of queries that read the same keys are
-    so many more queries of one head, Q in all. Scores and softmax are float32. Steps of few rows cost what the number
-    of operators costs, so scores are added to a copy of the bias, those of prefix and tail side by side.
+    All queries of a group read its prefix in one matrix product. The A / B heads of queries that
+    read the same keys are treated as further queries of one head, Q = A / B * T in all. Scores and
+    softmax are float32. The time of a step with few rows is that of launching its operators, so
+    the scores of prefix and tail are added side by side to one copy of the bias.
 
     Args:
-        bias_RTX: 0 for the columns (X = P + S) that a query sees and -inf for others, in the dtype of the scores.
+        q_RATE: queries of A heads.
+        prefix_k_GBPE: keys of each group's prefix, B heads and P columns.
+        prefix_v_GBPE: values of the same.
+        k_RBSE: keys of each row's own columns.
+        v_RBSE: values of the same.
+        bias_RTX: 0 for the columns (X = P + S) that a query sees and -inf for others, in the
+            precision of the scores.
+
+    Returns:
+        The attended values (R, A, T, E).
     """
     R, A, T, E = q_RATE.shape
     G, B, P, _ = prefix_k_GBPE.shape
@@ -233,16 +287,17 @@ def shared_attention(
             attended_NQE = score_NQS.softmax(-1).to(dtype) @ v_NSE
             return attended_NQE.view(R, A, T, E).to(q_RATE.dtype)
 
-        # The prefix, for all rows of a group at once ...
+        # Scores of the prefix, for all rows of a group at once ...
         score_MLX = _for_each_head(bias_RTX, W, B, A // B).view(G * B, W * Q, P + S)
         q_MLE = q_NQE.view(G, W, B, Q, E).transpose(1, 2).reshape(G * B, W * Q, E)
         _add_product(score_MLX[..., :P], q_MLE, prefix_k_GBPE.flatten(0, 1), scale)
 
-        # ... and behind it each row's own columns.
+        # ... and, in the columns behind it, scores of each row's own keys.
         own_NQS = _float_product(q_NQE, k_NSE.transpose(1, 2))
         own_GBWQS = score_MLX.view(G, B, W, Q, P + S)[..., P:]
         own_GBWQS.add_(own_NQS.view(G, W, B, Q, S).transpose(1, 2), alpha=scale)
 
+        # One softmax over both; then the values of each part, summed.
         share_MLX = score_MLX.softmax(-1).to(dtype)
         own_NQS = share_MLX.view(G, B, W, Q, P + S)[..., P:].transpose(1, 2).reshape(R * B, Q, S)
         shared_MLE = share_MLX[..., :P] @ prefix_v_GBPE.flatten(0, 1)
@@ -253,9 +308,10 @@ def shared_attention(
 
 
 def _for_each_head(bias_RTX: Tensor, rows: int, heads: int, queries: int) -> Tensor:
-    """A copy of the bias for each head of keys, and for the heads of queries that read it.
+    """Copy the bias for each head of keys and for each of the heads of queries that read it.
 
-    Its shape is (R / rows, heads, rows, queries, T, X).
+    Returns:
+        A contiguous tensor (R / rows, heads, rows, queries, T, X).
     """
     R, T, X = bias_RTX.shape
     bias_GBWHTX = bias_RTX.view(R // rows, 1, rows, 1, T, X).expand(-1, heads, -1, queries, -1, -1)
@@ -263,7 +319,7 @@ def _for_each_head(bias_RTX: Tensor, rows: int, heads: int, queries: int) -> Ten
 
 
 def _add_product(score_NQS: Tensor, q_NQE: Tensor, k_NSE: Tensor, scale: float) -> None:
-    """Add scaled products of queries and keys to scores, in place."""
+    """Add the scaled products of queries and keys to the scores, in place."""
     if score_NQS.dtype == q_NQE.dtype:
         score_NQS.baddbmm_(q_NQE, k_NSE.transpose(1, 2), alpha=scale)
     else:
@@ -271,7 +327,10 @@ def _add_product(score_NQS: Tensor, q_NQE: Tensor, k_NSE: Tensor, scale: float) 
 
 
 def _float_product(x_NMK: Tensor, y_NKL: Tensor) -> Tensor:
-    """The product, in float32 where the factors have 16 bits; on a GPU it is added up in that, too."""
+    """Multiply matrices, with a float32 result for factors of 16 bits.
+
+    A GPU also sums the products in float32.
+    """
     if x_NMK.dtype.itemsize >= 4:
         return x_NMK @ y_NKL
     if x_NMK.device.type != "cuda":

@@ -1,7 +1,7 @@
-"""The decoder `llama` as transformers' Chameleon.
+"""The model `llama` in the form of transformers' Chameleon.
 
-The image tokenizer that a `ChameleonForConditionalGeneration` carries (its encoder, `model.vqmodel`) is left to
-`tokenizers/image/published.py`.
+A `ChameleonForConditionalGeneration` also carries the encoder of its image tokenizer, under
+`model.vqmodel`; `tokenizers/image/published.py` reads it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ FIXED = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
-"""What makes a Chameleon this decoder."""
+"""Settings of a Chameleon that `llama` can compute."""
 
 
 def from_llama_config(
     settings: Mapping[str, Any], fixed: Mapping[str, Any], rope_theta: float
 ) -> dict[str, Any]:
-    """Fields of `Llama.Config` by the names that transformers' decoders of Llama's layers have in
-    common.
+    """Translate settings that transformers' models of Llama's layers share into `Llama.Config`.
 
     Args:
-        fixed: settings that have one value alone.
-        rope_theta: where the settings say nothing of it.
+        settings: of the config, complete with its defaults.
+        fixed: settings that may have one value only.
+        rope_theta: default for settings that do not give it.
 
     Raises:
         UserError: for another shape, naming the key and its allowed value.
@@ -42,10 +42,13 @@ def from_llama_config(
             raise UserError(
                 f"{key} is {json.dumps(settings[key])}; it must be {json.dumps(allowed)}"
             )
+
+    # Newer versions of transformers collect everything about rotary positions under one key.
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = rope.get("rope_type", "default")
     if kind != "default":
         raise UserError(f'rope_parameters.rope_type is {json.dumps(kind)}; it must be "default"')
+
     width, heads = settings["hidden_size"], settings["num_attention_heads"]
     if width % heads:
         raise UserError(f"num_attention_heads is {heads}; it must divide hidden_size {width}")
@@ -64,8 +67,10 @@ def from_llama_config(
 
 
 def from_chameleon_config(chameleon: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `Llama.Config` that a Chameleon is, from its config with all defaults of
-    `ChameleonConfig`.
+    """Translate a Chameleon's config into fields of `Llama.Config`.
+
+    Args:
+        chameleon: the config with all defaults of `ChameleonConfig`.
 
     Raises:
         UserError: for a Chameleon of another shape, naming the key and its allowed value.
@@ -75,7 +80,7 @@ def from_chameleon_config(chameleon: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_llama_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]:
-    """The inverse of `from_llama_config`, with the number of ids."""
+    """Invert `from_llama_config`, and add the number of ids."""
     heads = config.width // config.head_size
     return {
         "vocab_size": vocab_size,
@@ -92,10 +97,10 @@ def to_llama_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]:
 
 
 def to_chameleon_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]:
-    """Arguments of `ChameleonConfig` for a decoder of that shape.
+    """Return the arguments of `ChameleonConfig` for a model of that shape.
 
     Raises:
-        UserError: for a decoder without norms of queries and keys, which a Chameleon always has.
+        UserError: for a model without norms of queries and keys, which a Chameleon always has.
     """
     if not config.qk_norm:
         raise UserError("model.qk_norm is false; a Chameleon normalises its queries and keys")
@@ -119,7 +124,7 @@ LAYER = {
     "attention_norm.weight": ("input_layernorm.weight",),
     "mlp_norm.weight": ("post_attention_layernorm.weight",),
 }
-"""What transformers' decoders of Llama's layers have in common."""
+"""Names of a layer's weights in transformers' models of Llama's layers, by our names."""
 
 CHAMELEON = Form(
     name="llama",

@@ -1,6 +1,6 @@
-"""The decoder `llama` as transformers' Emu3, which has no norms of queries and keys.
+"""The model `llama` in the form of transformers' Emu3, which has no norms of queries and keys.
 
-Emu3 is read, and does not go out: its image tokenizer stays in `image_tokenizer` of a run.
+Emu3 is imported but not exported: its image tokenizer stays in the `image_tokenizer` of a run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FIXED = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
-"""What makes the decoder of an Emu3 this one."""
+"""Settings of an Emu3 that `llama` can compute."""
 DEFAULTS: Mapping[str, Any] = {
     **FIXED,
     "vocab_size": 184_622,
@@ -31,21 +31,21 @@ DEFAULTS: Mapping[str, Any] = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.02,
 }
-"""Of transformers' `Emu3TextConfig`."""
+"""Defaults of transformers' `Emu3TextConfig`."""
 
 
 def from_emu3_config(emu3: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `Llama.Config` that the decoder of an Emu3 is.
+    """Translate an Emu3's config into fields of `Llama.Config`.
 
     Raises:
-        UserError: for one of another shape, naming the key and its allowed value.
+        UserError: for an Emu3 of another shape, naming the key and its allowed value.
     """
     settings = {**DEFAULTS, **(emu3.get("text_config") or {})}
     return {**from_llama_config(settings, FIXED, 1_000_000.0), "qk_norm": False}
 
 
 def to_emu3_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]:
-    """Arguments of `Emu3Config` for a decoder of that shape."""
+    """Return the arguments of `Emu3Config` for a model of that shape."""
     return {"text_config": {**FIXED, **to_llama_config(config, vocab_size)}}
 
 

@@ -1,9 +1,15 @@
-"""How transformers names the weights of a decoder: one table for both directions.
+"""How transformers names the weights of a model: one table for both directions.
 
-Weights only move and change their names, so the way there and back is exact. The rows of a matrix of ours may be
-those of several matrices there:
+Weights only move and change their names, so exporting and importing again is exact. One of our
+matrices may hold the rows of several of theirs:
 
-    blocks.0.qkv.weight (3D, D)  <->  q_proj.weight, k_proj.weight, v_proj.weight (D, D) of layer 0
+    ours                              theirs
+    embedding.weight      (V, D)      model.embed_tokens.weight            (V, D)
+    blocks.0.qkv.weight   (3D, D)     model.layers.0.self_attn.q_proj.weight   (D, D)
+                                      model.layers.0.self_attn.k_proj.weight   (D, D)
+                                      model.layers.0.self_attn.v_proj.weight   (D, D)
+
+In this file "ours" are names and weights of this project, "theirs" those of transformers.
 """
 
 from __future__ import annotations
@@ -20,51 +26,50 @@ from cm3leon.models.base import Model
 from cm3leon.types import UserError
 
 TOLERANCE = 1e-5
-"""Largest difference allowed between the logits of both forms, in units of the largest logit or of 1."""
+"""Largest difference allowed between the logits of both, relative to the largest logit or 1."""
 LAYERS_COMPUTED = 2
-"""Layers whose logits are compared: all layers are named alike, and the rest would only take memory."""
+"""Layers that the comparison computes. All layers are named alike, and more would cost memory."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A class of transformers that computes what a decoder of ours computes."""
+    """A class of transformers that computes the same as one of our models."""
 
     name: str
-    """The registered name of the decoder."""
+    """The registered name of our model."""
     model_class: str
     config_class: str
     layer: str
-    """Where its layers are, in front of their numbers."""
+    """Prefix of the names in a layer, before the layer's number."""
     outer: Mapping[str, str]
-    """Our names of what stands outside the layers, and its names."""
+    """Weights outside the layers: our name -> theirs."""
     inner: Mapping[str, tuple[str, ...]]
-    """A parameter of our layer, and those that its rows are split into."""
+    """Weights of a layer: our name -> their names, each of which takes a part of our rows."""
     fixed: Mapping[str, Any]
-    """Settings that make one of its models this decoder."""
+    """Settings without which the class computes something else."""
     to_config: Callable[[Any, int], dict[str, Any]]
-    """Arguments of its config, from a decoder's config and its number of ids."""
+    """(our config, number of ids) -> arguments of their config class."""
     from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """The inverse; UserError for a shape that no decoder of ours has."""
+    """The inverse; it raises UserError for a shape that our model does not have."""
     defaults: Mapping[str, Any]
-    """Of its config, for what a config.json leaves out."""
+    """Settings of their config that a config.json may leave out."""
     unused_rows: Mapping[str, int] = field(default_factory=dict)
-    """Rows of zeros at the top of its tables that are not ours, by our name."""
+    """By our name: rows of zeros at the top of their table, which ours does not have."""
     earlier: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of names in files that earlier versions of the library wrote, and what stands
-    there now."""
+    """Prefixes of names in files of earlier versions of transformers -> present prefixes."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Smallest settings of the parts of its model that are not the decoder."""
+    """Smallest settings of the other parts of their model, such as its image tokenizer."""
 
     @property
     def model_type(self) -> str:
-        """Its name in config.json."""
+        """The `model_type` in config.json."""
         return str(self.fixed["model_type"])
 
     def read_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of the decoder's config, from a config.json that may leave out defaults.
+        """Translate a config.json, which may leave out defaults, into fields of our config.
 
         Raises:
-            UserError: for a shape that no decoder of ours has, or a setting that is missing.
+            UserError: for a shape that our model does not have, or a missing setting.
         """
         try:
             return self.from_config({**self.defaults, **settings})
@@ -72,27 +77,28 @@ class Form:
             raise UserError(f"{error.args[0]} is missing") from error
 
     def present(self, name: str) -> str:
-        """The present name of a tensor, whichever version wrote its file."""
+        """Return a tensor's present name, whichever version of transformers wrote its file."""
         for before, now in self.earlier.items():
             if name.startswith(before):
                 return now + name.removeprefix(before)
         return name
 
     def named(self, layer: int, name: str) -> str:
-        """Its name of something in a layer."""
+        """Return their full name of a weight of a layer."""
         return f"{self.layer}.{layer}.{name}"
 
     def to_state(self, state: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
-        """The decoder's weights under its names, one after the other, in their own precision.
+        """Yield our weights under their names, one after the other, in their own precision.
 
-        A mapping that reads tensors from files when they are asked for is read once, a layer at a time.
+        Each of our weights is read once, layer by layer, so `state` may be a mapping that reads
+        tensors from files on access.
         """
         for ours, theirs in self.outer.items():
             weight, rows = state[ours], self.unused_rows.get(ours, 0)
-            yield (
-                theirs,
-                torch.cat([weight.new_zeros(rows, weight.shape[1]), weight]) if rows else weight,
-            )
+            if rows:
+                weight = torch.cat([weight.new_zeros(rows, weight.shape[1]), weight])
+            yield theirs, weight
+
         for layer in range(config.layers):
             for ours, names in self.inner.items():
                 parts = split_rows(state[f"blocks.{layer}.{ours}"], len(names), config)
@@ -100,21 +106,24 @@ class Form:
                     yield self.named(layer, theirs), part.contiguous()
 
     def from_state(self, theirs: Mapping[str, Tensor], layers: int) -> Iterator[tuple[str, Tensor]]:
-        """Its weights under the decoder's names; the inverse of `to_state`."""
+        """Yield their weights under our names; the inverse of `to_state`."""
         for ours, name in self.outer.items():
             yield ours, theirs[name][self.unused_rows.get(ours, 0) :]
+
         for layer in range(layers):
             for ours, names in self.inner.items():
                 parts = [theirs[self.named(layer, name)] for name in names]
                 yield f"blocks.{layer}.{ours}", torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def build(self, theirs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Any:
-        """Its model with those weights, in evaluation mode.
+        """Build their model with the given weights, in evaluation mode.
 
-        Loaded, not built: below version 5, transformers fails to initialise norms without weights.
+        `from_pretrained` is used rather than the class itself, because transformers below version 5
+        fails to initialise norms that have no weights.
 
         Args:
-            settings: of its config.json.
+            theirs: weights by their names.
+            settings: of their config.json.
         """
         library = transformers()
         config = getattr(library, self.config_class).from_dict(dict(settings))
@@ -122,9 +131,10 @@ class Form:
         return model_class.from_pretrained(None, config=config, state_dict=dict(theirs)).eval()
 
     def logits(self, model: Any, ids_BT: Tensor) -> Tensor:
-        """The logits (B, T, V) of its model: hidden states times its head, as a Chameleon's own closes image codes.
+        """Compute the logits (B, T, V) of their model as hidden states times head.
 
-        The mask is said aloud: left to itself, the library may take a <pad> inside a sequence for padding.
+        A Chameleon's own `forward` sets the logits of image codes to the lowest number. The mask is
+        given because transformers may otherwise take a <pad> inside a sequence for padding.
         """
         hidden_BTD = model.model(
             input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)
@@ -133,10 +143,12 @@ class Form:
 
 
 def split_rows(weight: Tensor, count: int, config: Any) -> tuple[Tensor, ...]:
-    """The matrices whose rows make up a weight: itself, or queries, keys and values.
+    """Split a weight into their matrices: one, or three for queries, keys and values.
 
     Args:
-        config: of the decoder; where it has `kv_heads`, keys and values may have fewer rows.
+        weight: one of ours.
+        count: 1 or 3.
+        config: of our model; where it has `kv_heads`, keys and values may have fewer rows.
     """
     if count == 1:
         return (weight,)
@@ -154,27 +166,30 @@ def verify(
     settings: Mapping[str, Any],
     id_there_V: Tensor | None = None,
 ) -> None:
-    """Compare the logits of a decoder's first layers with those of its other form, for random ids, in float32.
+    """Compare the logits of both forms: the first layers, on random ids, in float32.
 
     Args:
-        model: the decoder's shape; it may be on the meta device.
-        ours: weights by our names, read when they are asked for.
-        theirs: weights by the names of the other form, read likewise.
-        settings: of the other form's config.json.
-        id_there_V: the id in the other form of each of our ids in use; None = the same.
+        form: of the model.
+        model: our model, whose shape alone is used; it may be on the meta device.
+        ours: weights by our names, read on access.
+        theirs: weights by their names, read on access.
+        settings: of their config.json.
+        id_there_V: their id for each of our ids in use; None = the same ids.
 
     Raises:
-        RuntimeError: if they are not the same up to rounding.
+        RuntimeError: if the logits differ by more than rounding.
     """
     config: Any = model.config
     config = replace(config, layers=min(config.layers, LAYERS_COMPUTED), attention="auto")
     with torch.device("meta"):
         first: Any = type(model)(config, vocab_size=model.vocab_size)
     first.load_state_dict({name: ours[name].float() for name in first.state_dict()}, assign=True)
+
+    # Their model is cut to the same layers. Its other parts draw weights, of which it would warn.
     names = [name for name, _ in form.to_state(first.state_dict(), config)]
     cut = {**settings, **form.extra, "num_hidden_layers": config.layers}
     cut = {key: value for key, value in cut.items() if key not in ("dtype", "torch_dtype")}
-    with _silent():  # of parts that are no decoder, whose weights are drawn here
+    with _silent():
         other = form.build({name: theirs[name].float() for name in names}, cut)
 
     id_there_V = torch.arange(model.vocab_size) if id_there_V is None else id_there_V
@@ -182,6 +197,7 @@ def verify(
     ids_BT = torch.randint(len(id_there_V), shape, generator=torch.Generator().manual_seed(0))
     ours_BTV = first.eval()(ids_BT)[..., : len(id_there_V)]
     theirs_BTV = form.logits(other, id_there_V[ids_BT])[..., id_there_V]
+
     difference = float((ours_BTV - theirs_BTV).abs().max())
     allowed = TOLERANCE * max(1.0, float(ours_BTV.abs().max()))
     if not difference <= allowed:  # so that NaN does not pass
@@ -192,7 +208,7 @@ def verify(
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """The library without its bars and warnings."""
+    """Silence the progress bars and warnings of transformers."""
     log = transformers().utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -206,7 +222,11 @@ def _silent() -> Iterator[None]:
 
 
 def transformers() -> Any:
-    """The library, imported when it is needed: it is large, and nothing else asks for it."""
+    """Import transformers, which is large and which nothing else needs.
+
+    Raises:
+        UserError: if it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Which class of transformers a decoder goes out as, and which decoder one of them comes in as."""
+"""Which class of transformers each model is exported as and imported from."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from cm3leon.models.opt import OPT
 from cm3leon.models.transformer import Transformer
 
 FORMS: dict[type[Model], Form] = {Transformer: OPT, Llama: CHAMELEON}
-"""By the class of the decoder: a class derived from one of them computes something else, and has none."""
+"""The form of each model class. A derived class computes something else and has no form."""

@@ -1,14 +1,17 @@
-"""First weights from one stream of random numbers, of which each rank draws only what its shards are made of.
+"""Initial weights from one stream of random numbers, of which each rank draws its own shards only.
 
-What a model of a seed begins with is what one process draws, parameter after parameter, from torch's generator on the
-CPU, a Mersenne Twister (MT19937; Matsumoto and Nishimura 1998). Its k-th number is a linear function of its state over
-the field of two elements, so a generator can be set to any place of the stream without drawing what comes before:
+A seed gives the same initial model on any number of ranks: the one that a single process draws,
+parameter after parameter, from torch's generator on the CPU. That is a Mersenne Twister (MT19937;
+Matsumoto and Nishimura 1998), whose k-th number is a linear function of its state over the field of
+two elements. A generator can therefore jump to any index of the stream without drawing the numbers
+before it:
 
     stream      | layer 0: qkv ........ | out .... | up ............ | ...
     rank 1 of 4       ^^^^ jump here, draw     ^ jump, draw
 
-The k-th state is t^k modulo the generator's characteristic polynomial, applied to the words of the state (Haramoto et
-al. 2008). Polynomials are Python integers, bit i the coefficient of t^i.
+The k-th state is t^k modulo the generator's characteristic polynomial, applied to the words of the
+state (Haramoto et al. 2008). Polynomials are Python integers; bit i is the coefficient of t^i, so
+t^3 + t + 1 is 0b1011, its product with t is 0b10110, and a sum is an exclusive or.
 """
 
 from __future__ import annotations
@@ -24,26 +27,29 @@ import torch
 from torch import Tensor, nn
 
 WORDS, MIDDLE, TWIST = 624, 397, 0x9908B0DF
-"""Words of the state, and constants of the recurrence: word k + 624 is made of words k + 397, k + 1 and k."""
+"""Words of the state, and the constants of the recurrence.
+
+Word k + 624 is computed from the words k + 397, k + 1 and k.
+"""
 DEGREE = 19937
-"""Bits of the state that count: the lower 31 of the first word do not."""
+"""Bits of the state that matter: all but the lower 31 of the first word."""
 
 
 class First(NamedTuple):
-    """How a parameter begins; a later one of the same parameter takes its place."""
+    """Initialisation of one parameter. In a list, the last one of a parameter holds."""
 
     name: str
     rule: Literal["normal", "zeros", "ones"]
     std: float = 0.0
-    """Of a normal distribution that is cut off at three of them."""
+    """Standard deviation of the normal distribution, which is cut off at three of them."""
 
 
 def fill(weight: Tensor, first: First, generator: torch.Generator | None = None) -> None:
-    """Gives a parameter, or rows of it, the numbers that it begins with.
+    """Initialise a parameter, or rows of it, in place.
 
-    One number of the stream makes one of the normal distribution, by the inverse of its cumulative function, as
-    torch's `trunc_normal_` did up to 2.9. Later ones draw until all numbers of a tensor lie inside the bounds, so that
-    its parts could not be drawn alone.
+    Each number of the stream gives one normal number, by the inverse of the cumulative distribution
+    function, as torch's `trunc_normal_` did up to 2.9. Later versions of it draw again until all
+    numbers of a tensor are within the bounds, so parts of a tensor could not be drawn alone.
     """
     if first.rule != "normal":
         nn.init.constant_(weight, float(first.rule == "ones"))
@@ -55,15 +61,17 @@ def fill(weight: Tensor, first: First, generator: torch.Generator | None = None)
 
 
 Rows = Callable[[nn.Parameter], tuple[Tensor, int]]
-"""Parameter -> the rows of it that are this rank's, to be written into, and the number of the first of them."""
+"""Parameter -> this rank's rows of it, to be written into, and the index of the first of them."""
 
 
 class Beginning:
-    """What a module begins with, and where in the stream; from its shapes, which may be on the meta device.
+    """Initialisation of a module, and how much of the stream it takes.
 
-    Building draws twice: torch's own initialisation of each part, of which nothing is left, and then `firsts`.
+    Building a module draws twice: torch initialises each part in its own way, which is overwritten,
+    and then come the `firsts`.
 
     Args:
+        module: read for its shapes only, so it may be on the meta device.
         firsts: in the order in which they are drawn.
     """
 
@@ -73,13 +81,13 @@ class Beginning:
         self.by_torch = sum(_drawn_by_torch(part) for part in module.modules())
 
     def end(self) -> int:
-        """Numbers of the stream that building takes."""
+        """Return how many numbers of the stream building the module takes."""
         normal = [self.shapes[each.name] for each in self.firsts if each.rule == "normal"]
         return self.by_torch + sum(shape.numel() for shape in normal)
 
 
 def generator_at(state: Tensor, place: int) -> torch.Generator:
-    """A generator on the CPU so many numbers behind a state (`torch.get_rng_state`)."""
+    """Build a CPU generator that is `place` numbers after a state (`torch.get_rng_state`)."""
     generator = torch.Generator()
     generator.set_state(state)
     skip(generator, place)
@@ -87,22 +95,27 @@ def generator_at(state: Tensor, place: int) -> torch.Generator:
 
 
 def draw(module: nn.Module, beginning: Beginning, state: Tensor, rows: Rows) -> None:
-    """Draws a rank's rows of all parameters, as building the module on the CPU would have drawn them from `state` on.
+    """Draw a rank's rows of all parameters, with the numbers of a module built whole on the CPU.
 
     Args:
-        module: with the parameters of `beginning`; others are left as they are.
-        state: of a generator on the CPU (`torch.get_rng_state`).
+        module: has the parameters of `beginning`; others are left as they are.
+        beginning: initialisation of the module.
+        state: of the CPU generator before building (`torch.get_rng_state`).
+        rows: finds this rank's rows.
     """
     parameters = dict(module.named_parameters())
-    place, firsts = beginning.by_torch, beginning.firsts
-    at = 0
     generator = generator_at(state, 0)
-    last = {first.name: number for number, first in enumerate(firsts)}
-    for number, first in enumerate(firsts):
+    last = {first.name: number for number, first in enumerate(beginning.firsts)}
+
+    # `place` is the index in the stream of the present parameter's first number, `at` the index of
+    # the generator's next number.
+    place, at = beginning.by_torch, 0
+    for number, first in enumerate(beginning.firsts):
         parameter = parameters[first.name]
         if last[first.name] == number:
             wanted, row = rows(parameter)
             if first.rule == "normal" and wanted.numel():
+                # Jump over everything before this rank's first row.
                 start = place + row * (parameter.numel() // len(parameter))
                 skip(generator, start - at)
                 drawn = torch.empty(wanted.shape, dtype=wanted.dtype)
@@ -111,13 +124,17 @@ def draw(module: nn.Module, beginning: Beginning, state: Tensor, rows: Rows) -> 
                 wanted.copy_(drawn)
             elif first.rule != "normal":
                 fill(wanted, first)
-        place += parameter.numel() if first.rule == "normal" else 0
+
+        # Numbers that a later initialisation overwrites are part of the stream, too.
+        if first.rule == "normal":
+            place += parameter.numel()
 
 
 def _drawn_by_torch(part: nn.Module) -> int:
-    """Numbers that torch takes from the stream when it builds a part of a model."""
+    """Return how many numbers of the stream torch takes to build a part of a model."""
     if isinstance(part, nn.Embedding):
-        # Normal numbers are made sixteen at a time; the last sixteen are made again where they do not come out even.
+        # torch draws normal numbers sixteen at a time. Where the count is no multiple of sixteen,
+        # it draws the last sixteen a second time.
         count = part.weight.numel()
         return count + (16 if count % 16 else 0)
     return part.weight.numel() if isinstance(part, nn.Linear) else 0
@@ -127,17 +144,19 @@ def _drawn_by_torch(part: nn.Module) -> int:
 
 
 def skip(generator: torch.Generator, count: int) -> None:
-    """Sets a generator on the CPU `count` numbers of 32 bits ahead."""
+    """Advance a CPU generator by `count` numbers of 32 bits."""
     if not count:
         return
     state = bytearray(generator.get_state().numpy().tobytes())
     left, _, following = struct.unpack_from("<iiQ", state, 8)
     words = np.frombuffer(state, np.uint64, WORDS, 24).astype(np.uint32)
 
-    # The state's words are followed by those that it makes; the next number is made of word `following` of them all.
+    # Number the state's words 0 to 623, and those that it will generate from 624 on. The next number
+    # comes from word `following`. To advance is to make the state hold word `following + count`.
     following = WORDS if left == 1 else following
     jump = following + count - WORDS
     if jump < 0:
+        # The wanted word is in the present state.
         struct.pack_into("<iiQ", state, 8, WORDS + 1 - following - count, 1, following + count)
     else:
         words = _words_at(words, jump)
@@ -147,21 +166,27 @@ def skip(generator: torch.Generator, count: int) -> None:
 
 
 def _words_at(words: np.ndarray, jump: int) -> np.ndarray:
-    """The words of the state so many words later."""
+    """Return the 624 words of the state after `jump` more words.
+
+    It is the exclusive or of those windows of 624 words, among the next 19937, whose index is an
+    exponent of t^jump modulo the characteristic polynomial.
+    """
     made = _continued(words, DEGREE + WORDS)
     wanted = _bits(_power(jump), DEGREE)
     windows = np.lib.stride_tricks.sliding_window_view(made, WORDS)
     found = np.zeros(WORDS, np.uint32)
-    for start in range(0, DEGREE, 1024):  # a few at a time, which stay in the cache
+    for start in range(0, DEGREE, 1024):  # so many windows stay in the processor's cache
         part = slice(start, min(start + 1024, DEGREE))
         found ^= np.bitwise_xor.reduce(windows[part][wanted[part]], axis=0)
     return found
 
 
 def _continued(words: np.ndarray, count: int) -> np.ndarray:
-    """The words and those that follow, `count` in all."""
+    """Extend the words by those that the generator makes of them, to `count` in all."""
     made = np.empty(count, np.uint32)
     made[:WORDS] = words
+
+    # Words that do not depend on each other are made together.
     step = WORDS - MIDDLE
     for start in range(0, count - WORDS, step):
         size = min(step, count - WORDS - start)
@@ -175,7 +200,7 @@ def _continued(words: np.ndarray, count: int) -> np.ndarray:
 
 @cache
 def _power(exponent: int) -> int:
-    """t^exponent modulo the characteristic polynomial."""
+    """Compute t^exponent modulo the characteristic polynomial, by squaring."""
     power = 1
     for digit in f"{exponent:b}":
         power = _reduced(_squared(power))
@@ -186,7 +211,10 @@ def _power(exponent: int) -> int:
 
 @cache
 def _characteristic() -> tuple[int, ...]:
-    """Exponents of the characteristic polynomial below its degree, by the formula of the generator's authors (1998)."""
+    """Return the exponents of the characteristic polynomial that are below its degree.
+
+    The formula is that of the generator's authors (Matsumoto and Nishimura 1998).
+    """
     first = 1 << WORDS | 1 << MIDDLE
     second = 1 << (WORDS - 1) | 1 << (MIDDLE - 1)
     powers = [1]
@@ -201,7 +229,7 @@ def _characteristic() -> tuple[int, ...]:
 
 
 def _product(one: int, other: int) -> int:
-    """Of two polynomials, the second of few terms."""
+    """Multiply two polynomials, of which the second has few terms."""
     product = 0
     for exponent in np.flatnonzero(_bits(other, other.bit_length())):
         product ^= one << int(exponent)
@@ -209,7 +237,7 @@ def _product(one: int, other: int) -> int:
 
 
 def _squared(polynomial: int) -> int:
-    """Over two elements the square has the same coefficients, at twice the exponents."""
+    """Square a polynomial: over two elements, its exponents double and nothing else changes."""
     bits = _bits(polynomial, polynomial.bit_length())
     spread = np.zeros(2 * len(bits), np.uint8)
     spread[::2] = bits
@@ -217,7 +245,7 @@ def _squared(polynomial: int) -> int:
 
 
 def _reduced(polynomial: int) -> int:
-    """The remainder by the characteristic polynomial."""
+    """Return the remainder of a division by the characteristic polynomial."""
     low = (1 << DEGREE) - 1
     while high := polynomial >> DEGREE:
         polynomial &= low
@@ -227,7 +255,7 @@ def _reduced(polynomial: int) -> int:
 
 
 def _bits(polynomial: int, count: int) -> np.ndarray:
-    """Coefficients of t^0 to t^(count - 1), booleans."""
+    """Return the coefficients of t^0 to t^(count - 1) as booleans."""
     content = np.frombuffer(
         (polynomial & (1 << count) - 1).to_bytes(count // 8 + 1, "little"), np.uint8
     )

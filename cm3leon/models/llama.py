@@ -1,8 +1,12 @@
-"""The decoder of Chameleon and its relatives: Llama's layers, with norms of queries and keys.
+"""The model of Chameleon and its relatives: Llama's layers, with norms of queries and keys.
 
-Chameleon (arXiv 2405.09818, section 2.2) follows CM3Leon's vocabulary and recipe with another layer: RMSNorm with
-weights, rotary positions, a gated MLP, and a norm of each head's queries and keys. The 34B has its norms behind
-attention and MLP, as Swin Transformer v2 has them, and fewer heads of keys and values than of queries.
+Chameleon (arXiv 2405.09818, section 2.2) keeps CM3Leon's vocabulary and recipe and changes the
+layer: RMSNorm with weights, rotary positions, a gated MLP, and a norm of each head's queries and
+keys. Its 34B places the norms behind attention and MLP, like Swin Transformer v2, and has fewer
+heads of keys and values than of queries:
+
+    norm: before    x = x + attention(norm(x))        norm: behind    x = x + norm(attention(x))
+                    x = x + MLP(norm(x))                              x = x + norm(MLP(x))
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from cm3leon.types import UserError
 
 @MODELS.register("llama")
 class Llama(Model):
-    """Decoder-only transformer of Llama's shape, as Chameleon and Anole have it."""
+    """Decoder-only transformer of Llama's shape, as in Chameleon and Anole."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -40,23 +44,26 @@ class Llama(Model):
         head_size: PositiveInt = 128
         """Size of one attention head, an even number; it must divide the width."""
         kv_heads: PositiveInt | None = None
-        """Heads of keys and values, each read by as many heads of queries; None = as many as those."""
+        """Heads of keys and values; it must divide the heads of queries. None = as many as those."""
         mlp_width: PositiveInt = 11008
         """Hidden size of the gated feed-forward part."""
         seq_len: PositiveInt = 4096
-        """Most positions of a sequence, and tokens of a training block."""
+        """Largest number of positions of a sequence, and tokens of a training block."""
         rope_theta: PositiveFloat = 10_000.0
         """Base of the rotary positions' wavelengths."""
         norm: Literal["before", "behind"] = "before"
-        """Where the norms stand: before attention and MLP, or behind them, on what they add to the residual stream."""
+        """Where the norms stand: before attention and MLP, on their inputs, or behind them, on what
+        they add to the residual stream."""
         norm_eps: PositiveFloat = 1e-5
-        """Added to the mean square by the norms."""
+        """Number that the norms add to the mean square."""
         qk_norm: bool = True
-        """Whether each head's queries and keys are normalised, with a weight and a bias for each of its numbers."""
+        """Whether each head's queries and keys are normalised, with a weight and a bias for each of
+        its numbers."""
         init_std: PositiveFloat = 0.02
         """Standard deviation of the normal initialisation, cut at three of them."""
         attention: Annotated[str, NoEffect("how the same is computed")] = "auto"
-        """Backend of the attention in training, of those that --list shows; auto takes what suits the device."""
+        """Backend of attention in training, one of those that --list shows; auto takes the one that
+        suits the device."""
 
         def check(self) -> None:
             check_name(self.attention)
@@ -88,7 +95,10 @@ class Llama(Model):
         self.reset_parameters()
 
     def firsts(self) -> list[First]:
-        """Truncated normal matrices, norms of ones. The zero head makes the first loss exactly ln(vocab_size)."""
+        """Truncated normal matrices, and norms with weights of one.
+
+        The head of zeros makes the first loss exactly ln(vocab_size).
+        """
         firsts = []
         for name, _ in self.named_parameters():
             if name.endswith("norm.bias"):
@@ -124,13 +134,19 @@ class Llama(Model):
         return str(choose(self.config.attention, device))
 
     def layer_bytes(self, *, sharded: bool, frozen: bool) -> LayerBytes:
-        """For A heads of queries and K of keys and values, of E numbers each, width D and M hidden units of the MLP.
+        """Count bytes for A heads of queries, K of keys and values, and M hidden units of the MLP.
 
-        Where nothing is computed again: what the norms read in float32 (2 x 4 D); what the matrices read behind or
-        beside them, the MLP's twice (3 x 2 D); queries and keys as their norms read them, and as they leave them for
-        the gradients of their weights, in float32 (2 x 4 (A + K) E); all heads' q, k and v, and what is attended to
-        (4 x 2 A E); the MLP's four products (4 x 2 M). Where keys and values have as many heads as queries, v is a part
-        of the whole product of its matrix, which stays (4 A E more).
+        A head has E numbers and the residual stream D. Without activation checkpointing these stay:
+
+            2 x 4 D            inputs of the norms, float32
+            3 x 2 D            inputs of the matrices, the MLP's twice
+            2 x 4 (A + K) E    queries and keys before and after their norms, float32; the latter
+                               for the gradients of the norms' weights
+            4 x 2 A E          queries, keys and values of all heads, and the attended values
+            4 x 2 M            the MLP's four products
+
+        Where keys and values have as many heads as queries, the values are a view of the whole
+        product of queries, keys and values, which then stays as well (4 A E more).
         """
         D, M, heads = self.config.width, self.config.mlp_width, self.heads
         q_width, k_width = heads * self.config.head_size, self.kv_heads * self.config.head_size
@@ -143,6 +159,8 @@ class Llama(Model):
         if self.config.qk_norm:
             copies = 1 if frozen else 2
             head_norms = 4 * copies * (q_width + k_width) + 8 * (heads + self.kv_heads)
+
+        # Layers hand on float32, or bf16 where ranks gather their weights in bf16.
         handed_on = (2 if sharded else 4) * D
         return LayerBytes(
             none=14 * D + 8 + head_norms + 4 * q_width + values + attended + 8 * M,
@@ -156,18 +174,23 @@ class Llama(Model):
     def share(self, rank: int, count: int) -> None:
         if self.kv_heads % count or self.config.mlp_width % count:
             raise UserError(
-                f"{count} ranks cannot share the model's {self.kv_heads} heads of keys and values and its MLP of "
-                f"{self.config.mlp_width}; the number must divide both"
+                f"{count} ranks cannot share the model's {self.kv_heads} heads of keys and values "
+                f"and its MLP of {self.config.mlp_width}; the number must divide both"
             )
+
         heads = (self.heads, self.kv_heads, self.kv_heads)
         rows = [number * self.config.head_size for number in heads]
         for block in self.blocks:
+            # A rank takes whole heads and hidden units: rows of the matrices that compute them ...
             parts = [part.chunk(count)[rank] for part in block.qkv.weight.split(rows)]
             block.qkv.weight = frozen(torch.cat(parts))
             for linear in (block.gate, block.up):
                 linear.weight = frozen(linear.weight.chunk(count)[rank])
+
+            # ... and columns of the matrices that read them, whose results the ranks add up.
             block.out = Summed(block.out.weight.chunk(count, 1)[rank])
             block.down = Summed(block.down.weight.chunk(count, 1)[rank])
+
             for norm in (block.q_norm, block.k_norm):
                 for name, parameter in norm.named_parameters():
                     setattr(norm, name, frozen(parameter.chunk(count)[rank]))
@@ -201,12 +224,20 @@ class Layer(nn.Module):
         plan: Any,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The residual stream (B, T, D) after this layer; `attend(q, k, v)` takes the place of `attention`."""
+        """Return the residual stream (B, T, D) after this layer.
+
+        Args:
+            x_BTD: the residual stream before it.
+            rotation: of queries and keys, from `rotations`.
+            attention: the backend.
+            plan: the backend's plan.
+            attend: replaces the backend: (q, k, v) -> the attended values.
+        """
         q_BATE, k_BATE, v_BATE = self.before_attention(x_BTD, rotation)
         if attend:
             attended_BATE = attend(q_BATE, k_BATE, v_BATE)
         else:
-            # A cache keeps the fewer heads of keys and values; in training they are gone after the layer.
+            # Only a cache profits from fewer heads of keys and values. Backends get all of them.
             shared = self.heads // self.kv_heads
             k_BATE, v_BATE = (x.repeat_interleave(shared, 1) for x in (k_BATE, v_BATE))
             attended_BATE = attention(q_BATE, k_BATE, v_BATE, plan)
@@ -215,7 +246,7 @@ class Layer(nn.Module):
     def before_attention(
         self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, A, T, E), and keys and values of as many heads or fewer."""
+        """Return queries (B, A, T, E), and keys and values of as many heads or fewer."""
         B, T, _ = x_BTD.shape
         heads = (self.heads, self.kv_heads, self.kv_heads)
         if self.norm_first:
@@ -226,7 +257,12 @@ class Layer(nn.Module):
         return q_BATE, k_BATE, v_BTAE.transpose(1, 2)
 
     def after_attention(self, x_BTD: Tensor, attended_BATE: Tensor) -> Tensor:
-        """The residual stream after this layer, from that before it and the values attended to."""
+        """Return the residual stream after this layer.
+
+        Args:
+            x_BTD: the residual stream before the layer.
+            attended_BATE: the attended values.
+        """
         B, T, _ = x_BTD.shape
         attended_BTD = self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
         if self.norm_first:
@@ -248,14 +284,16 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, head_size))
 
     def forward(self, x_BTAE: Tensor) -> Tensor:
-        """The same shape; 1e-5 is added to the variance, as Chameleon does."""
+        """Normalise the last dimension; 1e-5 is added to the variance, as in Chameleon."""
         return F.layer_norm(x_BTAE, x_BTAE.shape[-1:], eps=1e-5) * self.weight + self.bias
 
 
 def rotations(position_BT: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, T, E/2), float32, of the angles that heads are rotated by (RoPE, arXiv 2104.09864).
+    """Return the cosines and sines (B, 1, T, E/2), float32, of rotary positions (arXiv 2104.09864).
 
-    At position t the numbers e and e + E/2 of a head are a point of the plane, turned by t / theta^(2e / E).
+    The numbers e and e + E/2 of a head are a point of the plane, and position t turns it by the
+    angle t / theta^(2e / E). A query turned by its position times a key turned by its own depends
+    on the distance of the two only.
     """
     exponent_E = torch.arange(0, head_size, 2, device=position_BT.device).float() / head_size
     angle_BTE = position_BT[..., None].float() * (1.0 / theta**exponent_E)
@@ -263,7 +301,7 @@ def rotations(position_BT: Tensor, head_size: int, theta: float) -> tuple[Tensor
 
 
 def rotated(x_BATE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Heads of queries or keys turned by their positions' angles, computed in float32."""
+    """Turn heads of queries or keys by the angles of their positions, in float32."""
     cos, sin = rotation
     first, second = x_BATE.float().chunk(2, -1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -14,13 +14,14 @@ from cm3leon.models.initial import Rows
 from cm3leon.types import UserError
 
 ADAPTER = "lora.safetensors"
-"""The adapters of a finished training, beside the weights that they are merged into."""
+"""File of a finished training's adapters; the file of weights beside it has them merged in."""
 
 
 class LowRank(nn.Module):
     """y = W x + (alpha / rank) B A x, with W frozen; `weight` keeps its name.
 
-    A is drawn so that A x has the size of x's entries, B is zero: at first it computes what the linear layer did.
+    A is drawn such that the entries of A x are as large as those of x. B is zero, so at first the
+    module computes the same as the linear layer did.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
@@ -34,7 +35,7 @@ class LowRank(nn.Module):
 
     @staticmethod
     def draw(a_RK: Tensor, generator: torch.Generator | None = None) -> None:
-        """Draws A (rank, inputs), from torch's generator if no other is given."""
+        """Draw A (rank, inputs) in place, from torch's generator if no other is given."""
         a_RK.normal_(std=a_RK.shape[1] ** -0.5, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,22 +47,26 @@ class LowRank(nn.Module):
 def add_lora(
     model: Model, rank: int, alpha: float, *, frozen_dtype: torch.dtype | None = None
 ) -> None:
-    """Freezes all weights of a decoder, and adapts the matrices of its layers.
+    """Freeze all weights of a model, and give the matrices of its layers adapters, in place.
 
-    A is drawn from torch's generator.
+    The adapters' A are drawn from torch's generator.
 
     Args:
-        frozen_dtype: precision that the layers' frozen weights are kept in from now on; None leaves it. Embeddings and
-            head keep theirs, so that the residual stream does.
+        model: the model to be adapted.
+        rank: rank of the adapters.
+        alpha: their strength; a product B A counts alpha / rank times.
+        frozen_dtype: new precision of the layers' frozen weights; None leaves it. Embeddings and
+            head keep theirs, and with them the residual stream.
 
     Raises:
-        UserError: for a decoder whose layers do not have these matrices.
+        UserError: for a model that names no matrices.
     """
     if not model.matrices:
         raise UserError(
-            f"training.lora_rank: the layers of a {type(model).__name__} have no matrices to adapt; leave it out to "
-            "train all of its weights"
+            f"training.lora_rank: the layers of a {type(model).__name__} have no matrices to adapt;"
+            " leave it out to train all of its weights"
         )
+
     model.requires_grad_(False)
     for block in model.blocks:
         for name in model.matrices:
@@ -73,7 +78,10 @@ def add_lora(
 
 @torch.no_grad()
 def draw_adapters(model: nn.Module, generator: torch.Generator, rows: Rows) -> None:
-    """Draws a rank's rows of all adapters of a decoder, as `add_lora` would. Each A is small, and is drawn whole."""
+    """Draw a rank's rows of all adapters, with the numbers that `add_lora` would draw.
+
+    Each A is small, so it is drawn whole and cut.
+    """
     for module in model.modules():
         if isinstance(module, LowRank):
             a_RK = torch.empty(module.lora_a.shape)
@@ -84,19 +92,20 @@ def draw_adapters(model: nn.Module, generator: torch.Generator, rows: Rows) -> N
 
 
 def lora_scale(model: nn.Module) -> float | None:
-    """alpha / rank of a decoder that has adapters, None for one that has none."""
+    """Return alpha / rank of a model with adapters, None for one without."""
     return next((module.scale for module in model.modules() if isinstance(module, LowRank)), None)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor is one of an adapter."""
+    """Tell by its name whether a tensor belongs to an adapter."""
     return name.endswith((".lora_a", ".lora_b"))
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Weights with their adapters added in, float32, under the names of a decoder without adapters.
+    """Merge adapters into the weights, under the names of a model without adapters.
 
-    Frozen weights that were kept in 16 bits stay as rounded as they were in training.
+    Adapted weights become float32. Those that training kept in 16 bits stay as rounded as they were
+    there.
     """
     result = {}
     for name, tensor in state.items():
@@ -104,9 +113,7 @@ def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
             continue
         prefix = name.removesuffix("weight")
         a, b = state.get(f"{prefix}lora_a"), state.get(f"{prefix}lora_b")
-        result[name] = (
-            tensor.float() + scale * (b.float() @ a.float())
-            if a is not None and b is not None
-            else tensor
-        )
+        if a is not None and b is not None:
+            tensor = tensor.float() + scale * (b.float() @ a.float())
+        result[name] = tensor
     return result

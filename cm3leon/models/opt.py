@@ -1,4 +1,4 @@
-"""The decoder as Hugging Face's OPT, which computes the same function (paper section 3.1)."""
+"""The paper's model in the form of transformers' OPT, which computes the same (section 3.1)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,14 @@ FIXED = {
     "layer_norm_elementwise_affine": False,
     "tie_word_embeddings": False,
 }
-"""What makes an OPT this decoder."""
+"""Settings of an OPT that the paper's model can compute."""
 
 
 def to_opt_config(config: Transformer.Config, vocab_size: int) -> dict[str, Any]:
-    """Arguments of `OPTConfig` for a decoder of that shape."""
+    """Return the arguments of `OPTConfig` for a model of that shape."""
+    no_arguments = ("model_type", "_remove_final_layer_norm")
     return {
-        **{
-            key: value
-            for key, value in FIXED.items()
-            if key not in ("model_type", "_remove_final_layer_norm")
-        },
+        **{key: value for key, value in FIXED.items() if key not in no_arguments},
         "vocab_size": vocab_size,
         "hidden_size": config.width,
         "word_embed_proj_dim": config.width,
@@ -49,16 +46,16 @@ def to_opt_config(config: Transformer.Config, vocab_size: int) -> dict[str, Any]
 
 
 def from_opt_config(opt: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the decoder that an OPT is, from the OPT's config with all its defaults.
+    """Translate an OPT's config, with all its defaults, into fields of `Transformer.Config`.
 
-    Dropout is not looked at: it has no weights.
+    Dropout has no weights and is ignored.
 
     Raises:
         UserError: for an OPT of another shape, naming the key and its allowed value.
     """
-    width, heads, hidden = (
-        _whole(opt, key) for key in ("hidden_size", "num_attention_heads", "ffn_dim")
-    )
+    width = _whole(opt, "hidden_size")
+    heads = _whole(opt, "num_attention_heads")
+    hidden = _whole(opt, "ffn_dim")
     opt = {"word_embed_proj_dim": width, **opt}
     for key, allowed in {**FIXED, "word_embed_proj_dim": width}.items():
         if opt[key] != allowed:
@@ -67,6 +64,7 @@ def from_opt_config(opt: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"num_attention_heads is {heads}; it must divide hidden_size {width}")
     if hidden % width:
         raise UserError(f"ffn_dim is {hidden}; it must be a multiple of hidden_size {width}")
+
     return {
         "layers": _whole(opt, "num_hidden_layers"),
         "width": width,
@@ -121,6 +119,6 @@ OPT = Form(
         "layer_norm_elementwise_affine": True,
         "tie_word_embeddings": True,
     },
-    # Its position table begins with two rows that no token of a sequence reads.
+    # OPT's position table begins with two rows that no token of a sequence reads.
     unused_rows={"positions.weight": 2},
 )

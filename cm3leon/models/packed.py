@@ -1,12 +1,13 @@
-"""Attention inside packed samples as one operator, which compilers and checkpointing see as a whole.
+"""Attention inside packed samples as one operator, for compilers and activation checkpointing.
 
-Samples stand one after the other in a row of N positions; `starts` says where each begins, and where the last ends:
+Samples follow each other in a row of N positions. `starts` lists where each begins, and at last
+where the row ends:
 
     positions   0 1 2 | 3 4 | 5 6 7 8          starts   0 3 5 9
 
-That is a tensor, so a graph that torch.compile makes holds for every packing: nothing in it depends on the numbers,
-and their count is marked as one that changes. Kernels need the numbers in Python, too: they are given them a second
-time, on the CPU, where reading them waits for no device.
+Since `starts` is a tensor whose length is marked as dynamic, torch.compile makes one graph for all
+packings. The kernels also need the numbers in Python. They get them from `starts_cpu`, a copy on
+the CPU, so that reading them waits for no device.
 """
 
 from __future__ import annotations
@@ -22,19 +23,22 @@ _aten = torch.ops.aten
 
 
 class Packing(NamedTuple):
-    """Where samples begin in a batch's rows, taken as one row: (S + 1,) int32, from 0 to the number of positions."""
+    """Where the S samples of a batch begin, if its rows are taken as one row of B * T positions.
+
+    Both tensors are (S + 1,) int32, from 0 to the number of positions.
+    """
 
     starts: Tensor
-    """On the device that attention is computed on."""
+    """On the device that computes attention."""
     starts_cpu: Tensor
     """The same on the CPU."""
 
 
 def packing_of(sample_BT: Tensor, device: torch.device) -> Packing:
-    """Runs of equal numbers, row after row; none goes on into the next row.
+    """Find the runs of equal numbers, row after row; a run ends with its row.
 
     Args:
-        sample_BT: number of the sample at each position. Numbers on a GPU are waited for, those on the CPU are not.
+        sample_BT: number of the sample at each position. If it is on a GPU, this waits for it.
         device: where attention is computed.
     """
     begins_BT = torch.ones_like(sample_BT, dtype=torch.bool)
@@ -48,7 +52,7 @@ def packing_of(sample_BT: Tensor, device: torch.device) -> Packing:
 
 
 def one_sample_a_row(B: int, T: int, device: torch.device) -> Packing:
-    """The packing of rows that are a sample each; it can be made inside of a compiled layer."""
+    """Return the packing of B rows that are one sample each; works inside a compiled layer."""
     starts = (
         torch.arange(0, B * T + 1, T, dtype=torch.int32, device=each) for each in (device, "cpu")
     )
@@ -56,14 +60,14 @@ def one_sample_a_row(B: int, T: int, device: torch.device) -> Packing:
 
 
 def attend_packed(q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, packing: Packing) -> Tensor:
-    """Causal softmax attention inside each sample, scaled by 1/sqrt(E): (B, A, T, E)."""
+    """Compute causal softmax attention inside each sample, scaled by 1/sqrt(E): (B, A, T, E)."""
     B, A, T, E = q_BATE.shape
     rows_NAE = (x.transpose(1, 2).reshape(B * T, A, E) for x in (q_BATE, k_BATE, v_BATE))
     out_NAE, _ = packed_attention(*rows_NAE, *packing)
     return out_NAE.view(B, T, A, E).transpose(1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ the operator
+# ----------------------------------------------------------------------------------- the operator
 
 
 @torch.library.custom_op(
@@ -75,9 +79,10 @@ def attend_packed(q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, packing: Packi
 def packed_attention(
     q_NAE: Tensor, k_NAE: Tensor, v_NAE: Tensor, starts: Tensor, starts_cpu: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What is attended to (N, A, E), and the logarithm of each softmax's denominator (A, N), float32 or float64.
+    """Return the attended values (N, A, E), and the log-sum-exp of the scores (A, N).
 
-    On a CPU samples are taken one by one: a mask of all pairs would spare none of the work.
+    The latter is float32 or float64; the backward pass needs it. A CPU computes one sample after
+    the other, because a mask of all pairs of positions would save no work.
     """
     out_NAE, lse_AN = _like_fake(q_NAE)
     for start, end in pairwise(_numbers(starts_cpu, len(q_NAE))):
@@ -92,14 +97,16 @@ def packed_attention(
 def _by_xformers(
     q_NAE: Tensor, k_NAE: Tensor, v_NAE: Tensor, starts: Tensor, starts_cpu: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """xformers' memory_efficient_attention, whichever of its kernels suits the GPU and the precision."""
+    """Compute the same by xformers, with the kernel that suits the GPU and the precision."""
     from xformers.ops import fmha
 
     out_1NAE, lse = fmha.memory_efficient_attention_forward_requires_grad(
         q_NAE[None], k_NAE[None], v_NAE[None], _mask(starts, starts_cpu, len(q_NAE))
     )
+
+    # The log-sum-exp of FlashAttention's kernels is (1, A, N). That of CUTLASS's is (S, A, L), for L
+    # positions of the longest sample and padding.
     N = len(q_NAE)
-    # FlashAttention's kernels give (1, A, N), CUTLASS's (S, A, positions of the longest sample and padding).
     if len(lse) == 1:
         lse_AN = lse[0, :, :N]
     else:
@@ -119,8 +126,8 @@ def _like_fake(q_NAE: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     "cm3leon::packed_attention_backward",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, Tensor starts_cpu)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
+    "Tensor starts_cpu) -> (Tensor, Tensor, Tensor)",
 )
 def packed_attention_backward(
     grad_NAE: Tensor,
@@ -132,7 +139,7 @@ def packed_attention_backward(
     starts: Tensor,
     starts_cpu: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
+    """Return the gradients of queries, keys and values, each (N, A, E)."""
     gradients = _gradients_fake(grad_NAE, q_NAE, k_NAE, v_NAE)
     for start, end in pairwise(_numbers(starts_cpu, len(q_NAE))):
         rows = (x_NAE[start:end] for x_NAE in (grad_NAE, q_NAE, k_NAE, v_NAE, out_NAE))
@@ -160,12 +167,14 @@ def _backward_by_xformers(
 
     mask, lse = _mask(starts, starts_cpu, len(q_NAE)), lse_AN[None]
     rows = [x_NAE[None] for x_NAE in (q_NAE, k_NAE, v_NAE)]
+
+    # The backward pass takes the log-sum-exp in the layout of the kernel that the forward pass ran.
     if not _dispatch_fw(fmha.Inputs(*rows, mask), True).VARLEN_LSE_PACKED:
-        # The kernel of the forward pass had a row for each sample, and that of the backward pass wants it so.
         sample_N, place_N = _places(starts, len(q_NAE))
         shape = (len(starts) - 1, len(lse_AN), mask.q_seqinfo.max_seqlen)
         lse = lse_AN.new_full(shape, math.inf)
         lse[sample_N, :, place_N] = lse_AN.T
+
     found = fmha.memory_efficient_attention_backward(
         grad_NAE[None], out_NAE[None], lse, *rows, mask
     )
@@ -193,10 +202,12 @@ packed_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _numbers(starts_cpu: Tensor, N: int) -> list[int]:
-    """The starts in Python; kernels believe them, and crash with those of another batch.
+    """Return the starts as Python numbers.
+
+    Kernels trust them and crash on those of another batch, so they are checked here.
 
     Raises:
-        ValueError: for starts that are not of N positions.
+        ValueError: for starts that do not end at N positions.
     """
     numbers: list[int] = starts_cpu.tolist()
     if numbers[-1] != N:
@@ -205,19 +216,22 @@ def _numbers(starts_cpu: Tensor, N: int) -> list[int]:
 
 
 def _heads_first(x_TAE: Tensor) -> Tensor:
-    """A sample's rows as torch's kernel takes them, (1, A, T, E)."""
+    """Arrange the rows of a sample for torch's kernel, (1, A, T, E)."""
     return x_TAE.transpose(0, 1)[None]
 
 
 def _places(starts: Tensor, N: int) -> tuple[Tensor, Tensor]:
-    """Number of the sample that each of N positions is in, and its place there."""
+    """Return for each of N positions the index of its sample, and its index within the sample."""
     position_N = torch.arange(N, device=starts.device, dtype=starts.dtype)
     sample_N = torch.searchsorted(starts, position_N, right=True) - 1
     return sample_N, position_N - starts[sample_N]
 
 
 def _mask(starts: Tensor, starts_cpu: Tensor, N: int) -> Any:
-    """xformers' mask; made from its parts, as its own constructor would copy the numbers to the device again."""
+    """Build xformers' mask from its parts.
+
+    The library's constructor would copy the numbers to the device once more.
+    """
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, _SeqLenInfo
 
     lengths = starts_cpu.diff()

@@ -1,6 +1,6 @@
-"""The paper's three sizes (Table 3), one for a laptop, and those of Chameleon, whose weights are public."""
+"""Sizes of models: the paper's three (Table 3), one for a laptop, and Chameleon's public ones."""
 
-from cm3leon.models import llama, transformer  # noqa: F401  registers the classes that the presets are of
+from cm3leon.models import llama, transformer  # noqa: F401  registers the classes of the presets
 from cm3leon.registry import MODELS
 
 MODELS.preset("cm3leon_350m", of="cm3leon", layers=24, width=1024, head_size=64)

@@ -1,4 +1,4 @@
-"""Trained decoders from their files."""
+"""Load trained models from their files."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ def load_model(
     dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> Model:
-    """A trained decoder in evaluation mode, from `config.json` and `model.safetensors`.
+    """Load a trained model in evaluation mode, from `config.json` and `model.safetensors`.
 
-    Memory is taken once, for the weights as they are in the file, and nothing is drawn. Plugins that define the model
-    have to be discovered first.
+    Memory is allocated once, for the weights as they are in the file, and no random numbers are
+    drawn. Models of plugins are found, too.
 
     Args:
-        folder: of the two files, or a run folder, which has them in `pretraining/`.
-        verify: compare the files with the checksums that a run has recorded of them.
-        dtype: of the weights; None leaves them as they are, float32 after a training.
+        folder: holds the two files, or is a run folder with them in `pretraining/`.
+        device: where the weights go.
+        dtype: precision of the weights; None keeps that of the file, which is float32 after a
+            training.
+        verify: compare the files with the checksums that the run recorded.
 
     Raises:
-        UserError: for files that are missing or broken, a model that is not known, or weights that are not its own.
+        UserError: for missing or broken files, an unknown model, or weights of another model.
     """
     folder = path_of(folder, "folder")
     check_readable(folder)
@@ -49,10 +51,13 @@ def load_model(
         raise UserError(f"{folder} holds no trained decoder, {file} is missing")
     if verify:
         check_stage(folder, (file.name, WEIGHTS), finished=False)
+
     content = read_json(file, {"model": dict, "vocab_size": int})
     section, vocab_size = content["model"], content["vocab_size"]
     if vocab_size < 1:
         raise UserError(f"{file}: vocab_size is {vocab_size}; it must be a positive whole number")
+
+    # The model is built without memory, which the weights of the file then bring along.
     discover()
     component = MODELS.check(section, f"{file}: model")
     with torch.device("meta"):

@@ -1,4 +1,13 @@
-"""Activation checkpointing and compilation of a decoder's layers; the names of its weights stay as they are."""
+"""Activation checkpointing and compilation of a model's layers.
+
+What one layer keeps for the backward pass, and what that pass computes again:
+
+    none        every intermediate result                                  nothing
+    selective   the layer's input, matrix products, attention's results    norms, activations
+    full        the layer's input                                          the whole layer
+
+Neither changes the names of weights, so checkpoints do not depend on them.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +42,20 @@ KEPT = frozenset(
         "xformers_flash3.flash_fwd.default",
     }
 )
-"""Operators whose results selective checkpointing keeps because they are expensive to compute again: matrix products,
-and attention for models that do not compute it between the parts of a layer."""
+"""Operators whose results selective checkpointing keeps, since computing them again is expensive.
+
+They are the matrix products, and attention for models whose layers are recomputed in one piece.
+"""
 
 
 def recompute(model: Model, choice: Checkpointing) -> None:
-    """Has the backward pass compute the layers again instead of keeping what they computed.
+    """Make the backward pass compute layers again instead of keeping their intermediate results.
 
-    full: only the input of each layer is kept. selective: attention's inputs and outputs, and the results of matrix
-    products, are too; each is computed once.
+    Args:
+        model: the model, changed in place.
+        choice: with `full`, only the input of each layer is kept. With `selective`, so are the
+            inputs and outputs of attention and the results of matrix products, which are then
+            computed once.
     """
     if choice == "none":
         return
@@ -53,17 +67,17 @@ def recompute(model: Model, choice: Checkpointing) -> None:
 
 @cache
 def _checkpointed(layer: type, methods: tuple[str, ...], selective: bool) -> Any:
-    """A class of layers whose methods are computed again in the backward pass.
+    """Derive a class of layers whose methods are computed again in the backward pass.
 
-    All layers share it. Were each given methods of its own, torch 2.9 would compile each by itself, and none beyond
-    the eighth.
+    All layers share it. With methods of their own, torch 2.9 would compile each layer separately,
+    and stop at the eighth.
     """
     wrapped = {name: _again(getattr(layer, name), selective) for name in methods}
     return type(layer.__name__, (layer,), wrapped)
 
 
 def _again(method: Callable[..., Any], selective: bool) -> Callable[..., Any]:
-    # Layers draw nothing, so there is no random state to go back to.
+    # Layers draw no random numbers, so there is no random state to restore.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if selective:
         options["context_fn"] = _keeping
@@ -75,10 +89,11 @@ def _again(method: Callable[..., Any], selective: bool) -> Callable[..., Any]:
 
 
 def compile_blocks(model: Model) -> None:
-    """Compiles the layers, which are alike, once; the hooks of FSDP stay outside.
+    """Compile the layers for training; the hooks of FSDP stay outside.
 
-    One graph is for all layers and all packings. Passes without gradients, of validation and of decoding, are left
-    as they are: their shapes change with every step, and would use up the graphs that a function may have.
+    Layers are alike, so one graph serves all of them and all packings. Passes without gradients
+    (validation, decoding) are not compiled: their shapes change at every step and would soon reach
+    the number of graphs that torch.compile allows a function.
     """
     for block in model.blocks:
         block.forward = _compiled_in_training(block.forward)
@@ -94,9 +109,9 @@ def _compiled_in_training(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return (
-        CheckpointPolicy.MUST_SAVE if str(operator) in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    if str(operator) in KEPT:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _keeping = partial(create_selective_checkpoint_contexts, _policy)

@@ -1,4 +1,4 @@
-"""The decoder of the paper (section 3.1): GPT-3/OPT shape, pre-norm, no biases, norms without parameters."""
+"""The paper's model (section 3.1): OPT's shape, pre-norm, no biases, norms without parameters."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ class Transformer(Model):
         seq_len: PositiveInt = 4096
         """Positions of the learned position embedding, and tokens of a training block."""
         init_std: PositiveFloat = 0.006
-        """Standard deviation of the truncated normal initialisation, cut at three of them."""
+        """Standard deviation of the normal initialisation, cut at three of them."""
         position_init_std: PositiveFloat = 0.0002
         """Standard deviation of the position embedding at initialisation."""
         zero_residual: bool = False
-        """Whether the two output matrices of each layer begin at zero, so that it begins by passing on its input."""
+        """Whether the two output matrices of each layer begin at zero, so that at first each layer
+        returns its input."""
         attention: Annotated[str, NoEffect("how the same is computed")] = "auto"
-        """Backend of the attention in training, of those that --list shows; auto takes what suits the device."""
+        """Backend of attention in training, one of those that --list shows; auto takes the one that
+        suits the device."""
 
         def check(self) -> None:
             check_name(self.attention)
@@ -98,12 +100,20 @@ class Transformer(Model):
         return str(choose(self.config.attention, device))
 
     def layer_bytes(self, *, sharded: bool, frozen: bool) -> LayerBytes:
-        """28 D for m = 4 where nothing is computed again.
+        """Count bytes for a width of D and an MLP of m D hidden units.
 
-        The inputs of both halves of the layer as the norm reads them (2 x 4 D), the normed inputs (2 x 2 D), q, k and v
-        (6 D), what is attended to (2 D) and the MLP's hidden state (2 m D), with numbers of the norms and of attention.
+        Without activation checkpointing these stay, 28 D in all for m = 4, and a few numbers of the
+        norms and of attention:
+
+            2 x 4 D    inputs of both norms, float32
+            2 x 2 D    outputs of both norms
+            6 D        queries, keys and values
+            2 D        the attended values
+            2 m D      hidden units of the MLP
         """
         D, m, heads = self.config.width, self.config.mlp_ratio, self.heads
+
+        # Layers hand on float32, or bf16 where ranks gather their weights in bf16.
         handed_on = (2 if sharded else 4) * D
         return LayerBytes(
             none=(8 + 4 + 6 + 2 + 2 * m) * D + 16 + 4 * heads,
@@ -118,6 +128,9 @@ class Transformer(Model):
             raise UserError(
                 f"{count} ranks cannot share the model's {heads} heads; the number must divide them"
             )
+
+        # A rank takes whole heads and hidden units: rows of the matrices that compute them, and
+        # columns of the matrices that read them, whose results the ranks add up.
         self.heads = self.kv_heads = heads // count
         for block in self.blocks:
             qkv_3AED = block.qkv.weight.view(3, heads, head_size, width)
@@ -145,25 +158,37 @@ class Layer(nn.Module):
         plan: Any,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The residual stream (B, T, D) after this layer; `attend(q, k, v)` takes the place of `attention`."""
+        """Return the residual stream (B, T, D) after this layer.
+
+        Args:
+            x_BTD: the residual stream before it.
+            attention: the backend.
+            plan: the backend's plan.
+            attend: replaces the backend: (q, k, v) -> the attended values.
+        """
         qkv = self.before_attention(x_BTD)
         attended_BATE = attend(*qkv) if attend else attention(*qkv, plan)
         return self.after_attention(x_BTD, attended_BATE)
 
     def before_attention(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (B, A, T, E) each."""
+        """Return queries, keys and values, (B, A, T, E) each."""
         B, T, _ = x_BTD.shape
         qkv_3BATE = self.qkv(_norm(x_BTD)).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
         q_BATE, k_BATE, v_BATE = qkv_3BATE.unbind()
         return q_BATE, k_BATE, v_BATE
 
     def after_attention(self, x_BTD: Tensor, attended_BATE: Tensor) -> Tensor:
-        """The residual stream after this layer, from that before it and the values attended to."""
+        """Return the residual stream after this layer.
+
+        Args:
+            x_BTD: the residual stream before the layer.
+            attended_BATE: the attended values.
+        """
         B, T, _ = x_BTD.shape
         x_BTD = x_BTD + self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
         return x_BTD + self.down(F.relu(self.up(_norm(x_BTD))))
 
 
 def _norm(x_BTD: Tensor) -> Tensor:
-    """Layer norm without learned parameters."""
+    """Apply layer norm without learned parameters."""
     return F.layer_norm(x_BTD, x_BTD.shape[-1:])
