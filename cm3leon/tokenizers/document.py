@@ -16,12 +16,13 @@ from cm3leon.types import Modality, Role, Sample, TokenDocument, TokenSegment
 
 @dataclass(frozen=True)
 class SegmentSpan:
-    """Where a segment lies in a laid-out sample: positions [start, end), and whether it is the query's."""
+    """Positions [start, end) of a segment in a laid-out sample."""
 
     start: int
     end: int
     modality: Modality
     is_query: bool
+    """Whether it belongs to the query, not to a retrieved document."""
     role: Role = ""
 
 
@@ -34,11 +35,13 @@ class LaidOut:
 
 
 def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
-    """A sample as ids, by the vocabulary's layout.
+    """Write a sample as one sequence of ids, by the vocabulary's layout.
 
-    By the paper's, `<eos>` opens and closes it, and `<break>` stands between segments and between documents; none
-    stands before a joined segment. A retrieved document "a cat" + I4 I7 and the query "a dog" + I2 I9 make
-    `<eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>`.
+    In the paper's layout `<eos>` opens and closes the sample, and `<break>` stands between segments
+    and between documents. A joined segment follows the one before it directly. The retrieved
+    document "a cat" + I4 I7 and the query "a dog" + I2 I9 give
+
+        <eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>
     """
     layout = vocab.layout
     pieces: list[Sequence[int] | np.ndarray] = [[layout.begin]]
@@ -47,7 +50,9 @@ def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
     for document in (*sample.retrieved, sample.query):
         between: tuple[int, ...] = layout.between_documents if segments else ()
         for segment in document.segments:
-            before = (*between, *layout.opening(segment)) if not segment.joined else ()
+            before: tuple[int, ...] = ()
+            if not segment.joined:
+                before = (*between, *layout.opening(segment))
             behind = layout.closing(segment)
             start = position + len(before)
             end = start + len(segment.ids_T)
@@ -61,13 +66,16 @@ def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
 
 
 def prompt_until(sample: Sample, vocab: Vocab) -> np.ndarray:
-    """Ids (T,) of a sample as far as its last segment, which is asked for: with what opens that, and without it."""
+    """Return the ids (T,) of a sample up to its last segment, which is to be generated.
+
+    The ids that open this segment are included.
+    """
     laid_out = lay_out(sample, vocab)
     return laid_out.ids_T[: laid_out.segments[-1].start]
 
 
 def token_count(document: TokenDocument, layout: Layout) -> int:
-    """Tokens of a document: its segments, what stands around them, and what stands between them."""
+    """Count the tokens of a document: its segments, and the ids around and between them."""
     count = 0
     for number, segment in enumerate(document.segments):
         apart = len(layout.between_segments) if number and not segment.joined else 0
@@ -77,31 +85,31 @@ def token_count(document: TokenDocument, layout: Layout) -> int:
 
 
 def sample_length(sample: Sample, layout: Layout) -> int:
-    """Length of `lay_out(sample)` without building it."""
+    """Return the length of `lay_out(sample)` without building it."""
     documents = sum(token_count(document, layout) for document in (*sample.retrieved, sample.query))
     return 2 + documents + len(sample.retrieved) * len(layout.between_documents)
 
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """Both tokenizers and their common vocabulary: documents to ids and back."""
+    """The text and the image tokenizer with their common vocabulary: documents to ids and back."""
 
     vocab: Vocab
     text: TextTokenizer
     image: Any
 
     def token_document(self, id_: str, caption: str, codes_N: np.ndarray) -> TokenDocument:
-        """A caption and the codes of its image as a document of ids."""
+        """Make a document of ids from a caption and the codes (N,) of its image."""
         text = TokenSegment("text", self.text.encode(caption))
         return TokenDocument(id_, (text, TokenSegment("image", self.vocab.image_ids(codes_N))))
 
     def caption(self, document: TokenDocument) -> str:
-        """The text of a document of ids, empty without one."""
+        """Return the text of a document of ids; "" if it has none."""
         segment = document.segment("text")
         return "" if segment is None else self.text.decode(segment.ids_T)
 
     def codes(self, document: TokenDocument) -> np.ndarray:
-        """The image codes (N,) of a document of ids. Raises ValueError without an image."""
+        """Return the image codes (N,) of a document of ids. Raises ValueError without an image."""
         segment = document.segment("image")
         if segment is None:
             raise ValueError(f"document {document.id} has no image")

@@ -1,15 +1,20 @@
-"""Families of public weights: how their one vocabulary is ordered, and what stands in their sequences.
+"""Families of public weights: the order of their vocabulary, and the layout of their sequences.
 
-Chameleon's (arXiv 2405.09818; ids as the published tokenizer.json has them) is CM3Leon's vocabulary in another order:
+Chameleon (arXiv 2405.09818) has CM3Leon's vocabulary in another order. By the ids of the published
+tokenizer.json it is
 
-    <s> <pad> </s> <unk> | image codes IMGIMGAZ ... | <eoss> <racm3:break> | 512 reserved | more reserved, text
+    <s> <pad> </s> <unk> | codes IMGIMGAZ ... | <eoss> <racm3:break> | 512 reserved | reserved, text
 
-Emu3's (arXiv 2409.18869):
+and Emu3's (arXiv 2409.18869) is
 
     text | <|endoftext|> <|im_start|> ... | <|extra_0|> ... | <|image token|> ... | codes
 
-Here special tokens and text come first, then codes, then sentinels. A family is a table of names, and the order of a
-published vocabulary is read from its tokenizer.json, so that no id is written down.
+An import brings both into this project's order:
+
+    special tokens | text | codes | sentinels
+
+A family is a table of names. The ids behind the names are read from the published tokenizer.json,
+so no id is written down here.
 """
 
 from __future__ import annotations
@@ -38,30 +43,30 @@ class Family:
     licence: str
     """Name of the licence that the publisher states."""
     conditions: str
-    """What it asks and forbids, in a sentence."""
+    """What the licence asks and forbids, in a sentence."""
     names: Mapping[str, str]
-    """The publisher's names of the first special tokens, by ours."""
+    """Our names of the first special tokens -> the publisher's."""
     layout: Mapping[str, Any]
-    """Fields of `Layout`, with the publisher's names in the place of ids; of `sizes`, those that a
-    vocabulary has. A text in their place stands for the tokens that it has by the published
-    tokenizer."""
+    """Fields of `Layout`, with the publisher's names instead of ids. A vocabulary keeps those
+    `sizes` for which it has tokens. A size given as text stands for the tokens of this text by the
+    published tokenizer."""
     models: Mapping[int, str] = field(default_factory=dict)
-    """Names on the Hub of its published models, by their numbers of layers; those alone of which
-    there is one."""
+    """Names on the Hub of its published models, by their numbers of layers, as far as the number
+    of layers determines the model."""
     sentinels: int = 512
-    """Reserved ids that are its mask tokens, the lowest ones."""
+    """How many of the reserved ids, from the lowest on, become mask tokens."""
     draws: bool = True
     """Whether its weights draw images, and its licence allows it."""
     reserved: str = r"<reserved(\d+)>"
-    """Names of ids that stand for nothing."""
+    """Pattern of the names of unused ids."""
     code: str = r"IMGIMG([A-J]+)Z"
-    """The name of an image code; its digits may be written as letters: A for 0 to J for 9."""
+    """Pattern of the names of image codes; digits may be written as letters, A for 0 to J for 9."""
     whole: bool = False
-    """Whether the published folder holds the image tokenizer with its decoder."""
+    """Whether the published folder also holds the image tokenizer, with its decoder."""
     image_size: int = 512
     """Height and width of the images that it draws, in pixels."""
     other_decoder: str = ""
-    """Why its decoder cannot be imported, as the end of a sentence; empty = it can."""
+    """Why its model cannot be imported, as the end of a sentence; empty = it can."""
 
 
 CHAMELEON_NAMES = {
@@ -80,17 +85,20 @@ CHAMELEON_LAYOUT = {
     "turn": ["<reserved08706>"],
     "unconditional_text": "none",
 }
-"""Images are opened and closed; documents are parted by the token that ends a turn; guidance drops the text."""
+"""Images are opened and closed, the token that ends a turn separates documents, and guidance drops
+the text."""
 CHAMELEON_LICENCE = "Chameleon Research License"
 CHAMELEON_CONDITIONS = (
-    "research only: no commercial use of the weights or of what they make, attribution is asked for, and functionality "
-    "that Meta disabled may not be enabled again (section 3.2)"
+    "research only: no commercial use of the weights or of what they make, attribution is asked "
+    "for, and functionality that Meta disabled may not be enabled again (section 3.2)"
 )
 
 
 def _sizes(tokens: int, *, least: int = 1) -> Iterator[Grid]:
-    """Rows and columns of at most so many ids with what closes rows, none above five times the
-    other."""
+    """Yield the rows and columns of images of at most so many ids, including those that close rows.
+
+    Neither side is longer than five times the other.
+    """
     for rows in range(least, math.isqrt(5 * tokens) + 1):
         for columns in range(-(-rows // 5), 5 * rows + 1):
             if rows * (columns + 1) <= tokens:
@@ -110,7 +118,7 @@ EMU3_LAYOUT = {
         f"{rows}x{columns}": f"{rows}*{columns}<|image token|>" for rows, columns in _sizes(9000)
     },
 }
-"""The size of an image is written as text in front of its codes, and it is closed by two tokens."""
+"""The size of an image is written as text in front of its codes, and two tokens close the image."""
 EMU3_NAMES = {
     "<pad>": "<|endoftext|>",
     "<eos>": "<|extra_204|>",
@@ -153,7 +161,7 @@ FAMILIES = {
         licence=f"{CHAMELEON_LICENCE} (of the weights that Lumina-mGPT was made from)",
         conditions=CHAMELEON_CONDITIONS,
         names=CHAMELEON_NAMES,
-        # Its size tokens count 32 pixels, two codes of 16.
+        # Its size tokens count in steps of 32 pixels, which are two codes.
         layout={
             **CHAMELEON_LAYOUT,
             "row_close": "<reserved08799>",
@@ -168,7 +176,7 @@ FAMILIES = {
         },
     ),
     "emu3": EMU3,
-    # What closes a row of Emu3's stands between the rows, and nothing else closes an image.
+    # Unlike in Emu3, nothing closes the last row, and only one token closes the image.
     "emu3_5": replace(
         EMU3,
         title="Emu3.5",
@@ -192,24 +200,30 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class PublishedVocab:
-    """A published vocabulary brought into this project's order."""
+    """A published vocabulary in this project's order."""
 
     tokenizer: dict[str, Any]
-    """tokenizer.json of the special tokens and the text alone, with their new ids."""
+    """tokenizer.json with the special tokens and the text only, under their new ids."""
     table: dict[str, Any]
-    """Special tokens and layout by our names, see `LayoutTable`."""
+    """Special tokens and layout by our names, the content of a `LayoutTable`."""
     old_id_V: np.ndarray = field(repr=False)
-    """The published id of each of our ids."""
+    """The published id of each new id."""
     text_size: int
     image_size: int
     sentinels: int
 
 
 def renumbered(published: Mapping[str, Any], family: Family, where: str) -> PublishedVocab:
-    """The vocabulary of a published tokenizer.json in this project's order.
+    """Bring the vocabulary of a published tokenizer.json into this project's order.
+
+    Args:
+        published: content of the file.
+        family: whose vocabulary it is.
+        where: the file's name in messages.
 
     Raises:
-        UserError: for a file that lacks a token which the family has, or names codes that are not 0, 1, 2 ...
+        UserError: for a file that lacks a token of the family, or whose codes are not numbered
+            0, 1, 2 ...
     """
     model = published.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or "vocab" not in model:
@@ -219,6 +233,7 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(f"{where}: its ids are not 0 to {len(ids) - 1}, each once")
 
+    # Find the image codes, the tokens that the family names, and the reserved ids for sentinels.
     found = ((name, re.fullmatch(family.code, name)) for name in ids)
     codes = {int(match[1].translate(LETTERS)): name for name, match in found if match}
     if not codes or sorted(codes) != list(range(len(codes))):
@@ -236,7 +251,8 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
             "are needed"
         )
 
-    # Special tokens: the four that every vocabulary has, then whatever else is not text.
+    # The order: four special tokens that every vocabulary has, then all others that are not text,
+    # then the text, the codes and the sentinels.
     ours = {theirs: name for name, theirs in family.names.items()}
     first = [family.names[name] for name in SPECIALS]
     taken = {*first, *codes.values(), *masks}
@@ -253,6 +269,8 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
     specials = [ours.get(name, name) for name in (*first, *others)]
     order = [*first, *others, *text, *(codes[n] for n in range(len(codes))), *masks]
 
+    # The tokenizer knows special tokens and text only. Without `added_tokens`, no text becomes a
+    # special token.
     spelled = {name: number for number, name in enumerate([*specials, *text])}
     tokenizer = {
         **published,
@@ -278,10 +296,10 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
 def _layout_in(
     family: Family, published: Mapping[str, Any], ids: Mapping[str, int]
 ) -> tuple[dict[str, Any], set[str]]:
-    """A family's layout with the sizes of a vocabulary, by names of tokens; and which names are
-    pieces of text.
+    """Return a family's layout by names of tokens, and the set of names that are pieces of text.
 
-    Sizes that are written as text are spelled by the published tokenizer.
+    Of the sizes only those remain for which the vocabulary has tokens. Sizes that are written as
+    text are spelled by the published tokenizer.
     """
     sizes: Mapping[str, Any] = family.layout.get("sizes", {})
     if not sizes:
@@ -298,11 +316,11 @@ def _layout_in(
 
 
 SETTINGS = ("unconditional_text", "last_row_closed")
-"""Fields of a layout that name no tokens."""
+"""Fields of a layout that do not name tokens."""
 
 
 def _named(layout: Any) -> set[str]:
-    """All names of tokens in a layout."""
+    """Collect all names of tokens in a layout."""
     if isinstance(layout, Mapping):
         tokens = (value for key, value in layout.items() if key not in SETTINGS)
         return set().union(*map(_named, tokens))

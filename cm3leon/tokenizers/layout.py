@@ -1,9 +1,11 @@
-"""What stands beside texts and images in a sequence: data, so that another family's sequences need no code.
+"""Layouts of sequences: which ids stand around and between texts and images.
 
-paper      <eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>
-Chameleon  <s> a cat <break> I4 I7 <end_of_span> <next> a dog <break> I2 I9 <end_of_span> </s>
-with rows  <s> a dog <break> <1> <2> I2 I9 <row> I5 I6 <row> <end_of_span> </s>
-Emu3       <s> a dog <break> 2 * 2 <codes> I2 I9 <row> I5 I6 <row> <all rows> <end_of_span> </s>
+A layout is data, so another family's sequences need no code. Here are those of four families:
+
+    paper      <eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>
+    Chameleon  <s> a cat <break> I4 I7 <end_of_span> <next> a dog <break> I2 I9 <end_of_span> </s>
+    with rows  <s> a dog <break> <1> <2> I2 I9 <row> I5 I6 <row> <end_of_span> </s>
+    Emu3       <s> a dog <break> 2 * 2 <codes> I2 I9 <row> I5 I6 <row> <all rows> <end_of_span> </s>
 """
 
 from __future__ import annotations
@@ -27,44 +29,48 @@ Unconditional = Literal["mask", "none"]
 Grid = tuple[int, int]
 """Rows and columns of an image's codes."""
 UNKNOWN: Grid = (0, 0)
-"""The grid of an image without codes: its size is not said."""
+"""The grid of an image whose codes do not show its size."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ids that stand beside those of texts and images; the defaults are the paper's (section 2.1, figures 8 and 9)."""
+    """Ids around and between texts and images.
+
+    The defaults are the paper's (section 2.1, figures 8 and 9).
+    """
 
     begin: int = EOS
     """Opens a sample."""
     end: int = EOS
     """Closes a sample."""
     between_segments: tuple[int, ...] = (BREAK,)
-    """Between the segments of a document."""
+    """Separate the segments of a document."""
     between_documents: tuple[int, ...] = (BREAK,)
-    """Between the documents of a sample."""
+    """Separate the documents of a sample."""
     image_open: tuple[int, ...] = ()
-    """In front of an image."""
+    """Stand in front of an image."""
     image_close: tuple[int, ...] = ()
-    """Behind an image."""
+    """Stand behind an image."""
     row_close: int | None = None
-    """Behind each row of an image's codes; None = rows are not marked."""
+    """Closes each row of an image's codes; None = rows are not marked."""
     last_row_closed: bool = True
-    """Whether `row_close` stands behind an image's last row, too, or between its rows alone."""
+    """Whether `row_close` also follows the last row of an image; otherwise it separates rows."""
     turn: tuple[int, ...] = ()
-    """Behind a question, where a model answers in turns; empty = it does not."""
+    """Follow a question to a model that answers in turns; empty for other models."""
     unconditional_text: Unconditional = "mask"
-    """What the unconditional stream has in the place of a text: a mask, or nothing, as models without masks have it."""
+    """What replaces the text in the unconditional stream: a mask, or nothing, for models that were
+    trained without masks."""
     sizes: Mapping[Grid, tuple[int, ...]] = field(default_factory=dict, hash=False)
-    """Behind `image_open`, by the image's rows and columns: special tokens, or pieces of text.
-    Empty = sizes are not said."""
+    """Ids that follow `image_open` and tell an image's rows and columns: special tokens, or pieces
+    of text. Empty = sequences do not tell sizes."""
 
     def around_image(self, grid: Grid) -> int:
-        """Ids in front of an image of that size and behind it."""
+        """Count the ids in front of an image of that size and behind it."""
         return len(self.image_open) + len(self.sizes.get(grid, ())) + len(self.image_close)
 
     @cached_property
     def around_any_image(self) -> int | None:
-        """The same where it is one number for all sizes; None where it is not."""
+        """Count of ids around an image if it is the same for all sizes; None otherwise."""
         lengths = {len(tokens) for tokens in self.sizes.values()} or {0}
         if len(lengths) > 1:
             return None
@@ -72,14 +78,14 @@ class Layout:
 
     @property
     def before_an_image(self) -> tuple[int, ...]:
-        """Ids between a text and the image behind it; the first of them ends the text."""
+        """Ids between a text and the image that follows it; the first of them ends the text."""
         return (*self.between_segments, *self.image_open)
 
     def opening(self, segment: TokenSegment) -> tuple[int, ...]:
-        """Ids in front of a segment; none for one that goes on with what stands before it.
+        """Return the ids in front of a segment; none for one that continues the one before it.
 
         Raises:
-            ValueError: for an image of a size that has no ids.
+            ValueError: for an image whose size has no ids.
         """
         if segment.modality == "text" or segment.joined:
             return ()
@@ -91,14 +97,13 @@ class Layout:
         return (*self.image_open, *self.sizes[grid])
 
     def closing(self, segment: TokenSegment) -> tuple[int, ...]:
-        """Ids behind a segment."""
+        """Return the ids behind a segment."""
         return () if segment.modality == "text" else self.image_close
 
     def grid_of(self, ids_T: np.ndarray) -> Grid:
-        """Rows and columns of an image by its ids; where rows are not closed it is taken to be
-        square.
+        """Read an image's rows and columns off its ids. Without closed rows, it is square.
 
-        An image of one row, of which nothing is closed, is not told from one that is masked.
+        An image of one row that is not closed looks like a masked one, and gives `UNKNOWN`.
         """
         if self.row_close is None:
             return square_grid(len(ids_T))
@@ -108,7 +113,7 @@ class Layout:
         return len(ends) + (not self.last_row_closed), int(ends[0])
 
     def sizes_within(self, codes: int) -> list[Grid]:
-        """The sizes of at most so many codes that allow for no further row or column.
+        """List the sizes of at most so many codes that have room for no further row or column.
 
         >>> Layout(sizes={(1, 1): (), (1, 2): (), (2, 1): (), (1, 3): (), (2, 2): ()}).sizes_within(3)
         [(1, 3), (2, 1)]
@@ -117,6 +122,8 @@ class Layout:
         for rows, columns in self.sizes:
             if rows * columns <= codes:
                 widest[rows] = max(columns, widest.get(rows, 0))
+
+        # From many rows to few: a size stays if it is wider than all that have more rows.
         found: list[Grid] = []
         for rows in sorted(widest, reverse=True):
             if not found or widest[rows] > found[-1][1]:
@@ -124,21 +131,25 @@ class Layout:
         return found[::-1]
 
     def image_length(self, grid: Grid) -> int:
-        """Ids of an image of that size, without those around it."""
+        """Count the ids of an image of that size, without those around it."""
         rows, columns = grid
         return rows * self.row_length(columns) - self._unclosed
 
     def row_length(self, columns: int) -> int:
-        """Ids of a row of so many codes, with what closes it."""
+        """Count the ids of a row of so many codes, including the one that closes it."""
         return columns + (self.row_close is not None)
 
     @property
     def _unclosed(self) -> int:
-        """Ids that the last row lacks of those of the others."""
+        """How many ids the last row has less than the others: 0 or 1."""
         return int(self.row_close is not None and not self.last_row_closed)
 
     def closed_rows(self, ids: np.ndarray, grid: Grid) -> np.ndarray:
-        """Ids of images (..., T) from those of their codes (..., N): the same, or each row closed."""
+        """Insert the ids that close rows: ids of codes (..., N) become ids of images (..., T).
+
+        >>> Layout(row_close=9).closed_rows(np.array([5, 6, 7, 8]), (2, 2))
+        array([5, 6, 9, 7, 8, 9])
+        """
         if self.row_close is None:
             return ids
         rows = ids.reshape(*ids.shape[:-1], *grid)
@@ -147,13 +158,13 @@ class Layout:
         return closed[..., : closed.shape[-1] - self._unclosed]
 
     def open_rows(self, ids: np.ndarray) -> np.ndarray:
-        """Ids of the codes alone (..., N); the inverse of `closed_rows`."""
+        """Remove the ids that close rows; the inverse of `closed_rows`."""
         if self.row_close is None:
             return ids
         return ids[ids != self.row_close].reshape(*ids.shape[:-1], -1)
 
     def row_ends(self, columns: int, start: int, end: int) -> tuple[int, ...]:
-        """Which of an image's ids [start, end), counted from `start`, close a row of so many columns.
+        """Find which of an image's ids [start, end) close a row, counted from `start`.
 
         >>> Layout(row_close=9).row_ends(2, 1, 6)
         (1, 4)
@@ -167,22 +178,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class LayoutTable:
-    """A layout by the names of its tokens, as a file beside the text tokenizer has it."""
+    """A layout by the names of its tokens, read from a file beside the text tokenizer."""
 
     specials: tuple[str, ...] = SPECIALS
-    """Names of the ids at the beginning of the vocabulary; `SPECIALS` come first."""
+    """Names of the first ids of the vocabulary, which begin with `SPECIALS`."""
     layout: Layout = field(default_factory=Layout)
 
     @classmethod
     def from_names(cls, content: Mapping[str, Any], where: str) -> LayoutTable:
-        """The table of a JSON object: `specials`, and the fields of `Layout` with names in the place of ids.
+        """Read a table from a JSON object.
 
-        The keys of `sizes` are written as 16x16, rows first. `pieces` has the ids of pieces of text
-        that are named.
+        It has `specials` and the fields of `Layout`, with names instead of ids. The keys of `sizes`
+        are rows x columns, as in 16x16. `pieces` gives the ids of those pieces of text that are
+        named.
 
         Raises:
-            UserError: for a field that is not known, or a name that is no special token and no such
-                piece.
+            UserError: for an unknown field, or a name that is neither a special token nor one of
+                the pieces.
         """
         names = content.get("specials")
         if not isinstance(names, list) or tuple(names[: len(SPECIALS)]) != SPECIALS:
@@ -195,6 +207,7 @@ class LayoutTable:
             raise UserError(f"{where}: pieces must be an object of ids by the names of pieces")
         number = {**pieces, **number}
 
+        # Every other field is a list of names, one name, or one of three exceptions.
         def id_of(name: Any, key: str) -> int:
             if name not in number:
                 raise UserError(f"{where}: {key} names {name!r}, which is not among its specials")
@@ -223,6 +236,7 @@ class LayoutTable:
                 given[key] = tuple(id_of(name, key) for name in value)
             else:
                 given[key] = None if value is None else id_of(value, key)
+
         layout = Layout(**given)
         if layout._unclosed and any(rows == 1 for rows, _ in layout.sizes):
             raise UserError(
@@ -240,7 +254,7 @@ def _grid(text: str, where: str) -> Grid:
 
 
 def square_grid(codes: int) -> Grid:
-    """Rows and columns of a square image of so many codes."""
+    """Return the rows and columns of a square image of so many codes."""
     side = math.isqrt(codes)
     return side, side
 

@@ -10,11 +10,11 @@ No piece of the vocabulary reaches across the border of two words. The text
     qwen2, qwen3_5   it | 's | ␣ | 1 | 2 | \n\n | ␣ | ␣< | red | > | ␣dogs
     tekken     it | 's | ␣ | 1 | 2 | \n\n | ␣ | ␣< | red | > | ␣dogs
 
-All but `words` are kept letter for letter as their publishers have them: that is how other encoders
-know them again.
+All but `words` are kept letter for letter as published, because other encoders recognise them by
+their text.
 
-No pattern has a word with a letter before ">", so no piece ends in the two, as all special tokens
-do, and no text becomes a special token.
+All special tokens end in a letter and ">". No pattern has a word in which a letter stands before
+">", so no piece can end in the two, and no text becomes a special token.
 """
 
 from __future__ import annotations
@@ -56,29 +56,30 @@ PUBLISHED_PATTERNS: dict[Pattern, str] = {
 
 
 def expression(pattern: Pattern, longest: int) -> str:
-    """The regular expression of a pattern.
+    """Return the regular expression of a pattern.
 
-    In `words` a word has at most `longest` characters, and a space before.
+    In `words` a word has at most `longest` characters, and one space before them.
     """
     return _words(longest) if pattern == "words" else PUBLISHED_PATTERNS[pattern]
 
 
 def learned_from(pattern: Pattern, longest: int) -> list[str]:
-    """The expressions that cut text in turn for learning, so that no piece has more characters.
+    """Return the expressions that cut text for learning, one after the other.
 
-    Without a limit a megabyte of base64 or of Chinese would be one word, through which every merge
-    goes again. Encoding takes a long word in one go, up to the million characters of
-    `tokenizers.text.BATCH`.
+    They keep pieces to `longest` characters. Without this limit a megabyte of base64 or of Chinese
+    would be one word, which every merge reads again from its beginning. Encoding takes long words
+    whole, up to the million characters of `tokenizers.text.BATCH`.
     """
     whole = expression(pattern, longest)
     return [whole] if pattern == "words" else [whole, rf"[\s\S]{{1,{longest}}}"]
 
 
 def _words(longest: int) -> str:
-    """GPT-2's words, but digits and "<" alone, accents with their letters, none too long.
+    """Return GPT-2's pattern with four changes.
 
-    White space before a word is one run, of which the word takes the last space; a run that ends
-    in a newline stays whole.
+    Digits and "<" are words of their own, accents stay with their letters, and words have a largest
+    length. White space before a word is one run, of which the word takes the last space; a run that
+    ends in a newline stays whole.
     """
     return (
         r"'(?:s|t|re|ve|m|ll|d)|\p{N}|<"

@@ -24,20 +24,23 @@ from cm3leon.types import UserError
 BYTES = 256
 FILE = "tokenizer.json"
 LAYOUT = "layout.json"
-"""Beside it where its special tokens and the layout of sequences are not the paper's."""
+"""File beside it for special tokens and layouts of sequences that are not the paper's."""
 PUBLISHED = "published.json"
-"""Beside it where it is a published one: the name of its family, and the text of its file before it was renumbered."""
+"""File beside a published tokenizer: the name of its family, and its text before renumbering."""
 
 FILLER = "Ā"
 """The piece of U+0000 in the alphabet of bytes."""
 
 STRETCH = 1 << 16
-"""Characters of a text that are counted together: the library holds a few hundred of them, whatever a document has."""
-BATCH = 1 << 20
-"""Characters that the library is given to encode at once, at most, be they of one text or of many.
+"""Characters of a stretch, in which documents go to the library for learning.
 
-It needs some hundred bytes of memory for each, and a pattern may go back once for each character
-of a word: after ten million such retries in one word, the library ends the process with a panic.
+The library holds a few hundred stretches at a time, so its memory does not depend on the documents.
+"""
+BATCH = 1 << 20
+"""Largest number of characters that the library encodes at once, of one text or of many.
+
+It needs about a hundred bytes of memory for each. A pattern may also backtrack once per character
+of a word, and after ten million such steps in one word the library ends the process with a panic.
 """
 
 
@@ -46,30 +49,35 @@ class TextTokenizerConfig:
     """Size of the text vocabulary, where its pieces end, and how much text it is learned from."""
 
     vocab_size: Annotated[int, Range(ge=BYTES + len(SPECIALS))] = 56_320
-    """Text ids, the four special tokens and the 256 bytes included; fewer are used where the corpus has few merges."""
+    """Text ids, including the four special tokens and the 256 bytes. A corpus with few merges
+    leaves some of them unused."""
     min_frequency: PositiveInt = 2
     """A pair of pieces is merged only if the sample holds it at least this often."""
     pattern: Pattern = "qwen3_5"
-    """Words that no piece reaches across: `words` is our own, the others are of published models."""
+    """How text is cut into words, across which no piece reaches: `words` is this project's own
+    pattern, the others are those of published models."""
     max_word: Annotated[int, Range(ge=1, le=1000)] = 64
-    """Characters after which a word is cut for learning: no piece has more (`words`: and a space)."""
+    """Characters after which words are cut for learning, and so the longest piece (with `words`,
+    plus a space)."""
     sample_bytes: PositiveInt | None = 1_000_000_000
-    """UTF-8 bytes of text that are read, equally many from each part of the corpus; null = all of it."""
+    """UTF-8 bytes of text that are read, the same number from each part of the corpus; null = all
+    of it."""
     fill_to: PositiveInt | None = None
-    """Ids that a shorter text is filled up to, by the piece of U+0000, so that the images of a
-    sample stand at equal distances and a small model learns sooner to look from one to the next
-    (DALL-E's texts were filled up to 256); null = none is filled."""
+    """Number of ids that shorter texts are filled up to, by the piece of U+0000; null = texts are
+    not filled. The images of a sample then stand at equal distances, and a small model learns
+    sooner to look from one to the next (DALL-E's texts were filled up to 256)."""
 
 
 class TextTokenizer:
     """Text to ids and back, exactly, for any Unicode string; text never becomes a special token.
 
-    Where texts are filled up (`fill_to`), U+0000 at the end of one does not come back.
+    The special tokens are the first four *ordinary* entries of the vocabulary, because those that
+    the library calls special would be recognised inside user text. No merge can produce them:
+    `patterns.py` says why.
 
-    The special tokens are the first four *ordinary* entries of the vocabulary: what the library
-    calls special tokens would be recognised inside user text. No merge can produce them, because
-    no pattern has a word with a letter before ">".
-    A lone surrogate, which JSON can smuggle into a Python string but no Unicode text may hold, counts as U+FFFD.
+    There are two exceptions to "exactly". Where texts are filled up (`fill_to`), a U+0000 at the
+    end of a text is lost. And a lone surrogate, which JSON can bring into a Python string although
+    no Unicode text may hold it, comes back as U+FFFD.
     """
 
     def __init__(
@@ -82,18 +90,21 @@ class TextTokenizer:
         self.vocab_size = vocab_size
         self.specials = tuple(specials)
         self.fills = tokenizer.padding is not None
-        """Whether short texts are filled up, which `tokenizer.json` says as the library has it."""
+        """Whether short texts are filled up; `tokenizer.json` keeps it as the library's padding."""
 
     @classmethod
     def train(cls, config: TextTokenizerConfig, texts: Iterable[str]) -> TextTokenizer:
-        """Learn the merges on `texts`, which are read once and not kept: what is held are the distinct words.
+        """Learn the merges from `texts`.
+
+        They are read once. Only their distinct words stay in memory.
 
         Raises:
-            UserError: where there is no text at all.
+            UserError: if there is no text at all.
         """
         learner = Tokenizer(models.BPE())
         learner.decoder = decoders.ByteLevel()
-        # Words are cut for learning only, so that the file has the pattern as others know it.
+
+        # Long words are cut for learning only; the file gets the pattern that other encoders know.
         learner.pre_tokenizer = _cut_at(*learned_from(config.pattern, config.max_word))
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size - len(SPECIALS),
@@ -108,9 +119,11 @@ class TextTokenizer:
             first = next(stretches, None)
             if first is None:
                 raise UserError(
-                    "text_tokenizer: the corpus holds no text to train on, at least one caption is needed"
+                    "text_tokenizer: the corpus holds no text to train on, "
+                    "at least one caption is needed"
                 )
             learner.train_from_iterator(itertools.chain([first], stretches), trainer)
+
         learner.pre_tokenizer = _cut_at(expression(config.pattern, config.max_word))
         tokenizer = _with_specials(learner)
         if config.fill_to is not None:
@@ -123,7 +136,8 @@ class TextTokenizer:
         """Read `tokenizer.json` from `folder`.
 
         Raises:
-            UserError: if it is missing, damaged, larger than the config allows, or not such a tokenizer as is saved.
+            UserError: if it is missing, damaged, larger than the config allows, or a tokenizer that
+                does not keep the promises of this class.
         """
         path = folder / FILE
         check_readable(path)
@@ -135,6 +149,7 @@ class TextTokenizer:
             raise UserError(
                 f"text_tokenizer: {path} is damaged or no tokenizer.json: {error}"
             ) from error
+
         specials = layout_table(folder).specials
         problem = _problem(tokenizer, specials)
         if problem:
@@ -149,9 +164,10 @@ class TextTokenizer:
         return cls(tokenizer, config.vocab_size, specials)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, the library's standard format, and what transformers' `AutoTokenizer` asks for.
+        """Write `tokenizer.json`, and the file that transformers' `AutoTokenizer` needs beside it.
 
-        The second file names no special tokens on purpose: transformers would recognise them inside user text.
+        The second file names no special tokens on purpose, because transformers would recognise
+        them inside user text.
         """
         self._tokenizer.save(str(folder / FILE))
         settings = {
@@ -166,11 +182,11 @@ class TextTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, shape (T,), int64, none of them a special token.
+        """Encode a text as ids (T,), int64, none of them a special token.
 
-        A text of more than `BATCH` characters is encoded in parts, which end where a word does. Its
-        ids are those of the whole text, unless `BATCH` characters have no space behind a word: the
-        word that is cut then counts as two.
+        A text of more than `BATCH` characters is encoded in parts that end where a word ends, so
+        its ids are those of the whole text. Only where no word ends within `BATCH` characters is a
+        word cut, and encoded as two.
         """
         parts = [
             self._tokenizer.encode(part, add_special_tokens=False).ids
@@ -179,7 +195,8 @@ class TextTokenizer:
         return np.concatenate([np.asarray(ids, dtype=np.int64) for ids in parts])
 
     def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """What `encode` gives for each of the texts, on all cores."""
+        """Encode many texts on all cores, each as by `encode`."""
+        # Texts are cut into parts, and the parts of all texts are encoded in batches.
         counts: list[int] = []
 
         def all_parts() -> Iterator[str]:
@@ -193,7 +210,7 @@ class TextTokenizer:
             encoded = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids += [np.asarray(each.ids, dtype=np.int64) for each in encoded]
 
-        # Nearly all texts are of one part, whose ids are not copied.
+        # Put the parts of each text together. Nearly all texts have one, which is not copied.
         following = iter(ids)
         joined: list[np.ndarray] = []
         for count in counts:
@@ -202,21 +219,24 @@ class TextTokenizer:
         return joined
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the ids; special tokens and ids without a piece are left out, broken UTF-8 becomes U+FFFD."""
+        """Decode ids into a text.
+
+        Special tokens and ids without a piece are left out. Broken UTF-8 becomes U+FFFD.
+        """
         kept = [int(i) for i in ids if len(self.specials) <= i < self.pieces]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
         return text.rstrip("\0") if self.fills else text
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Names of the ids in `tokenizer.json`: pieces, spelled in its alphabet of bytes, and special tokens.
+        """Return the names of ids in `tokenizer.json`; ids without a piece are left out.
 
-        Ids without a piece are left out.
+        Pieces are spelled in the file's alphabet of bytes, in which a space is Ġ.
         """
         names = (self._tokenizer.id_to_token(int(i)) for i in ids)
         return [name for name in names if name is not None]
 
     def ids(self, tokens: Sequence[str]) -> np.ndarray:
-        """Inverse of `tokens`, shape (T,), int64. Raises UserError for a name that there is none of."""
+        """Invert `tokens`: ids (T,), int64. Raises UserError for an unknown name."""
         ids = [self._tokenizer.token_to_id(token) for token in tokens]
         if None in ids:
             raise UserError(f"{tokens[ids.index(None)]!r} is no token of this tokenizer")
@@ -224,13 +244,15 @@ class TextTokenizer:
 
 
 def layout_table(folder: Path) -> LayoutTable:
-    """The special tokens and the layout that stand beside a text tokenizer; without a file, the paper's."""
+    """Read special tokens and layout from beside a text tokenizer; without a file, the paper's."""
     file = folder / LAYOUT
-    return LayoutTable.from_names(read_json(file), str(file)) if file.is_file() else LayoutTable()
+    if not file.is_file():
+        return LayoutTable()
+    return LayoutTable.from_names(read_json(file), str(file))
 
 
 def unicode_text(text: str) -> str:
-    """The text as UTF-8 can hold it: surrogates in pairs become their character, lone ones U+FFFD."""
+    """Make a text that UTF-8 can hold: surrogate pairs become their character, others U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -239,16 +261,19 @@ def unicode_text(text: str) -> str:
 
 
 _WORD_END = re.compile(r".*\S(?= )", re.DOTALL)
-"""All up to the last space behind something else. There every pattern ends a word, whatever
-follows: a space is only the first character of a word, or in a run of white space."""
+"""Everything before the last space that follows another character.
+
+Every pattern ends a word there, whatever follows, because a space is either the first character of
+a word or part of a run of white space.
+"""
 
 
 def _parts(text: str) -> list[str]:
-    """A text in parts of at most `BATCH` characters, cut in front of a space where there is one."""
+    """Cut a text into parts of at most `BATCH` characters, in front of a space if there is one."""
     parts: list[str] = []
     start = 0
     while len(text) - start > BATCH:
-        # One character more is looked at, as the space may be the first of the next part.
+        # The space may be the first character of the next part, so one more character is searched.
         word_end = _WORD_END.match(text, start, start + BATCH + 1)
         end = start + BATCH if word_end is None else word_end.end()
         parts.append(text[start:end])
@@ -257,7 +282,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of at most `BATCH` characters, which none of them exceeds."""
+    """Collect texts, none longer than `BATCH` characters, in lists of at most as many in all."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -270,18 +295,18 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-# ------------------------------------------------------------------------------------------------ from text to words
+# ----------------------------------------------------------------------------- from text to words
 
 
 def _cut_at(*expressions: str) -> pre_tokenizers.PreTokenizer:
-    """Cuts text at the matches of each expression in turn, and spells the words as bytes."""
+    """Build a step that cuts text by each expression in turn, and spells the words as bytes."""
     splits = [pre_tokenizers.Split(Regex(each), behavior="isolated") for each in expressions]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([*splits, byte_level])
 
 
 def _stretches(texts: Iterable[str], progress: tqdm[Any]) -> Iterator[str]:
-    """The texts one after the other, long ones in stretches, with their bytes counted."""
+    """Yield the texts one after the other, long ones in stretches, and count their bytes."""
     for text in texts:
         for start in range(0, len(text), STRETCH):
             stretch = unicode_text(text[start : start + STRETCH])
@@ -290,11 +315,11 @@ def _stretches(texts: Iterable[str], progress: tqdm[Any]) -> Iterator[str]:
     progress.set_description_str("text read, merging")
 
 
-# ------------------------------------------------------------------------------------------------ special tokens
+# --------------------------------------------------------------------------------- special tokens
 
 
 def _with_specials(learner: Tokenizer) -> Tokenizer:
-    """The learned BPE with every id moved up by four, to make room for the special tokens at ids 0 to 3."""
+    """Move every learned id up by four, to make room for the special tokens at ids 0 to 3."""
     content = json.loads(learner.to_str())
     learned = content["model"]
     vocab = {special: number for number, special in enumerate(SPECIALS)}
@@ -306,11 +331,11 @@ def _with_specials(learner: Tokenizer) -> Tokenizer:
 _PROBE = "".join(
     map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)])
 ) + (" A  b\n\n\t 12 e\u0301 \ufb01 \uff21 \x00 isn't 'a , b . <break><mask:0> ")
-"""All bytes that UTF-8 has, and what normalisers change."""
+"""A text with all bytes that occur in UTF-8, and with everything that normalisers change."""
 
 
 def _problem(tokenizer: Tokenizer, specials: Sequence[str]) -> str | None:
-    """Why the tokenizer does not keep what `TextTokenizer` promises, None if it does."""
+    """Say which promise of `TextTokenizer` the tokenizer breaks; None if it keeps all."""
     content = json.loads(tokenizer.to_str())
     model = content["model"]
     if model["type"] != "BPE":
@@ -324,11 +349,8 @@ def _problem(tokenizer: Tokenizer, specials: Sequence[str]) -> str | None:
     merged = {"".join(merge) for merge in model["merges"]}
     if model["ignore_merges"] or not merged.isdisjoint(specials):
         return "its merges can make a special token of text"
-    if (
-        tokenizer.decode(
-            tokenizer.encode(_PROBE, add_special_tokens=False).ids, skip_special_tokens=False
-        )
-        != _PROBE
-    ):
+
+    ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    if tokenizer.decode(ids, skip_special_tokens=False) != _PROBE:
         return "text does not come back from it exactly, as it does from byte-level pieces"
     return None

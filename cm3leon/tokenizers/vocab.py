@@ -1,11 +1,12 @@
 """The one vocabulary of text pieces, image codes and sentinels. No other file knows an id range.
 
-    [0, text_size)                       text, beginning with <pad> <eos> <break> <end_of_span> and other specials
-    [text_size, + image_size)            image codes
-    [.., + sentinels)                    <mask:0> <mask:1> ...
-    [.., size)                           reserved, up to the next power of two
+    range                        the paper's          what
+    [0, text_size)               [0, 56320)           <pad> <eos> <break> <end_of_span>, text
+    [.., + image_size)           [56320, 64512)       image codes
+    [.., + sentinels)            [64512, 65024)       <mask:0> <mask:1> ...
+    [.., size)                   [65024, 65536)       reserved, up to the next power of two
 
-The paper's sizes, 56,320 text + 8,192 image + 512 sentinels, leave 512 reserved ids and make 65,536 = 2^16.
+Vocabularies of public weights may have further special tokens in front of the text.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ Ids = TypeVar("Ids", np.ndarray, "Tensor")
 
 @dataclass(frozen=True)
 class Vocab:
-    """Id ranges, and the layout of sequences in them. Sizes are numbers of ids; `text_size` counts the `specials`.
+    """Id ranges, and the layout of sequences.
+
+    Sizes are numbers of ids; `text_size` includes the `specials`.
 
     >>> Vocab(text_size=56_320, image_size=8_192).size
     65536
@@ -50,7 +53,8 @@ class Vocab:
     image_size: int
     sentinels: int = 512
     specials: int = len(SPECIALS)
-    """Ids at the beginning of the text's that are no pieces: no text holds them, and none is drawn as one."""
+    """Number of special tokens, the first of the text ids. They occur in no text, and the model
+    never draws them as text."""
     layout: Layout = PAPER
 
     pad = PAD
@@ -61,8 +65,8 @@ class Vocab:
     def __post_init__(self) -> None:
         if self.text_size <= self.specials or self.image_size < 1 or self.sentinels < 1:
             raise UserError(
-                f"a vocabulary needs more than {self.specials} text ids, an image code and a sentinel, "
-                f"got {self.text_size}, {self.image_size}, {self.sentinels}"
+                f"a vocabulary needs more than {self.specials} text ids, an image code and a "
+                f"sentinel, got {self.text_size}, {self.image_size}, {self.sentinels}"
             )
 
     @property
@@ -77,12 +81,12 @@ class Vocab:
 
     @property
     def used(self) -> int:
-        """Ids in use, before the reserved ones."""
+        """Number of ids in use, all but the reserved ones."""
         return self.sentinel_start + self.sentinels
 
     @property
     def size(self) -> int:
-        """All ids: the next power of two."""
+        """Number of all ids, a power of two."""
         return 1 << (self.used - 1).bit_length()
 
     def sentinel(self, number: int) -> int:
@@ -95,7 +99,7 @@ class Vocab:
 
     @property
     def id_dtype(self) -> type[np.unsignedinteger]:
-        """What ids are stored as: 16 bits where all in use fit, 32 bits otherwise."""
+        """Type that ids are stored as: 16 bits if all ids in use fit, 32 bits otherwise."""
         return np.uint16 if self.used <= 1 << 16 else np.uint32
 
     def kind(self, id_: int) -> Kind:
@@ -109,41 +113,42 @@ class Vocab:
         return "sentinel" if id_ < self.used else "reserved"
 
     def is_text(self, ids: Ids) -> Ids:
-        """Boolean array: which ids are pieces of text or special tokens."""
+        """Tell which ids are pieces of text or special tokens."""
         return ids < self.text_size
 
     def is_image(self, ids: Ids) -> Ids:
-        """Boolean array: which ids are image codes."""
+        """Tell which ids are image codes."""
         return (ids >= self.image_start) & (ids < self.sentinel_start)
 
     def is_sentinel(self, ids: Ids) -> Ids:
-        """Boolean array: which ids are sentinels."""
+        """Tell which ids are sentinels."""
         return (ids >= self.sentinel_start) & (ids < self.used)
 
     def image_ids(self, codes: np.ndarray, grid: Grid | None = None) -> np.ndarray:
-        """Codes 0.. (..., N) of images as ids (..., T), int64: as many, and one behind each row if the layout says so.
+        """Return the ids (..., T), int64, of images, with those that close rows in some layouts.
 
         Args:
+            codes: image codes from 0 on, (..., N).
             grid: rows and columns of an image; None = it is square.
         """
         ids = np.asarray(codes, dtype=np.int64) + self.image_start
         return self.layout.closed_rows(ids, grid or square_grid(ids.shape[-1]))
 
     def image_codes(self, ids: np.ndarray) -> np.ndarray:
-        """Inverse of `image_ids`. Raises ValueError for an id that is no image code."""
+        """Invert `image_ids`. Raises ValueError for an id that is no image code."""
         ids = self.layout.open_rows(np.asarray(ids, dtype=np.int64))
         if not self.is_image(ids).all():
             raise ValueError("ids outside the image range cannot become image codes")
         return ids - self.image_start
 
     def sentinel_numbers(self, ids: np.ndarray) -> np.ndarray:
-        """Inverse of `sentinel`, same shape, int64. Raises ValueError for an id that is no sentinel."""
+        """Invert `sentinel`: the same shape, int64. Raises ValueError for ids of other kinds."""
         if not self.is_sentinel(np.asarray(ids)).all():
             raise ValueError("ids outside the range of the sentinels have no number")
         return np.asarray(ids, dtype=np.int64) - self.sentinel_start
 
     def ranges(self) -> dict[str, int | list[int]]:
-        """All of the vocabulary: single ids as numbers, ranges as [first, one past the last]."""
+        """List the vocabulary: single ids as numbers, ranges as [first, one past the last]."""
         return {
             "pad": self.pad,
             "eos": self.eos,
@@ -156,9 +161,7 @@ class Vocab:
         }
 
     def id_range(self, modality: Modality) -> tuple[int, int]:
-        """First id, and one past the last, of the content tokens of a modality."""
-        return (
-            (self.specials, self.text_size)
-            if modality == "text"
-            else (self.image_start, self.sentinel_start)
-        )
+        """Return the first id, and one past the last, of the content tokens of a modality."""
+        if modality == "text":
+            return self.specials, self.text_size
+        return self.image_start, self.sentinel_start

@@ -1,4 +1,10 @@
-"""What a VQGAN is trained on: likeness to the eye, and a discriminator's verdict (Esser et al. 2021, section 3.1)."""
+"""The loss of a VQGAN: likeness, and a discriminator's verdict (Esser et al. 2021, section 3.1).
+
+    loss = |x - y|  +  perceptual * LPIPS(x, y)  +  quantizer's loss
+           +  adversarial * weight * generator_loss(D(y))  +  discriminator_loss(D(x), D(y))
+
+for an image x, its reconstruction y and the discriminator D. `adaptive_weight` gives the weight.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +34,7 @@ from cm3leon.tokenizers.image.vq_model import VQModel
 
 
 class LossSettings(Protocol):
-    """Settings of the loss, see `VQGAN.Config`."""
+    """Settings of the loss; `VQGAN.Config` explains them."""
 
     perceptual_file: Path | None
     perceptual: float
@@ -41,42 +47,43 @@ class LossSettings(Protocol):
 class AdversarialTraining(TokenizerTraining):
     """A tokenizer, its discriminator, and the loss of both at once.
 
-    One backward pass gives each network the gradient of its own loss and of nothing else: the tokenizer is judged by a
-    discriminator whose weights are constants, the discriminator judges reconstructions that are.
+    One backward pass gives each network the gradient of its own loss only: for the generator's loss
+    the discriminator's weights are constants, for the discriminator's loss the reconstructions are.
     """
 
     def __init__(self, tokenizer: VQModel, config: LossSettings) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.discriminator = (
-            PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
-            if config.adversarial
-            else None
-        )
+        self.discriminator: PatchDiscriminator | None = None
+        if config.adversarial:
+            self.discriminator = PatchDiscriminator(
+                config.discriminator_channels, config.discriminator_layers
+            )
         self.step: Tensor
         self.register_buffer("step", torch.tensor(0))
-        wanted = config.perceptual > 0
-        self.perceptual = (
-            Perceptual.load(config.perceptual_file) if wanted and config.perceptual_file else None
-        )
-        self.notes = (
-            ()
-            if self.perceptual or not wanted
-            else (
-                "no perceptual distance in the loss: image_tokenizer.perceptual_file names no weights of VGG16",
-            )
-        )
+
+        self.perceptual: Perceptual | None = None
+        if config.perceptual > 0:
+            if config.perceptual_file:
+                self.perceptual = Perceptual.load(config.perceptual_file)
+            else:
+                self.notes = (
+                    "no perceptual distance in the loss: "
+                    "image_tokenizer.perceptual_file names no weights of VGG16",
+                )
 
     @property
     def networks(self) -> Sequence[nn.Module]:
         return [network for network in (self.tokenizer, self.discriminator) if network is not None]
 
     def loss(self, images_BHWC: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Loss of uint8 images, with the figures to record."""
+        """Return the loss of uint8 images, and figures to record."""
         images_BCHW = to_signal(images_BHWC)
         reconstruction_BCHW, codes_BHW, pull = self.tokenizer(images_BCHW)
         reconstruction_BCHW = reconstruction_BCHW.float()
+
+        # Likeness: absolute error, and the perceptual distance if there are weights for it.
         likeness = F.l1_loss(reconstruction_BCHW, images_BCHW)
         figures: dict[str, Tensor | float] = {
             "psnr_db": psnr_of_batch(F.mse_loss(reconstruction_BCHW, images_BCHW)),
@@ -89,6 +96,8 @@ class AdversarialTraining(TokenizerTraining):
             likeness = likeness + self.config.perceptual * distance
             figures["perceptual"] = distance.detach()
         loss = likeness + pull
+
+        # The discriminator joins late, when reconstructions have got a shape.
         if self.discriminator is not None and self.step >= self.config.adversarial_start:
             verdict, discrimination = self._adversarial(images_BCHW, reconstruction_BCHW)
             weight = adaptive_weight(likeness, verdict, self.tokenizer.decoder.conv_out.weight)
@@ -98,6 +107,7 @@ class AdversarialTraining(TokenizerTraining):
                 "generator_loss": verdict.detach(),
                 "discriminator_loss": discrimination.detach(),
             }
+
         if self.training:
             self.step += 1
         return loss, figures
@@ -105,7 +115,11 @@ class AdversarialTraining(TokenizerTraining):
     def _adversarial(
         self, images_BCHW: Tensor, reconstruction_BCHW: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The generator's loss, with gradients to the reconstruction only, and the discriminator's, to it only."""
+        """Return the generator's and the discriminator's loss.
+
+        Gradients of the first reach the reconstruction only, those of the second the discriminator
+        only.
+        """
         discriminator = self.discriminator
         assert discriminator is not None
         constants = {name: weight.detach() for name, weight in discriminator.named_parameters()}

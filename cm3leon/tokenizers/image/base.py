@@ -1,4 +1,4 @@
-"""What every image tokenizer does: uint8 images to codes and back, in batches, and large images in tiles."""
+"""Base of the image tokenizers: uint8 images to codes and back, in batches or in tiles."""
 
 from __future__ import annotations
 
@@ -15,30 +15,38 @@ from cm3leon.tokenizers.layout import Grid
 from cm3leon.weights import check_finite
 
 BATCH_PIXELS = 2**20
-"""Pixels that go through the network together, if nothing else is said: 16 images of 256x256, at most 256 images."""
+"""Pixels of a batch if no size is given: 16 images of 256x256 pixels, at most 256 images."""
 
 
 class TokenizerTraining(nn.Module):
-    """Base of what is trained: the tokenizer and whatever else its loss needs."""
+    """Base of what the trainer trains: the tokenizer and whatever else its loss needs."""
 
     notes: Sequence[str] = ()
     """Sentences for the user about how it is trained."""
 
     @property
     def networks(self) -> Sequence[nn.Module]:
-        """Its parts with a loss of their own, whose gradients are clipped each by itself."""
+        """The parts with a loss of their own, whose gradients are clipped separately."""
         return (self,)
 
     def loss(self, images_BHWC: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Loss of uint8 images, with the figures to record."""
+        """Return the loss of uint8 images, and figures to record."""
         raise NotImplementedError
 
 
 class ImageTokenizer(nn.Module):
-    """Base of the image tokenizers. Codes are numbered row by row; an image has `grid * grid` of them.
+    """Base of the image tokenizers.
 
-    A subclass has `image_size` and `codebook_size`, `downsampling`, and the two maps `codes_of` and `signal_of`.
-    Signals are float images in [-1, 1].
+    An image has `grid * grid` codes, numbered row by row. With 256 pixels and a `downsampling` of 8
+    a side, the codes of an image are
+
+        0     1    ...   31
+        32    33   ...   63
+        ...
+        992   993  ...   1023
+
+    A subclass sets `image_size`, `codebook_size` and `downsampling`, and defines the two maps
+    `codes_of` and `signal_of`. Signals are float images in [-1, 1].
     """
 
     image_size: int
@@ -46,7 +54,7 @@ class ImageTokenizer(nn.Module):
     codebook_size: int
     """Number of codes."""
     downsampling: int
-    """Pixels of a code's side."""
+    """Pixels along a side of a code."""
 
     @property
     def grid(self) -> int:
@@ -54,18 +62,18 @@ class ImageTokenizer(nn.Module):
         return self.image_size // self.downsampling
 
     def codes_of(self, signal_BCHW: Tensor) -> Tensor:
-        """Codes (B, H, W), int64, of a signal whose sides `downsampling` divides."""
+        """Return the codes (B, H, W), int64, of a signal whose sides `downsampling` divides."""
         raise NotImplementedError
 
     def signal_of(self, codes_BHW: Tensor) -> Tensor:
-        """Signal (B, 3, H * downsampling, W * downsampling) of codes; it may leave [-1, 1]."""
+        """Return the signal (B, 3, H * downsampling, W * downsampling); it may leave [-1, 1]."""
         raise NotImplementedError
 
     pretrained = False
-    """Whether its weights come with it; what does not has to be trained."""
+    """Whether it comes with its weights and needs no training."""
 
     def training_module(self) -> TokenizerTraining:
-        """What the trainer trains.
+        """Return the module that the trainer trains.
 
         Raises:
             UserError: for a tokenizer that is used as it is.
@@ -73,18 +81,19 @@ class ImageTokenizer(nn.Module):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Of a pretrained tokenizer: changes with what the file of its weights holds, not with where it lies."""
+        """Return a checksum of a pretrained tokenizer's weights, wherever their file lies."""
         raise NotImplementedError
 
     def geometry(self) -> dict[str, Any] | None:
-        """What a run keeps beside the weights, as JSON, so that it opens without the files they were taken from.
+        """Return the JSON object that a run keeps beside the weights; None if settings suffice.
 
-        It is given back as `kept` when the tokenizer is built for such a run; None = the settings say all.
+        With it the run opens without the published files. The tokenizer of such a run is built with
+        it as `kept`.
         """
         return None
 
     def ready(self) -> Self:
-        """Itself, on its device to stay there, to be used and not trained any more."""
+        """Prepare itself, on its final device, for use without further training."""
         return self.requires_grad_(False).eval()
 
     @torch.inference_mode()
@@ -96,10 +105,16 @@ class ImageTokenizer(nn.Module):
         *,
         grid: Grid | None = None,
     ) -> np.ndarray:
-        """Codes (B, N), int64, of uint8 images (B, H, W, C) of the right size; `title` shows the progress under it.
+        """Encode uint8 images (B, H, W, C) as codes (B, N), int64.
 
         Args:
-            grid: rows and columns of codes that the images have; None = `grid` of them along both sides.
+            images_BHWC: images of the right size.
+            batch_size: images of a batch; None = as many as `BATCH_PIXELS` allows.
+            title: name of the progress bar; "" = no bar.
+            grid: rows and columns of codes of the images; None = the usual square.
+
+        Raises:
+            ValueError: for images of another size.
         """
         height, width = (side * self.downsampling for side in grid or (self.grid, self.grid))
         if images_BHWC.shape[1:] != (height, width, 3):
@@ -126,7 +141,7 @@ class ImageTokenizer(nn.Module):
         *,
         grid: Grid | None = None,
     ) -> np.ndarray:
-        """Images (B, H, W, C), uint8, of codes (B, N); `title` and `grid` are as for `encode`."""
+        """Decode codes (B, N) to uint8 images (B, H, W, C); other arguments as for `encode`."""
         grid = grid or (self.grid, self.grid)
         batch_size = batch_size or self._batch_size
         images = [
@@ -137,18 +152,24 @@ class ImageTokenizer(nn.Module):
             )
             for start in _starts_of_batches(len(codes_BN), batch_size, title)
         ]
-        return (
-            np.concatenate(images)
-            if images
-            else np.zeros((0, *(side * self.downsampling for side in grid), 3), np.uint8)
-        )
+        if not images:
+            height, width = (side * self.downsampling for side in grid)
+            return np.zeros((0, height, width, 3), np.uint8)
+        return np.concatenate(images)
 
     @torch.inference_mode()
     def decode_tiled(self, codes_HW: np.ndarray, overlap: int = 8) -> np.ndarray:
-        """Image (H * downsampling, W * downsampling, 3), uint8, of a grid of codes of any size.
+        """Decode a grid of codes of any size to an image (H * downsampling, W * downsampling, 3).
 
-        It is decoded in tiles of `grid * grid` codes that share `overlap` rows or columns with the next, and fade into
-        each other there, so that memory does not grow with the image, and attention sees what it was trained on.
+        It is decoded in tiles of `grid * grid` codes. Neighbours share `overlap` rows or columns of
+        codes and fade into each other there:
+
+            tile 0   |----------\\
+            tile 1          /----------\\
+            tile 2                 /----------|
+
+        So memory for the network does not grow with the image, and attention sees as many codes as
+        in training.
 
         Raises:
             ValueError: for an overlap that is not below `grid`.
@@ -157,6 +178,8 @@ class ImageTokenizer(nn.Module):
             raise ValueError(
                 f"overlap is {overlap} codes; it must be below the {self.grid} of a tile's side"
             )
+
+        # The image is a weighted mean of the tiles: `sum` of weighted signals over `weight`.
         H, W = codes_HW.shape
         scale = self.downsampling
         sum_CHW = torch.zeros(3, H * scale, W * scale)
@@ -168,6 +191,7 @@ class ImageTokenizer(nn.Module):
                 fade_HW = torch.outer(
                     *(_fade(side * scale, overlap * scale) for side in tile.shape)
                 )
+
                 rows = slice(top * scale, (top + tile.shape[0]) * scale)
                 columns = slice(left * scale, (left + tile.shape[1]) * scale)
                 sum_CHW[:, rows, columns] += signal_CHW * fade_HW
@@ -183,12 +207,17 @@ class ImageTokenizer(nn.Module):
 
 
 def psnr_of_batch(squared_error: Tensor) -> Tensor:
-    """PSNR in dB of a batch by its mean squared error in [-1, 1]; on several ranks of all of it."""
+    """Return a batch's PSNR in dB from its mean squared error in [-1, 1], over all ranks."""
     return 10 * torch.log10(4 / averaged(squared_error))
 
 
 def use_of_batch(codes: Tensor, codebook_size: int) -> dict[str, Tensor | float]:
-    """Share of the codes that occur in a batch, and the perplexity of their distribution; of all ranks' batch."""
+    """Measure how evenly a batch uses the codes, over all ranks.
+
+    Returns:
+        The share of the codes that occur, and the perplexity of their distribution, which is the
+        codebook's size if all are equally frequent.
+    """
     counts_V = torch.bincount(codes.flatten(), minlength=codebook_size)
     share_V = summed(counts_V) / (codes.numel() * rank_count())
     entropy = -torch.xlogy(share_V, share_V).sum()
@@ -199,12 +228,12 @@ def use_of_batch(codes: Tensor, codebook_size: int) -> dict[str, Tensor | float]
 
 
 def to_signal(images_BHWC: Tensor) -> Tensor:
-    """uint8 (B, H, W, C) to float in [-1, 1], (B, C, H, W)."""
+    """Convert uint8 (B, H, W, C) to float in [-1, 1], (B, C, H, W)."""
     return images_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pixels(signal_BCHW: Tensor) -> np.ndarray:
-    """Float in [-1, 1], (B, C, H, W), to uint8 (B, H, W, C); what lies outside is clipped.
+    """Convert float in [-1, 1], (B, C, H, W), to uint8 (B, H, W, C); values outside are clipped.
 
     Raises:
         NotFinite: for a signal with NaN or infinite numbers.
@@ -229,12 +258,19 @@ def _starts_of_batches(count: int, batch_size: int, title: str) -> Iterable[int]
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """First rows of tiles that cover `length`; the last one ends with it."""
+    """List the first rows of tiles that cover `length`; the last tile ends where it does.
+
+    >>> _starts(10, 4, 1)
+    [0, 3, 6]
+    """
     last = max(length - tile, 0)
     return [*range(0, last, tile - overlap), last]
 
 
 def _fade(length: int, overlap: int) -> Tensor:
-    """Weights that rise over `overlap` at either end; never 0, as an image's border has but one tile."""
+    """Return weights that rise over `overlap` at both ends.
+
+    They are never 0, because only one tile covers the border of the image.
+    """
     from_end = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1.0
     return (from_end / (overlap + 1)).clamp(max=1)

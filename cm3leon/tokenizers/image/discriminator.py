@@ -1,4 +1,4 @@
-"""A discriminator of patches (Isola et al. 2017, arXiv 1611.07004) and the adversarial losses of VQGAN."""
+"""A discriminator of patches (Isola et al. 2017, arXiv 1611.07004), and VQGAN's losses by it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ STD = 0.02
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, 3, H, W) to logits (B, 1, h, w), one for each patch: positive is real.
+    """Images (B, 3, H, W) to logits (B, 1, h, w), one for each patch; positive means real.
 
-    With 3 layers, 256x256 pixels give 30x30 logits of patches of 70x70 pixels, 8 pixels apart. Images must have at
-    least `3 * 2**layers` pixels a side.
+    With 3 layers, 256x256 pixels give 30x30 logits of patches of 70x70 pixels, 8 pixels apart.
+    Images must have at least `3 * 2**layers` pixels a side.
 
     Args:
-        channels: of the first layer, a multiple of 32; each layer doubles them, up to eight times as many.
-        layers: that halve the resolution, at least 1; two more follow that keep it.
+        channels: channels of the first layer, a multiple of 32. Each layer doubles them, up to
+            eight times as many.
+        layers: number of layers that halve the resolution, at least 1. Two more follow that keep
+            it.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
@@ -37,10 +39,10 @@ class PatchDiscriminator(nn.Module):
                 nn.Conv2d(
                     widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False
                 ),
-                # Published with batch norm. Its statistics would make the verdict on an image depend on the others of
-                # its batch, so N processes would not train as one does, and its running averages would be a state
-                # that every look at images changes. Group norm has neither; its price is that the mean and variance of
-                # the whole image reach every patch.
+                # The published network has batch norm. With it the verdict on an image depends on
+                # the others of its batch, so N processes would not train as one does, and its
+                # running averages are a state that every pass changes. Group norm has neither
+                # problem, but the mean and variance of the whole image reach every patch.
                 nn.GroupNorm(GROUPS, widths[layer]),
                 nn.LeakyReLU(0.2),
             ]
@@ -52,23 +54,27 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss (Lim and Ye 2017, arXiv 1705.02894), halved as in VQGAN: 1 while all logits are 0."""
+    """Return the hinge loss (Lim and Ye 2017, arXiv 1705.02894), halved as in VQGAN.
+
+    It is 1 while all logits are 0.
+    """
     return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()) / 2
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """The generator's side of the hinge loss: minus the mean logit."""
+    """Return the generator's side of the hinge loss: minus the mean logit."""
     return -fake_logits.float().mean()
 
 
 def adaptive_weight(
     reconstruction_loss: Tensor, generator_loss: Tensor, last_layer_weight: Tensor
 ) -> Tensor:
-    """Weight that gives the generator's loss a gradient as long as the reconstruction's (Esser et al. 2021, eq. 7).
+    """Return the weight that makes the generator's gradient as long as the reconstruction's.
 
-    That is the ratio of the norms of their gradients by the weight of the decoder's last layer, at most 10^4; on
-    several ranks, of their mean gradients, which are those of the whole batch. The
-    constant of the denominator is 1e-4, as in the published code (the paper has 1e-6).
+    It is the ratio of the norms of both gradients with respect to the weight of the decoder's last
+    layer, at most 10^4 (Esser et al. 2021, eq. 7). On several ranks the mean gradients are taken,
+    which are those of the whole batch. The denominator's constant is 1e-4, as in the published code
+    (the paper has 1e-6).
 
     Returns:
         A scalar without gradient; the graphs of both losses are kept.

@@ -1,8 +1,8 @@
-"""Emu3's image tokenizer: an encoder and a decoder of videos, of which an image is one step.
+"""Emu3's image tokenizer: an encoder and a decoder of videos; an image is a video of one step.
 
-Its networks are those of transformers' `Emu3VQVAE` (arXiv 2409.18869: an f8 MoVQGAN with a
-temporal axis). They are run by that library, and read from the published folder, which holds both
-halves.
+The networks are those of transformers' `Emu3VQVAE` (arXiv 2409.18869: an f8 MoVQGAN with a
+temporal axis). That library runs them. Their weights come from the published folder, which holds
+both encoder and decoder.
 """
 
 from __future__ import annotations
@@ -26,35 +26,34 @@ from cm3leon.weights import check_finite, check_fit
 IMAGE_SIZE = 720
 """Height and width of the images, in pixels, that Emu3 draws."""
 PREFIXES = ("model.vqmodel.", "vqmodel.", "")
-"""In front of the names of its tensors: in a whole Emu3, in one of earlier versions, and by
-itself."""
+"""Prefixes of the names of its tensors: in an Emu3, in one of earlier versions, and by itself."""
 
 
 @IMAGE_TOKENIZERS.register("emu3")
 class Emu3VQ(ImageTokenizer):
     """Emu3's published weights, used as they are; it needs the package transformers.
 
-    Under `torch.device("meta")` it gets its shape without the weights.
+    Under `torch.device("meta")` it is built without its weights.
     """
 
     @dataclass(kw_only=True)
     class Config:
-        """Only the path has to be said, unless another run's tokenizers are taken over."""
+        """Only the path is needed, or nothing if the tokenizers of another run are reused."""
 
         path: Path | None = None
-        """A Hugging Face folder of Emu3, or of its image tokenizer alone; None = what the run of
-        shards.tokenizers has kept of one."""
+        """A Hugging Face folder of Emu3, or of its image tokenizer only; None = the copy in the run
+        of shards.tokenizers."""
         image_size: PositiveInt | None = None
         """Height and width of the images, in pixels; None = 720."""
 
     pretrained = True
 
     def __init__(self, config: Config, *, kept: Mapping[str, Any] | None = None) -> None:
-        """Reads the folder, or takes what a run has kept of it beside the weights, which are to be
-        loaded then.
+        """Read the folder; or with `kept`, build the networks for weights that a run has kept.
 
         Args:
-            kept: what `geometry` gave.
+            config: the settings.
+            kept: the run's copy of what `geometry` returned.
 
         Raises:
             UserError: for a folder that is missing or holds no such tokenizer, and for an
@@ -71,6 +70,7 @@ class Emu3VQ(ImageTokenizer):
                 "image_tokenizer.path is missing; it must be a published folder of Emu3, or "
                 "shards.tokenizers a run that was made from one"
             )
+
         weights = open_weights(config.path)
         self._files = weights.files
         settings = weights.settings.get("vq_config") or weights.settings
@@ -79,7 +79,7 @@ class Emu3VQ(ImageTokenizer):
         self._load(weights)
 
     def _build(self, geometry: Mapping[str, Any]) -> None:
-        """Its networks, with any weights."""
+        """Build the networks, with any weights."""
         try:
             from transformers import Emu3VQVAE, Emu3VQVAEConfig
         except ImportError as error:
@@ -87,6 +87,7 @@ class Emu3VQ(ImageTokenizer):
                 "image_tokenizer: emu3 needs the package transformers; install it with: "
                 "pip install transformers"
             ) from error
+
         config = Emu3VQVAEConfig.from_dict(dict(geometry["vq_config"]))
         self.networks: Any = Emu3VQVAE(config).eval().requires_grad_(False)
         self.downsampling = int(self.networks.vision_spatial_factor)
@@ -101,8 +102,7 @@ class Emu3VQ(ImageTokenizer):
         self._geometry = {"vq_config": kept, "image_size": self.image_size}
 
     def _load(self, weights: Weights) -> None:
-        """Takes its tensors out of a folder's; on the meta device their names and shapes are
-        compared alone."""
+        """Load its tensors from those of a folder; on the meta device, compare shapes only."""
         wanted = self.networks.state_dict()
         first = next(iter(wanted))
         prefix = next((each for each in PREFIXES if each + first in weights.tensors), PREFIXES[0])
@@ -116,6 +116,7 @@ class Emu3VQ(ImageTokenizer):
             check_fit(weights.path, shapes, wanted)
         except UserError as error:
             raise UserError(f"image_tokenizer: {error}") from error
+
         if torch.get_default_device().type == "meta":
             return
         state = {}
@@ -132,7 +133,7 @@ class Emu3VQ(ImageTokenizer):
         raise UserError("the image tokenizer emu3 is used as it is; to train one, take vqgan or vq")
 
     def fingerprint(self) -> str:
-        """A checksum of what the files of the weights hold."""
+        """Return a checksum of the contents of the files of weights."""
         return files_digest(self._files, [file.name for file in self._files])
 
     def codes_of(self, signal_BCHW: Tensor) -> Tensor:
@@ -145,5 +146,5 @@ class Emu3VQ(ImageTokenizer):
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON holds a setting, and it may be one of the networks' shape."""
+    """Tell whether JSON can hold a setting; those of the networks' shape are of these types."""
     return isinstance(value, int | float | str | list | tuple | bool)

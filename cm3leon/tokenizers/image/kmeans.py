@@ -1,4 +1,4 @@
-"""Codes that stand for clusters of patches: nothing is learned between the pixels and the codes."""
+"""Codes that stand for clusters of patches; no network lies between the pixels and the codes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cm3leon.types import UserError
 class PatchClusters(Autoencoder):
     """Clusters of patches, by their means: for flat drawings, found in seconds on a CPU.
 
-    A patch is compared by its pixels, but its mean colour counts more than what deviates from it.
-    By plain squared error black outlines decide, and a face in two skin tones may have the same
-    codes.
+    Patches are compared by their pixels, but their mean colours count more than the deviations
+    from them. With plain squared error, black outlines would decide, and a face in two skin tones
+    could have the same codes.
     """
 
     @dataclass(kw_only=True)
@@ -33,8 +33,8 @@ class PatchClusters(Autoencoder):
         codebook_size: PositiveInt = 512
         """Number of codes."""
         colour_weight: PositiveFloat = 2.0
-        """How many times as much a patch's mean colour counts in a distance as the deviations
-        from it."""
+        """How many times as much a patch's mean colour counts in a distance as the deviations from
+        it."""
         decay: Probability = 0.95
         """Decay of the clusters' moving averages."""
         revive_below: Probability = 0.03
@@ -62,6 +62,8 @@ class PatchClusters(Autoencoder):
             )
         )
         self.config = config
+
+        # Both maps work on patches as channels: one makes mean colours larger, the other undoes it.
         there = nn.Conv2d(values, values, 1, bias=False).requires_grad_(False)
         back = nn.Conv2d(values, values, 1, bias=False)
         with torch.no_grad():
@@ -72,10 +74,11 @@ class PatchClusters(Autoencoder):
 
 
 def _weighed_mean(pixels: int, weight: float) -> Tensor:
-    """Make the map (D, D, 1, 1) of patches that multiplies each channel's mean by the weight.
+    """Build the map (D, D, 1, 1) of patches that multiplies each channel's mean by the weight.
 
-    Deviations from the mean stay as they are, and the map by `1 / weight` undoes it. PixelUnshuffle
-    has the pixels of a channel one after the other.
+    Deviations from the mean stay as they are, and the map for `1 / weight` is its inverse. In
+    PixelUnshuffle's order the pixels of a channel follow each other, so the map has a block for
+    each channel.
     """
     mean = torch.full((pixels, pixels), 1 / pixels)
     of_channel = torch.eye(pixels) + (weight - 1) * mean

@@ -1,6 +1,13 @@
 """Encoder and decoder of the VQGAN family (Esser et al. 2021, arXiv 2012.09841).
 
-One geometry serves taming-transformers, LlamaGen, Janus and Chameleon alike; see `published.py` for their files.
+taming-transformers, LlamaGen, Janus and Chameleon share this geometry; `published.py` reads their
+files. For 256x256 pixels, channels 128 and multipliers 1 1 2 4 the encoder has
+
+    level   0          1          2        3
+    width   128        128        256      512
+    size    256x256    128x128    64x64    32x32  -> middle -> z_channels x 32x32
+
+and the decoder goes the same way back.
 """
 
 from __future__ import annotations
@@ -12,21 +19,22 @@ from torch import Tensor, nn
 
 GROUPS = 32
 EPSILON = 1e-6
-"""Of the group norms, as in all published weights; PyTorch's default is 1e-5."""
+"""Epsilon of the group norms, as in all published weights; PyTorch's default is 1e-5."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of an encoder and of the decoder that mirrors it. Levels are numbered from full resolution, 0, down."""
+    """Shape of an encoder and of the decoder that mirrors it. Level 0 has full resolution."""
 
     channels: int
     """Channels at full resolution."""
     multipliers: tuple[int, ...]
-    """Channels of each level, as multiples of `channels`; each level but the last halves the resolution."""
+    """Channels of each level, as multiples of `channels`. All levels but the last halve the
+    resolution."""
     residual_blocks: int
     """Residual blocks of a level of the encoder; the decoder has one more."""
     attention_levels: tuple[int, ...]
-    """Levels whose residual blocks are followed by attention each; the middle always has one."""
+    """Levels with attention after each residual block; the middle always has attention once."""
     z_channels: int
     """Channels between the encoder and the projection onto codes."""
 
@@ -37,7 +45,7 @@ class Architecture:
 
     @property
     def downsampling(self) -> int:
-        """Pixels of a code's side."""
+        """Pixels along a side of a code."""
         return 2 ** (len(self.multipliers) - 1)
 
 
@@ -65,7 +73,7 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """The mirror of `ImageEncoder`; its `levels` are in the order in which they are passed, the coarsest first."""
+    """The mirror of `ImageEncoder`: (B, z_channels, h, w) to images, the coarsest level first."""
 
     def __init__(self, shape: Architecture) -> None:
         super().__init__()
@@ -88,7 +96,7 @@ class ImageDecoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention on the levels that have it; then resampling."""
+    """Residual blocks of one resolution, on some levels with attention after each; resampling."""
 
     def __init__(
         self, shape: Architecture, level: int, before: int, count: int, resample: nn.Module | None
@@ -113,7 +121,10 @@ class Level(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))).
+
+    Where the number of channels changes, the first x passes through a 1x1 convolution.
+    """
 
     def __init__(self, before: int, width: int) -> None:
         super().__init__()
@@ -127,7 +138,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """x + attention of every position to all others, one head as wide as the channels."""
+    """x + attention of every position to all positions, with one head as wide as the channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -146,7 +157,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Convolution of stride 2, padded below and to the right only."""
+    """Half the resolution by a convolution of stride 2, padded below and to the right only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -157,7 +168,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution by repeating, then a convolution."""
+    """Twice the resolution by repeating pixels, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

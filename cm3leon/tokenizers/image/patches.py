@@ -1,4 +1,4 @@
-"""An autoencoder of patches: each code is made from the pixels of its own patch, and of no other."""
+"""An autoencoder of patches: each code depends on the pixels of its own patch only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from cm3leon.types import UserError
 
 @IMAGE_TOKENIZERS.register("patches")
 class PatchAutoencoder(Autoencoder):
-    """Two layers from a patch to its code's vector, two back: for small plain images, trained in a minute on a CPU.
+    """Two layers from a patch to its code's vector, and two back, for small plain images.
 
-    Equal patches have equal codes wherever they stand, which convolutions do not give.
+    It trains in a minute on a CPU. Unlike with convolutions, equal patches have equal codes
+    wherever they stand.
     """
 
     @dataclass(kw_only=True)
     class Config(CodebookConfig):
-        """Its layers."""
+        """Settings of the codebook, and of the layers."""
 
         width: PositiveInt = 256
         """Units of the hidden layers."""
@@ -35,9 +36,9 @@ class PatchAutoencoder(Autoencoder):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.config = config
-        values = (
-            3 * config.downsampling**2
-        )  # of a patch, which a convolution of size 1 sees as its channels
+
+        # PixelUnshuffle turns a patch into channels, so a 1x1 convolution is a layer on patches.
+        values = 3 * config.downsampling**2
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(config.downsampling),
             nn.Conv2d(values, config.width, 1),

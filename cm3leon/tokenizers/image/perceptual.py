@@ -1,4 +1,4 @@
-"""LPIPS, the distance of images as people see it (Zhang et al. 2018, arXiv 1801.03924), in its VGG16 variant."""
+"""LPIPS by VGG16: the distance of images as people see it (Zhang et al. 2018, arXiv 1801.03924)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_weights
 
 LAYERS = (3, 8, 15, 22, 29)
-"""Layers of VGG16's `features` that are compared: the last rectifier of each resolution."""
+"""Layers of VGG16's `features` that are compared: the last ReLU of each resolution."""
 MEAN = (-0.030, -0.088, -0.188)
 STD = (0.458, 0.448, 0.450)
-"""Of the colours of ImageNet, for pixels in [-1, 1], rounded as in the published code."""
+"""Mean and deviation of ImageNet's colours, for pixels in [-1, 1], rounded as in the published
+code."""
 SMALLEST = 16
-"""Pixels of an image's side, which VGG16 halves four times."""
+"""Smallest side of an image in pixels, because VGG16 halves it four times."""
 
 
 class Perceptual(nn.Module):
-    """Weighted squared distance of VGG16's features, made by `Perceptual.load`.
+    """Weighted squared distance of VGG16's features, built by `Perceptual.load`.
 
-    It can be a submodule of what is trained: its weights are buffers that no `state_dict` holds. So they follow `.to`,
-    but enter neither checkpoints nor optimizers, and only the images get gradients. After a restart it has to be loaded
-    from its file again, before the checkpoint or after.
+    It can be a submodule of a module in training. Its weights are non-persistent buffers: they
+    follow `.to`, but are part of neither checkpoints nor optimizers, and only the images get
+    gradients. After a restart it is loaded from its file again.
 
     Args:
         features: VGG16's `features`, with their weights.
@@ -51,19 +52,19 @@ class Perceptual(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Perceptual:
-        """With the weights of VGG16 as torchvision publishes them (vgg16-397923af.pth, or the same as safetensors).
+        """Load torchvision's published weights of VGG16.
 
-        The classifier's are not used and may be absent. The linear weights come with the package torchmetrics.
+        The file is vgg16-397923af.pth, or the same as safetensors. Weights of the classifier are
+        ignored and may be absent. The linear weights come with the package torchmetrics.
 
         Raises:
-            UserError: for a file that is missing, cannot be read, or does not hold VGG16's weights, or without the
-                package torchmetrics.
+            UserError: for a file that is missing, cannot be read, or does not hold VGG16's weights,
+                or without the package torchmetrics.
         """
-        import torchvision  # takes seconds, which nobody waits for who does not use it
+        import torchvision  # imported here because it takes seconds
 
-        with torch.device(
-            "meta"
-        ):  # the file's weights take the place of these, which so cost nothing
+        # The weights of the file replace these, so they need no memory.
+        with torch.device("meta"):
             features = torchvision.models.vgg16(weights=None).features[: LAYERS[-1] + 1]
         given = {
             name: weight
@@ -74,14 +75,19 @@ class Perceptual(nn.Module):
         return cls(features, _linear_weights())
 
     def forward(self, images_BCHW: Tensor, reconstructed_BCHW: Tensor) -> Tensor:
-        """Distance (B,), 0 for equal images, of pixels in [-1, 1]. Raises UserError for sides below 16 pixels."""
+        """Return the distances (B,) of images in [-1, 1]; 0 for equal images.
+
+        Raises:
+            UserError: for sides below 16 pixels.
+        """
         if min(images_BCHW.shape[2:]) < SMALLEST:
             raise UserError(
-                f"images of {images_BCHW.shape[2]}x{images_BCHW.shape[3]} pixels are too small for the perceptual "
-                f"distance (LPIPS); their sides must be at least {SMALLEST}"
+                f"images of {images_BCHW.shape[2]}x{images_BCHW.shape[3]} pixels are too small for "
+                f"the perceptual distance (LPIPS); their sides must be at least {SMALLEST}"
             )
+
+        # The linear layers are written as products, because autocast would round a convolution.
         x, y = self._directions(images_BCHW), self._directions(reconstructed_BCHW)
-        # Not a convolution, which autocast would round.
         per_level = [
             (self.get_buffer(f"linear{level}") * (x[level] - y[level]).square()).sum(1).mean((1, 2))
             for level in range(len(LAYERS))
@@ -89,7 +95,7 @@ class Perceptual(nn.Module):
         return torch.stack(per_level).sum(0)
 
     def _directions(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Features of each of `LAYERS`, of length 1 at every position."""
+        """Compute the features of each of `LAYERS`, scaled to length 1 at every position."""
         x_BCHW = (images_BCHW - self.mean_C11) / self.std_C11
         directions = []
         for number, layer in enumerate(self.features):
@@ -100,42 +106,49 @@ class Perceptual(nn.Module):
 
 
 def fit_weights(module: nn.Module, given: Mapping[str, Tensor], path: Path) -> None:
-    """Makes tensors read from `path` the weights of a module, which may be on the meta device, in float32.
+    """Load tensors into a module, which may be on the meta device, in float32.
+
+    Args:
+        module: takes the tensors as its weights.
+        given: tensors by name.
+        path: the file that they come from, for messages.
 
     Raises:
         UserError: naming the keys that are missing, unknown, or of another shape.
     """
-    # How many batches a batch norm has seen plays no part once it is trained, and old files lack it.
-    given, wanted = (
-        {
-            name: weight
-            for name, weight in weights.items()
-            if not name.endswith("num_batches_tracked")
-        }
-        for weights in (given, module.state_dict())
-    )
+    given, wanted = _without_counts(given), _without_counts(module.state_dict())
     check_fit(path, given, wanted)
     module.load_state_dict({name: weight.float() for name, weight in given.items()}, assign=True)
 
 
+def _without_counts(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the counts of batches that batch norms keep.
+
+    They are unused after training, and old files lack them.
+    """
+    return {
+        name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")
+    }
+
+
 def linear_weights_file() -> Path:
-    """Where the weights of the features lie, learned by the authors (version 0.1): in the package torchmetrics.
+    """Find the authors' weights of the features (version 0.1), a file of the package torchmetrics.
 
     Raises:
         UserError: if it is not installed.
     """
-    # Importing torchmetrics takes seconds, and only a file of it is needed.
+    # Importing torchmetrics would take seconds, and only this file of it is needed.
     try:
         package = distribution("torchmetrics")
     except PackageNotFoundError as error:
         raise UserError(
-            "the perceptual distance (perceptual_file) needs weights that come with the package torchmetrics "
-            "(pip install torchmetrics)"
+            "the perceptual distance (perceptual_file) needs weights that come with the package "
+            "torchmetrics (pip install torchmetrics)"
         ) from error
     return Path(str(package.locate_file("torchmetrics/functional/image/lpips_models/vgg.pth")))
 
 
 def _linear_weights() -> list[Tensor]:
-    """Weights (1, C, 1, 1) of the features of each of `LAYERS`."""
+    """Read the weights (1, C, 1, 1) of the features of each of `LAYERS`."""
     weights = read_weights(linear_weights_file())
     return [weights[f"lin{level}.model.1.weight"] for level in range(len(LAYERS))]

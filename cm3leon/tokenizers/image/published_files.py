@@ -1,6 +1,6 @@
-"""Tensors by name, as they lie in published files: safetensors, what `torch.save` wrote, Hugging Face folders.
+"""Read tensors by name from published files: safetensors, files of `torch.save`, HF folders.
 
-Nothing here runs code from a file.
+No code from a file is ever run.
 """
 
 from __future__ import annotations
@@ -28,28 +28,31 @@ from cm3leon.weights import check_no_adapter
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file."""
+    """A tensor in a file, whose values are not read yet."""
 
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
 
     def read(self, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """Its values in that precision, None = its own; in memory of their own, as a mapped file may change."""
+        """Read its values in that precision; None = its own.
+
+        The values are copied, because a mapped file may change.
+        """
         return self.load().to(dtype, copy=True)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What is published at a path."""
+    """Published weights at a path."""
 
     path: Path
     files: Sequence[Path]
     tensors: Mapping[str, Stored]
     settings: Mapping[str, Any]
-    """Of config.json, empty for a single file."""
+    """Content of config.json; empty for a single file."""
 
     def read(self) -> Mapping[str, Tensor]:
-        """The tensors in their own precision, each read when it is asked for and kept by nobody."""
+        """Return a mapping that reads a tensor on access, in its own precision, and keeps none."""
         return _Read(self.tensors)
 
 
@@ -73,18 +76,25 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
 )
-"""In a Hugging Face folder, the first that is there; any may be in parts, with an index beside them."""
+"""Files of weights in a Hugging Face folder, of which the first that exists is read.
+
+Each may be split into parts, with an index beside them.
+"""
 
 
 def open_weights(path: Path, *, adapter_allowed: bool = False) -> Weights:
-    """Names and shapes of all tensors of a file or a Hugging Face folder; values are read one by one, when asked for.
+    """Read the names and shapes of all tensors of a file or a Hugging Face folder.
+
+    Values are read later, one tensor at a time.
 
     Args:
+        path: the file or folder.
         adapter_allowed: whether the caller merges an adapter that lies beside the weights.
 
     Raises:
-        UserError: for a path at which there is nothing or that may not be read, a file that is no checkpoint or would
-            run code, and a folder without its config.json or some of its weights, or with an adapter beside them.
+        UserError: for a path that does not exist or may not be read, a file that is no checkpoint
+            or would run code, and a folder without its config.json or some of its weights, or with
+            an adapter beside them.
     """
     check_readable(path)
     if path.is_file():
@@ -93,10 +103,12 @@ def open_weights(path: Path, *, adapter_allowed: bool = False) -> Weights:
         raise UserError(f"there are no weights at {path}")
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{path} has no config.json, so it is no Hugging Face folder; give the file of weights itself"
+            f"{path} has no config.json, so it is no Hugging Face folder; "
+            "give the file of weights itself"
         )
     if not adapter_allowed:
         check_no_adapter(path)
+
     settings = _json(path / "config.json")
     files = _weight_files(path)
     tensors = {key: tensor for file in files for key, tensor in _stored(file).items()}
@@ -104,9 +116,12 @@ def open_weights(path: Path, *, adapter_allowed: bool = False) -> Weights:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """Find the first of `WEIGHT_FILES` in a folder, whole or in parts."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]
+
+        # The index names parts; a name that leads out of the folder is refused.
         index = folder / f"{name}.index.json"
         if index.is_file():
             parts = sorted(set(read_json(index, {"weight_map": {str: str}})["weight_map"].values()))
@@ -114,8 +129,10 @@ def _weight_files(folder: Path) -> list[Path]:
                 if Path(part).name != part or not (folder / part).is_file():
                     raise UserError(f"{index} names {part}, which is no file beside it")
             return [folder / part for part in parts]
+
     raise UserError(
-        f"{folder} has no weights; it must hold one of {', '.join(WEIGHT_FILES)}, or an index of its parts"
+        f"{folder} has no weights; it must hold one of {', '.join(WEIGHT_FILES)}, "
+        "or an index of its parts"
     )
 
 
@@ -126,13 +143,16 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _stored(file: Path) -> dict[str, Stored]:
     check_readable(file)
-    return _safetensors(file) if file.suffix == ".safetensors" else _torch_saved(file)
+    if file.suffix == ".safetensors":
+        return _safetensors(file)
+    return _torch_saved(file)
 
 
 def _safetensors(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, "pt") as content:
-            shapes = {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+            names = list(content.keys())
+            shapes = {key: tuple(content.get_slice(key).get_shape()) for key in names}
     except SafetensorError:
         raise UserError(f"{file} is not a safetensors file, or is damaged") from None
     return {key: Stored(shape, partial(_safetensor, file, key)) for key, shape in shapes.items()}
@@ -144,18 +164,19 @@ def _safetensor(file: Path, key: str) -> Tensor:
 
 
 class _Unused:
-    """Stands for what a checkpoint names beside its weights, and nothing here needs."""
+    """Replaces an object in a checkpoint that is not needed here."""
 
     def __init__(self, *args: object) -> None:
         pass
 
 
 def _harmless() -> list[Any]:
-    """What trainers put beside their weights, and no code of a file can make use of.
+    """List the classes that trainers save beside their weights and that cannot run code.
 
-    taming-transformers' checkpoints have a class of Lightning as the key of a callback's state, and metrics as numpy
-    numbers; LlamaGen's trainer adds its command line, which may hold paths. Classes of Lightning and paths are
-    replaced, the others are plain data. Python 3.13 and numpy 2 have moved some, which stand under both names.
+    taming-transformers' checkpoints have a class of Lightning as the key of a callback's state, and
+    metrics as numpy numbers. LlamaGen's trainer saves its command line, which may hold paths.
+    Classes of Lightning and paths are replaced by `_Unused`; the others are plain data. Python 3.13
+    and numpy 2 moved some of them, so these are listed under both names.
     """
     functions = [
         (value.__reduce__()[0], f"{module}.{name}")
@@ -176,17 +197,21 @@ def _harmless() -> list[Any]:
 
 
 AVERAGES = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict")
-"""Names of the averages of the weights beside the weights, which are then what is published.
+"""Keys of moving averages of the weights in a checkpoint, which are preferred to the weights.
 
-LlamaGen's `reconstruction_vq_ddp.py`, which gives its tokenizers' figures, takes `ema` before `model`, as DiT's
-scripts and those of many detectors do. LlamaGen's sampling scripts ask for `model`, in files that have nothing else.
+LlamaGen's `reconstruction_vq_ddp.py`, which computes its tokenizers' figures, prefers `ema` to
+`model`, as do DiT's scripts and those of many detectors. LlamaGen's sampling scripts read `model`,
+from files that have nothing else.
 """
 LATEST = ("state_dict", "model")
-"""Names of the weights as the last step left them."""
+"""Keys of the weights after the last step."""
 
 
 def _torch_saved(file: Path) -> dict[str, Stored]:
-    """Tensors of what `torch.save` wrote; the file is mapped, so that an optimizer's state in it is never read."""
+    """List the tensors of a file of `torch.save`.
+
+    The file is mapped, so the state of an optimizer in it is never read.
+    """
     try:
         with torch.serialization.safe_globals(_harmless()):
             content = torch.load(
@@ -204,8 +229,8 @@ def _torch_saved(file: Path) -> dict[str, Stored]:
         code = re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", str(error))
         if code:
             raise UserError(
-                f"{file} is a pickle that names code ({code[1] or code[2]}), which could do anything, and is "
-                "not opened; save its tensors alone, best as safetensors"
+                f"{file} is a pickle that names code ({code[1] or code[2]}), which could do "
+                "anything, and is not opened; save its tensors alone, best as safetensors"
             ) from None
         raise UserError(
             f"{file} is not a checkpoint that torch.save wrote, or is damaged"
@@ -214,7 +239,8 @@ def _torch_saved(file: Path) -> dict[str, Stored]:
     tensors = _published(file, content) if isinstance(content, dict) else {}
     if not tensors:
         raise UserError(
-            f"{file} holds no tensors by name, neither under {', '.join((*LATEST, *AVERAGES))} nor at its top"
+            f"{file} holds no tensors by name, neither under {', '.join((*LATEST, *AVERAGES))} "
+            "nor at its top"
         )
     return {
         key: Stored(tuple(tensor.shape), partial(_itself, tensor))
@@ -223,10 +249,11 @@ def _torch_saved(file: Path) -> dict[str, Stored]:
 
 
 def _published(file: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that its publisher uses: averages, in place of the weights that they are of.
+    """Pick the tensors of a checkpoint that its publisher uses: averages replace their weights.
 
     Raises:
-        UserError: for averages that are not named as the weights beside them, so that it is not clear what they are of.
+        UserError: for averages with other names than the weights beside them, because it is not
+            clear what they are averages of.
     """
     latest = next((name for name in LATEST if isinstance(content.get(name), dict)), None)
     average = next((name for name in AVERAGES if content.get(name)), None)
@@ -246,8 +273,9 @@ def _published(file: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     unknown = sorted(averages.keys() - weights.keys())
     if not averages or unknown:
         raise UserError(
-            f"{file} holds averages of its weights under {average} that are not named as its weights are"
-            f"{f' ({unknown[0]})' if unknown else ''}; save the tensors to be used alone, best as safetensors"
+            f"{file} holds averages of its weights under {average} that are not named as its "
+            f"weights are{f' ({unknown[0]})' if unknown else ''}; save the tensors to be used "
+            "alone, best as safetensors"
         )
     return weights | averages
 

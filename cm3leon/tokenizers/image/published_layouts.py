@@ -1,4 +1,13 @@
-"""How publishers of VQ tokenizers name their tensors, and what a file holds by our names."""
+"""How publishers of VQ tokenizers name their tensors, by patterns in our names.
+
+One convolution of the decoder, at the coarsest of four levels, has the names
+
+    ours        decoder.levels.0.blocks.1.conv1.weight
+    taming      decoder.up.3.block.1.conv1.weight
+    janus       decoder.up.0.block.1.conv1.weight
+    llamagen    decoder.conv_blocks.0.res.1.conv1.weight
+    diffusers   decoder.up_blocks.0.resnets.1.conv1.weight
+"""
 
 from __future__ import annotations
 
@@ -20,16 +29,16 @@ class TensorNames:
 
     name: str
     shown_by: tuple[str, ...]
-    """Tensors that are named so in this layout only; the layouts are tried in order."""
+    """Tensors by which the layout is recognised. Layouts are tried in the order of `LAYOUTS`."""
     spelling: tuple[tuple[str, str], ...]
-    """Patterns in our names and what stands there instead, applied one after the other."""
+    """Patterns in our names and their replacements, applied one after the other."""
     finest_first: bool = False
-    """Whether the decoder's levels are numbered from full resolution, so against the order in which they are passed."""
+    """Whether the decoder numbers its levels from full resolution on, from its end to its start."""
     normalized: bool = False
-    """Whether the nearest code is that of the largest cosine; nothing in a file tells."""
+    """Whether the nearest code is that of the largest cosine, which no tensor shows."""
 
     def published(self, name: str, levels: int) -> str:
-        """The publisher's name of the tensor that is `name` in our model of that many levels."""
+        """Translate our name of a tensor, in a model of that many levels, into the publisher's."""
         if self.finest_first:
             name = re.sub(
                 r"^(decoder\.levels)\.(\d+)", lambda m: f"{m[1]}.{levels - 1 - int(m[2])}", name
@@ -70,11 +79,12 @@ TAMING = TensorNames(
 JANUS = replace(
     TAMING,
     name="janus",
-    # The decoder's levels are in the order in which they are passed: the first one is enlarged, in taming the last one.
+    # The decoder's levels are numbered as they are computed, so the first one is enlarged; in
+    # taming it is the last one.
     shown_by=("encoder.down.0.block.0.conv1.weight", "decoder.up.0.upsample.conv.weight"),
     finest_first=False,
-    # As these weights were trained (they are LlamaGen's model); transformers' `JanusVQVAE.encode` leaves vectors and
-    # codebook as they are, and only its `decode` normalizes.
+    # The weights were trained so, for they are LlamaGen's model. transformers' `JanusVQVAE.encode`
+    # leaves vectors and codebook as they are, and only its `decode` normalizes.
     normalized=True,
 )
 LLAMAGEN = TensorNames(
@@ -108,7 +118,7 @@ DIFFUSERS = TensorNames(
         (r"^(decoder.*)\.resample\.", r"\1.upsamplers.0."),
     ),
 )
-# Older folders name the parts of attention otherwise.
+# Older folders have other names for the parts of attention.
 EARLY_DIFFUSERS = replace(
     DIFFUSERS,
     shown_by=(
@@ -126,22 +136,26 @@ EARLY_DIFFUSERS = replace(
 LAYOUTS = (JANUS, TAMING, LLAMAGEN, EARLY_DIFFUSERS, DIFFUSERS)
 
 GUMBEL_CODEBOOK = "quantize.embed.weight"
-"""The codebook of a gumbel quantizer; that of all others is `quantize.embedding.weight`."""
+"""Name of a gumbel quantizer's codebook; all others are named `quantize.embedding.weight`."""
 
 LEFT_OUT = re.compile(
     r"loss\.|quantize\.codebook_used$|quantize\.embedding\.(cluster_size|embed_avg)$"
 )
-"""What only training needs: the parts of the loss, codes used lately, moving averages of the codebook."""
+"""Names of tensors of training only: parts of the loss, used codes, the codebook's averages."""
 
 
 def layout_of(weights: Weights, asked: str) -> tuple[TensorNames, dict[str, Stored]]:
-    """The layout, and the tokenizer's tensors by their names within the model that they may be a part of.
+    """Find the layout of published weights, and the tensors of the tokenizer among them.
+
+    The tokenizer may be a part of a bigger model, with a prefix in front of all its names. The
+    returned names have no prefix.
 
     Args:
-        asked: the name of the layout that the user says it is, or auto.
+        weights: the published weights.
+        asked: name of the layout by the user's settings, or auto.
 
     Raises:
-        UserError: for tensors of another layout, or of none that is known.
+        UserError: for tensors of another layout, or of an unknown one.
     """
     for layout in LAYOUTS:
         for prefix in _prefixes(weights.tensors, layout.shown_by[0]):
@@ -153,18 +167,20 @@ def layout_of(weights: Weights, asked: str) -> tuple[TensorNames, dict[str, Stor
             if "quant_conv.weight" in part and all(key in part for key in layout.shown_by):
                 if asked not in ("auto", layout.name):
                     raise UserError(
-                        f"layout is {asked}, but {weights.path} names its tensors as {layout.name} does "
-                        f"({prefix}{layout.shown_by[-1]})"
+                        f"layout is {asked}, but {weights.path} names its tensors as {layout.name} "
+                        f"does ({prefix}{layout.shown_by[-1]})"
                     )
                 return layout, part
+
     known = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
     raise UserError(
-        f"{weights.path} is in none of the known layouts ({known}): it has the keys {_some(weights.tensors)}"
+        f"{weights.path} is in none of the known layouts ({known}): "
+        f"it has the keys {_some(weights.tensors)}"
     )
 
 
 def _prefixes(keys: Iterable[str], end: str) -> list[str]:
-    """What stands before that name: nothing, or the place within a bigger model; the shortest first."""
+    """List what stands in front of the name `end` in the keys, the shortest first."""
     return sorted((key.removesuffix(end) for key in keys if f".{key}".endswith(f".{end}")), key=len)
 
 
@@ -175,7 +191,7 @@ def _some(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class PublishedTensors:
-    """Tensors in a known layout, asked for by our names."""
+    """Published tensors that can be looked up by our names."""
 
     path: Path
     layout: TensorNames
@@ -189,14 +205,14 @@ class PublishedTensors:
         return self.layout.published(name, 0) in self.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor of the encoder or the quantizer."""
+        """Return the shape of a tensor of the encoder or the quantizer."""
         key = self.layout.published(name, 0)
         if key not in self.tensors:
             raise UserError(f"{self.path} lacks {key}")
         return self.tensors[key].shape
 
     def architecture(self) -> Architecture:
-        """Read off the encoder."""
+        """Read the shape of the networks off the encoder's tensors."""
         channels = self.shape("encoder.conv_in.weight")[0]
         widths = [
             self.shape(f"encoder.levels.{level}.blocks.0.conv1.weight")[0]
@@ -205,9 +221,10 @@ class PublishedTensors:
         for width in (channels, *widths):
             if width % channels or width % GROUPS:
                 raise UserError(
-                    f"{self.path} has {channels} channels at full resolution and {width} further down; both must be "
-                    f"multiples of {GROUPS}, and the second one of the first"
+                    f"{self.path} has {channels} channels at full resolution and {width} further "
+                    f"down; both must be multiples of {GROUPS}, and the second one of the first"
                 )
+
         return Architecture(
             channels=channels,
             multipliers=tuple(width // channels for width in widths),
@@ -221,26 +238,32 @@ class PublishedTensors:
         )
 
     def check(self, wanted: Mapping[str, Tensor]) -> dict[str, str]:
-        """The published name of each of our tensors.
+        """Return the published name of each of our tensors.
 
         Raises:
             UserError: for tensors that are missing, left over, or of another shape.
         """
         keys = {name: self.layout.published(name, self.levels) for name in wanted}
+
+        # Every tensor must be known, and every name must have its tensor ...
         known = set(keys.values())
         unknown = {key for key in self.tensors.keys() - known if not LEFT_OUT.match(key)}
         for what, some in (("lacks", known - self.tensors.keys()), ("has the unknown", unknown)):
             if some:
                 raise UserError(f"{self.path} {what} {_some(some)}")
+
+        # ... of the right shape.
         for name, key in keys.items():
             given, expected = self.tensors[key].shape, tuple(wanted[name].shape)
             if _matrix(given) != _matrix(expected):
                 raise UserError(
-                    f"{self.path}: {key} has the shape {given}; beside its other tensors it must be {expected}"
+                    f"{self.path}: {key} has the shape {given}; "
+                    f"beside its other tensors it must be {expected}"
                 )
         return keys
 
     def _count(self, name: str) -> int:
+        """Count how many of name 0, name 1 ... there are."""
         count = 0
         while self.has(name.format(count)):
             count += 1
@@ -248,5 +271,5 @@ class PublishedTensors:
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a 1x1 convolution as that of the linear layer that it is."""
+    """Return the shape of a 1x1 convolution as that of the linear layer that it is."""
     return shape[:2] if shape[2:] == (1, 1) else shape

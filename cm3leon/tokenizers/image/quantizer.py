@@ -1,4 +1,15 @@
-"""Quantizers: vectors to codes and back, each with its own way to learn the codebook."""
+"""Quantizers: vectors to codes and back, with three ways to learn the codebook.
+
+The code of a vector is the index of its nearest row in the codebook. With two numbers a vector,
+
+    codebook   0: (0, 0)   1: (1, 0)   2: (0, 1)
+    vectors    (0.9, 0.2)  (0.1, 0.7)
+    codes      1           2
+    quantized  (1, 0)      (0, 1)
+
+The decoder gets the quantized vectors. Finding the nearest one has no gradient, so the encoder gets
+the gradient of the quantized vectors as if it were its own (straight-through).
+"""
 
 from __future__ import annotations
 
@@ -9,26 +20,27 @@ from torch import Tensor, nn
 from cm3leon.collectives import all_rows, rank_count, rows_of_all, summed
 
 MAX_DISTANCES = 2**26
-"""Distances of vectors to codes that are held at once: 256 MiB in float32."""
+"""Largest number of distances in memory at once: 256 MiB in float32."""
 
 
 class Quantizer(nn.Module):
     """Base of the quantizers."""
 
     def forward(self, z_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes vectors, and learns from them in training.
+        """Quantize vectors, and learn from them in training.
 
         Returns:
-            quantized_ND with straight-through gradients, codes_N, and the loss that ties vectors and codes together.
+            The quantized vectors (N, D) with straight-through gradients, the codes (N,), and the
+            loss that draws vectors and codes together.
         """
         raise NotImplementedError
 
     def lookup(self, z_ND: Tensor) -> Tensor:
-        """Code of each vector, (N,), int64."""
+        """Return the code of each vector, (N,), int64."""
         raise NotImplementedError
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Vector of each code: the shape of `codes`, then D."""
+        """Return the vector of each code, with the shape of `codes`, then D."""
         raise NotImplementedError
 
 
@@ -38,9 +50,11 @@ class LookupQuantizer(Quantizer):
     Args:
         size: number of codes in the codebook.
         dim: length of each code's vector.
-        normalized: vectors and codes are projected onto the unit sphere first, so that the nearest is that of the
-            largest cosine (Yu et al. 2021, ViT-VQGAN); with few dimensions nearly all codes of a large book are used.
-        commitment: weight of the pull of the vectors to their codes, beside that of the codes to the vectors.
+        normalized: whether vectors and codes are first projected onto the unit sphere, where the
+            nearest code is that of the largest cosine (Yu et al. 2021, ViT-VQGAN). With few
+            dimensions, nearly all codes of a large codebook are then used.
+        commitment: weight of the pull of the vectors to their codes; the pull of the codes to the
+            vectors has the weight 1.
     """
 
     def __init__(self, *, size: int, dim: int, normalized: bool, commitment: float) -> None:
@@ -70,9 +84,9 @@ class LookupQuantizer(Quantizer):
 
 
 class GumbelQuantizer(Quantizer):
-    """Most likely code by a linear layer, as a gumbel-softmax model is used after training (Ramesh et al. 2021).
+    """Most likely code by a linear layer: a trained gumbel-softmax model (Ramesh et al. 2021).
 
-    It is for published weights, and is not trained here.
+    It serves published weights, and cannot be trained.
     """
 
     def __init__(self, *, size: int, dim: int) -> None:
@@ -90,8 +104,11 @@ class GumbelQuantizer(Quantizer):
 
 
 def nearest(z_ND: Tensor, codebook_VD: Tensor) -> Tensor:
-    """Number of the code nearest to each vector by Euclidean distance, (N,), int64; the first of equals."""
-    # |z - c|^2 without |z|^2, which is the same for every code
+    """Return the index of each vector's nearest code by Euclidean distance, (N,), int64.
+
+    Among equally near codes it is the first.
+    """
+    # |z - c|^2 = |z|^2 - 2 z c + |c|^2, without |z|^2, which is the same for every code.
     square_V, twice_DV = codebook_VD.pow(2).sum(1), 2 * codebook_VD.T
     return torch.cat(
         [(square_V - z @ twice_DV).argmin(1) for z in z_ND.split(_rows_at_once(codebook_VD))]
@@ -103,17 +120,20 @@ def _rows_at_once(codebook_VD: Tensor) -> int:
 
 
 class EMAQuantizer(Quantizer):
-    """Nearest code by Euclidean distance; the codebook is moving averages (van den Oord et al. 2017, appendix A.1).
+    """Nearest code by Euclidean distance; a code is the moving average of the vectors nearest to it.
+
+    The averages are those of van den Oord et al. 2017, appendix A.1.
 
     Args:
         size: number of codes in the codebook.
         dim: length of each code's vector.
-        decay: of the moving averages of each code's count and sum.
-        revive_below: a code is dead, and is moved onto a random vector of the batch, when its moving count falls
-            below this share of what even use would give it.
+        decay: decay of the moving averages of each code's count and sum.
+        revive_below: a code counts as dead when its moving count falls below this share of even
+            use. It is then moved onto a random vector of the batch.
         commitment: weight of the pull of the vectors to their codes.
-        revive_far: vectors for codes to be moved onto are drawn by their squared distances to their codes (k-means++,
-            Arthur and Vassilvitskii 2007) instead of evenly, so that what is rare gets codes too.
+        revive_far: whether the vectors that dead codes are moved onto are drawn by their squared
+            distances to their codes (k-means++, Arthur and Vassilvitskii 2007), not evenly. Rare
+            vectors then get codes, too.
     """
 
     def __init__(
@@ -143,11 +163,14 @@ class EMAQuantizer(Quantizer):
     def forward(self, z_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(z_ND.device.type, enabled=False):  # distances and averages need float32
             z_ND = z_ND.float()
+
+            # All codes begin on vectors of the first batch.
             if self.training and not self.initialized:
                 self._move(
                     torch.arange(len(self.codebook_VD), device=z_ND.device), z_ND.detach(), None
                 )
                 self.initialized.fill_(True)
+
             codes_N = self.lookup(z_ND)
             quantized_ND = self.codebook_VD[codes_N]
             pull = self.commitment * F.mse_loss(z_ND, quantized_ND)
@@ -164,15 +187,25 @@ class EMAQuantizer(Quantizer):
 
     @torch.no_grad()
     def _learn(self, z_ND: Tensor, codes_N: Tensor, far_N: Tensor | None) -> None:
+        """Update the averages by a batch and its codes, and move dead codes.
+
+        Args:
+            z_ND: the vectors of this rank.
+            codes_N: their codes.
+            far_N: weights by which vectors for dead codes are drawn; None = evenly.
+        """
+        # Count and sum the vectors of each code, some rows at a time.
         rows = _rows_at_once(self.codebook_VD)
         count_V, sum_VD = torch.zeros_like(self.count_V), torch.zeros_like(self.sum_VD)
         for z, codes in zip(z_ND.split(rows), codes_N.split(rows), strict=True):
             one_hot_NV = F.one_hot(codes, len(self.codebook_VD)).to(z.dtype)
             count_V += one_hot_NV.sum(0)
             sum_VD += one_hot_NV.T @ z
+
         self.count_V.lerp_(summed(count_V), 1 - self.decay)
         self.sum_VD.lerp_(summed(sum_VD), 1 - self.decay)
         self.codebook_VD.copy_(self.sum_VD / self.count_V.clamp(min=1e-5)[:, None])
+
         even_use = rank_count() * len(z_ND) / len(self.codebook_VD)
         dead_M = (self.count_V < self.revive_below * even_use).nonzero()[:, 0]
         if len(dead_M):
@@ -180,9 +213,10 @@ class EMAQuantizer(Quantizer):
 
     @torch.no_grad()
     def _move(self, dead_M: Tensor, z_ND: Tensor, weight_N: Tensor | None) -> None:
-        """Moves codes onto vectors of the batch, drawn by weight or else evenly, as if each had had even use.
+        """Move codes onto vectors of all ranks' batch, drawn by weight or else evenly.
 
-        All ranks draw the same ones, as their random numbers are the same.
+        Their averages become those of a code with even use. All ranks draw the same vectors,
+        because their random numbers are the same.
         """
         total = rank_count() * len(z_ND)
         if weight_N is None:
@@ -190,6 +224,7 @@ class EMAQuantizer(Quantizer):
         else:
             weights = all_rows(weight_N) + 1e-12
             chosen_M = torch.multinomial(weights, len(dead_M), replacement=True)
+
         even_use = total / len(self.codebook_VD)
         chosen_MD = rows_of_all(z_ND, chosen_M)
         self.codebook_VD[dead_M] = chosen_MD

@@ -30,7 +30,8 @@ class CodebookConfig:
     image_size: PositiveInt = 256
     """Height and width of the images, in pixels."""
     downsampling: PositiveInt = 8
-    """Pixels of a code's side; it divides the image size, and is a power of two where there are convolutions."""
+    """Pixels along a side of a code; it divides the image size, and for convolutions (vq) is a
+    power of two."""
     codebook_size: PositiveInt = 8192
     """Number of codes."""
     code_dim: PositiveInt = 32
@@ -42,14 +43,14 @@ class CodebookConfig:
     revive_below: Probability = 0.03
     """A code used less than this share of even use is moved onto a vector of the batch."""
     revive_far: bool = False
-    """Whether that vector is drawn by its squared distance to its code, so that rare patches get codes of their own;
-    evenly otherwise."""
+    """Whether that vector is drawn by its squared distance to its code, so that rare patches get
+    codes of their own; otherwise all are equally likely."""
 
 
 class Autoencoder(ImageTokenizer, TokenizerTraining):
     """Base of autoencoders with an EMA codebook; squared error, no perceptual or adversarial part.
 
-    A subclass has an `encoder` of signals to vectors (B, D, H, W), and a `decoder` of those.
+    A subclass sets `encoder`, from signals to vectors (B, D, H, W), and `decoder`, its inverse.
     """
 
     encoder: nn.Module
@@ -69,7 +70,10 @@ class Autoencoder(ImageTokenizer, TokenizerTraining):
         )
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (reconstruction (B, C, H, W), codes (B, N), the quantizer's loss). Pixels are in [-1, 1]."""
+        """Return the reconstruction (B, C, H, W), the codes (B, N), and the quantizer's loss.
+
+        Pixels are in [-1, 1].
+        """
         z_BDHW = self.encoder(images_BCHW)
         B, D, H, W = z_BDHW.shape
         quantized_ND, codes_N, pull = self.quantizer(z_BDHW.permute(0, 2, 3, 1).reshape(-1, D))
@@ -80,15 +84,14 @@ class Autoencoder(ImageTokenizer, TokenizerTraining):
         return self
 
     def loss(self, images_BHWC: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Squared error and the quantizer's loss of uint8 images, with the figures to record."""
+        """Return squared error plus the quantizer's loss of uint8 images, and figures to record."""
         images_BCHW = to_signal(images_BHWC)
         reconstruction_BCHW, codes_BN, pull = self(images_BCHW)
         squared_error = F.mse_loss(reconstruction_BCHW.float(), images_BCHW)
+        use = use_of_batch(codes_BN, self.codebook_size)
         return squared_error + pull, {
             "psnr_db": psnr_of_batch(squared_error),
-            "codes_used_in_batch": use_of_batch(codes_BN, self.codebook_size)[
-                "codes_used_in_batch"
-            ],
+            "codes_used_in_batch": use["codes_used_in_batch"],
             "images": float(len(images_BHWC)),
         }
 
@@ -103,25 +106,28 @@ class Autoencoder(ImageTokenizer, TokenizerTraining):
 
 @IMAGE_TOKENIZERS.register("vq")
 class VQAutoencoder(Autoencoder):
-    """Convolutional autoencoder with an EMA codebook; squared error, no perceptual or adversarial part."""
+    """Convolutional autoencoder with an EMA codebook, trained by squared error only."""
 
     @dataclass(kw_only=True)
     class Config(CodebookConfig):
-        """Its convolutions."""
+        """Settings of the codebook, and of the convolutions."""
 
         channels: PositiveInt = 64
-        """Channels at full resolution, a multiple of 8; each halving of it doubles them, up to four times as many."""
+        """Channels at full resolution, a multiple of 8. Each halving of the resolution doubles
+        them, up to four times as many."""
         residual_blocks: PositiveInt = 1
         """Residual blocks at each resolution of the encoder, and of the decoder."""
 
         def check(self) -> None:
             if self.channels % GROUPS:
                 raise UserError(
-                    f"channels {self.channels} must be a multiple of {GROUPS}, the groups of its norms"
+                    f"channels {self.channels} must be a multiple of {GROUPS}, "
+                    "the groups of its norms"
                 )
             if self.downsampling & (self.downsampling - 1) or self.image_size % self.downsampling:
                 raise UserError(
-                    f"downsampling {self.downsampling} must be a power of two that divides image_size {self.image_size}"
+                    f"downsampling {self.downsampling} must be a power of two that divides "
+                    f"image_size {self.image_size}"
                 )
 
     def __init__(self, config: Config) -> None:

@@ -1,4 +1,9 @@
-"""What every VQGAN is, ours or a published one: a convolutional autoencoder around a codebook."""
+"""Base of every VQGAN, ours or a published one: a convolutional autoencoder around a codebook.
+
+image -> encoder -> to_code -> quantizer -> from_code -> decoder -> image
+                                   |
+                                 codes
+"""
 
 from __future__ import annotations
 
@@ -26,11 +31,8 @@ class VQModel(ImageTokenizer):
         code_dim: int,
     ) -> None:
         super().__init__()
-        self.image_size, self.codebook_size, self.downsampling = (
-            image_size,
-            codebook_size,
-            shape.downsampling,
-        )
+        self.image_size, self.codebook_size = image_size, codebook_size
+        self.downsampling = shape.downsampling
         self.shape = shape
         self.encoder = ImageEncoder(shape)
         self.to_code = nn.Conv2d(shape.z_channels, code_dim, 1)
@@ -39,7 +41,10 @@ class VQModel(ImageTokenizer):
         self.decoder = ImageDecoder(shape)
 
     def forward(self, signal_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (reconstruction (B, 3, H, W), codes (B, H, W), the quantizer's loss). Signals are in [-1, 1]."""
+        """Return the reconstruction (B, 3, H, W), the codes (B, H, W), and the quantizer's loss.
+
+        Signals are in [-1, 1].
+        """
         z_BHWD = self._vectors_of(signal_BCHW)
         quantized_ND, codes_N, pull = self.quantizer(z_BHWD.flatten(0, 2))
         return self._decoded(quantized_ND.view_as(z_BHWD)), codes_N.view(z_BHWD.shape[:3]), pull
@@ -54,9 +59,12 @@ class VQModel(ImageTokenizer):
 
     def ready(self) -> Self:
         super().ready()
-        on_cpu = next(self.parameters()).device.type == "cpu"
-        # There it saves a fifth of the time. (Not in training: the moments of the optimizer would keep the old layout.)
-        return self.to(memory_format=torch.channels_last) if on_cpu else self
+        if next(self.parameters()).device.type != "cpu":
+            return self
+
+        # On a CPU this saves a fifth of the time. It is not done for training, because the
+        # optimizer's moments would keep the old memory format.
+        return self.to(memory_format=torch.channels_last)
 
     def _vectors_of(self, signal_BCHW: Tensor) -> Tensor:
         return self.to_code(self.encoder(signal_BCHW)).permute(0, 2, 3, 1)

@@ -18,7 +18,7 @@ from cm3leon.types import UserError
 
 @IMAGE_TOKENIZERS.register("vqgan")
 class VQGAN(VQModel):
-    """Autoencoder trained for looks: absolute error, perceptual distance, and a discriminator of patches."""
+    """Autoencoder trained by absolute error, perceptual distance and a discriminator of patches."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -29,53 +29,59 @@ class VQGAN(VQModel):
         codebook_size: PositiveInt = 8192
         """Number of codes."""
         code_dim: PositiveInt = 8
-        """Size of a code's vector; few are enough for the quantizer cosine, 256 are usual for the others."""
+        """Size of a code's vector. A few numbers are enough for the quantizer cosine; 256 are usual
+        for the others."""
         channels: PositiveInt = 128
         """Channels at full resolution, a multiple of 32."""
         multipliers: list[PositiveInt] = field(default_factory=lambda: [1, 1, 2, 4])
-        """Channels of each level, as multiples of `channels`; each level but the last halves height and width."""
+        """Channels of each level, as multiples of `channels`. All levels but the last halve height
+        and width."""
         residual_blocks: PositiveInt = 2
         """Residual blocks of a level of the encoder; the decoder has one more."""
         attention_levels: list[NonNegativeInt] = field(default_factory=lambda: [3])
-        """Levels with attention after each residual block, 0 is full resolution; the coarsest always has one more."""
+        """Levels with attention after each residual block; level 0 has full resolution. The
+        coarsest level always has attention once more."""
         z_channels: PositiveInt = 256
-        """Channels that the encoder gives out, before they are projected onto the code's dimensions."""
+        """Channels of the encoder's output, before the projection onto `code_dim` numbers."""
         quantizer: Literal["cosine", "euclidean", "ema"] = "cosine"
-        """How the codebook is searched and learned: cosine and euclidean by gradient, ema as moving averages (with
-        Euclidean distance, and revival of codes that nothing uses)."""
+        """How the nearest code is found and the codebook learned: by cosine or Euclidean distance
+        with gradients, or with ema by Euclidean distance and moving averages, which also move
+        unused codes."""
         commitment: NonNegativeFloat = 0.25
         """Weight of the pull of the encoder's vectors to their codes."""
         decay: Probability = 0.99
         """Quantizer ema: decay of the moving averages."""
         revive_below: Probability = 0.03
-        """Quantizer ema: a code used less than this share of even use is moved onto a vector of the batch."""
+        """Quantizer ema: a code used less than this share of even use is moved onto a vector of the
+        batch."""
         perceptual_file: Path | None = None
-        """Weights of torchvision's VGG16 (vgg16-397923af.pth); None = no perceptual distance in the loss."""
+        """Weights of torchvision's VGG16 (vgg16-397923af.pth); None = no perceptual distance in the
+        loss."""
         perceptual: NonNegativeFloat = 1.0
-        """Weight of the perceptual distance (LPIPS), beside the absolute error's 1."""
+        """Weight of the perceptual distance (LPIPS); the absolute error has the weight 1."""
         adversarial: NonNegativeFloat = 0.5
-        """Weight of the discriminator's verdict, times the ratio of gradients that makes it the size of the rest; 0 =
-        no discriminator."""
+        """Weight of the discriminator's verdict, after its gradient is scaled to the length of the
+        others'; 0 = no discriminator."""
         adversarial_start: NonNegativeInt = 20_000
-        """Step from which on there is a discriminator: images must have a shape before it helps."""
+        """Step from which on the discriminator takes part. Before it, reconstructions are too
+        coarse for it to help."""
         discriminator_channels: PositiveInt = 64
-        """Channels of its first layer, a multiple of 32."""
+        """Channels of the discriminator's first layer, a multiple of 32."""
         discriminator_layers: PositiveInt = 3
-        """Layers of it that halve the resolution; 3 = patches of 70x70 pixels."""
+        """Layers of the discriminator that halve the resolution; 3 = patches of 70x70 pixels."""
 
         def check(self) -> None:
-            for name, channels in (
-                ("channels", self.channels),
-                *(
-                    (f"channels * multipliers[{i}]", self.channels * m)
-                    for i, m in enumerate(self.multipliers)
-                ),
-                ("discriminator_channels", self.discriminator_channels),
-            ):
+            widths = {"channels": self.channels}
+            for level, multiplier in enumerate(self.multipliers):
+                widths[f"channels * multipliers[{level}]"] = self.channels * multiplier
+            widths["discriminator_channels"] = self.discriminator_channels
+            for name, channels in widths.items():
                 if channels % GROUPS:
                     raise UserError(
-                        f"{name} is {channels}; it must be a multiple of {GROUPS}, the groups of the norms"
+                        f"{name} is {channels}; it must be a multiple of {GROUPS}, "
+                        "the groups of the norms"
                     )
+
             if not self.multipliers:
                 raise UserError("multipliers is empty; it must name at least one level")
             downsampling = 2 ** (len(self.multipliers) - 1)
@@ -84,16 +90,19 @@ class VQGAN(VQModel):
                     f"image_size is {self.image_size}; it must be a multiple of {downsampling}, "
                     f"as {len(self.multipliers)} levels halve it {len(self.multipliers) - 1} times"
                 )
+
             least = 3 * 2**self.discriminator_layers
             if self.adversarial and self.image_size < least:
                 raise UserError(
-                    f"discriminator_layers is {self.discriminator_layers}; images of {self.image_size} pixels are too "
-                    f"small for it, they must have {least}"
+                    f"discriminator_layers is {self.discriminator_layers}; images of "
+                    f"{self.image_size} pixels are too small for it, they must have {least}"
                 )
+
             for level in self.attention_levels:
                 if level >= len(self.multipliers):
                     raise UserError(
-                        f"attention_levels has {level}; there are the levels 0 to {len(self.multipliers) - 1}"
+                        f"attention_levels has {level}; "
+                        f"there are the levels 0 to {len(self.multipliers) - 1}"
                     )
 
     def __init__(self, config: Config) -> None:
