@@ -1,11 +1,11 @@
-"""A finished run, to be asked from Python.
+"""Use a finished run from Python.
 
 from cm3leon import CM3Leon
 
-m = CM3Leon.load("runs/digits")
-best = m.generate("a handwritten seven", n=8, retrieve=2)[0]
+model = CM3Leon.load("runs/digits")
+best = model.generate("a handwritten seven", n=8, retrieve=2)[0]
 best.image.save("seven.png")
-m.caption(best.image)
+model.caption(best.image)
 """
 
 from cm3leon.api.answers import (

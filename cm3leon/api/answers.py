@@ -1,4 +1,4 @@
-"""What a model answers, and what is said beside an answer."""
+"""What calls of a model return, and the warnings that may come with it."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ NO_MORE = "the retriever's rules leave no more of the memory bank"
 
 
 class UnrankedWarning(Notice):
-    """Samples are in the order of their seeds, as there is nothing to rank them by."""
+    """Samples are in the order of their seeds, because nothing can rank them."""
 
 
 class UntunedWarning(Notice):
-    """What is asked for is a task that the model was not fine-tuned on."""
+    """The model was not fine-tuned on the task of the call."""
 
 
 class ShortageWarning(Notice):
-    """Fewer retrieved documents than asked stand in a prompt."""
+    """A prompt holds fewer retrieved documents than the call asked for."""
 
 
 class TruncatedWarning(Notice):
-    """A text was stopped by its length before it ended."""
+    """A text reached its largest length before it ended."""
 
 
 @dataclass(frozen=True, eq=False)
 class Completed:
-    """A document with the answer that was asked for."""
+    """A document with its generated answer."""
 
     document: TokenDocument
     truncated: bool
-    """Whether the answer is a text that was stopped by its length before it ended."""
+    """Whether the answer is a text that reached its largest length before it ended."""
 
 
 @dataclass(frozen=True, eq=False)
 class UsedDocument:
-    """A retrieved document that stood in a prompt."""
+    """A retrieved document of a prompt."""
 
     id: str
     text: str
@@ -52,12 +52,12 @@ class UsedDocument:
 
 @dataclass(frozen=True, eq=False)
 class FoundDocument(UsedDocument):
-    """A document of the memory bank that was searched for."""
+    """A document of the memory bank that a search found."""
 
     row: int
-    """Of the bank."""
+    """Row of the bank."""
     score: float
-    """Inner product with what was searched by."""
+    """Inner product with the query."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,27 +67,27 @@ class GeneratedImage:
     image: Image.Image
     codes_N: np.ndarray
     score: float
-    """Cosine of prompt and image by the run's own CLIP; NaN where its retriever has none."""
+    """Cosine of prompt and image by the run's own CLIP; NaN if its retriever has none."""
     seed: int
     documents: tuple[UsedDocument, ...]
-    """What stood in the prompt, the closest last."""
+    """The retrieved documents of the prompt, the closest last."""
     asked: int = 0
-    """Documents that were asked for."""
+    """Number of documents that the call asked for."""
     shortage: str = ""
-    """Why fewer documents than asked stood in the prompt; "" where there were as many."""
+    """Why the prompt holds fewer documents than that; "" if it does not."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """What a call of the model gives, as pipelines of diffusers do."""
+    """What `model(...)` returns, named as in pipelines of diffusers."""
 
     images: list[Image.Image]
-    """In the order of the prompts, those of a prompt together."""
+    """The images of the first prompt, then those of the second, and so on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Filled:
-    """An image with its text, a part of which was made anew."""
+    """An image and its text, with a part of either generated anew."""
 
     image: Image.Image
     text: str
@@ -95,17 +95,25 @@ class Filled:
 
 
 def shortage_of(asked: int, found: int, kept: int) -> str:
-    """Why fewer retrieved documents than asked stand in a prompt, "" if as many do."""
+    """Say why a prompt holds fewer documents than asked for; "" if it does not.
+
+    Args:
+        asked: number of documents that the call asked for.
+        found: number of documents that the retriever found.
+        kept: number of documents that the prompt holds.
+    """
     if kept == asked:
         return ""
     return NO_ROOM if kept < found else NO_MORE
 
 
 def found_of(kept: int, asked: int, shortage: str) -> str:
-    """What is said of a prompt with fewer retrieved documents than asked."""
+    """Word the warning about a prompt with fewer retrieved documents than asked for."""
     return f"found {kept} of {asked} documents: {shortage}"
 
 
 def shortened(text: str, length: int = 40) -> str:
-    """The beginning of a text, quoted, as messages show it."""
-    return repr(text if len(text) <= length else f"{text[:length]}...")
+    """Quote the beginning of a text for a message."""
+    if len(text) > length:
+        text = f"{text[:length]}..."
+    return repr(text)

@@ -1,4 +1,4 @@
-"""A finished run asked in tokens: what `CM3Leon` stands on, and what studies ask.
+"""Ask a finished run in tokens. `CM3Leon` builds on it, and studies use it directly.
 
 Documents are `TokenDocument`s, retrieved ones are rows of the memory bank, and images are codes.
 """
@@ -61,9 +61,9 @@ DECODERS_KEPT = 100
 
 
 class AskedRun(Documents):
-    """The tokenizers, the memory bank and the decoder of a finished run.
+    """The tokenizers, the memory bank and the model of a finished run.
 
-    Every answer depends on its seed alone. Mistakes are UserErrors, one sentence each.
+    Every answer depends on its seed only. Mistakes of the caller raise UserErrors.
     """
 
     def __init__(
@@ -100,30 +100,37 @@ class AskedRun(Documents):
         trust: bool = False,
         verify: bool = True,
     ) -> Self:
-        """The model of a run folder, of a folder that `export to=hf` wrote, or of such a one on the Hub, as org/name.
+        """Load the model of a run folder, of a folder that `export to=hf` wrote, or of the Hub.
 
-        From the Hub it is downloaded by huggingface_hub, unless its cache has it; HF_HUB_OFFLINE=1 asks the cache
-        alone. No code is run that comes with it.
+        A model on the Hub is named org/name. huggingface_hub downloads it unless its cache has it;
+        with HF_HUB_OFFLINE=1 only the cache is used. Code that comes with the model is never run.
 
         Args:
-            device: where it computes; None = a GPU where there is one.
-            weights: what the decoder's matrices are kept in; None = the precision, which changes no result. int8 and
-                fp8 take half of bf16's memory, and change results a little.
-            window: image codes that a step computes, the next one and drafts behind it, which changes no result (up to
-                rounding); None = 4 for a single image, 1 for more.
-            execution: eager, compiled, graph or compiled graph: how steps are run. The last two need CUDA.
-            ranks: processes that share the decoder; all of them have to ask the same.
+            run: the folder, or the name on the Hub.
+            device: where it computes; None = a GPU if there is one.
+            precision: of the computation; auto takes what suits the device.
+            weights: how the matrices of the model are stored; None = in the precision of the
+                computation, which changes no result. int8 and fp8 take half of the memory of bf16,
+                and change results a little.
+            window: image codes that a step computes: the next one, and drafts behind it. It changes
+                no result (up to rounding). None = 4 for a single image, 1 for more.
+            execution: how steps are run: eager, compiled, graph or compiled graph. The last two
+                need CUDA.
+            ranks: processes that share the model; all of them have to make the same calls.
             bank: run folder whose documents are the memory bank; None = the run's own.
             checkpoint: step of the pretraining whose weights are taken; None = the last.
             revision: a branch, a tag or a commit of a model on the Hub; None = its main branch.
-            adapter: a LoRA adapter of PEFT to merge into an exported model: a folder, or a model on the Hub.
-            plugins: plugins (.py files or package folders) to load; those of the run are loaded if they are named here.
-            trust: load all plugins that the run names; their code is run.
-            verify: compare each file with its recorded checksum before it is read, once in a process.
+            adapter: a LoRA adapter of PEFT to merge into an exported model: a folder, or a model on
+                the Hub.
+            plugins: plugins (.py files or package folders) to load. Those of the run are loaded if
+                they are named here.
+            trust: load all plugins that the run names, which runs their code.
+            verify: compare each file with its recorded checksum before it is read, once in a
+                process.
 
         Raises:
-            UserError: for a folder without a finished pretraining, files that have changed, plugins that are not
-                trusted, or weights that cannot be had here.
+            UserError: for a folder without a finished pretraining, files that have changed, plugins
+                that are not trusted, or a kind of weights that is not available here.
         """
         ranks = ranks or Ranks(device_named(device))
         named = [plugins] if isinstance(plugins, str) else list(plugins)
@@ -137,17 +144,19 @@ class AskedRun(Documents):
             bank=bank,
             checkpoint=checkpoint,
         )
+
         if ranks.count > 1:
             share(model, rank=ranks.rank, count=ranks.count)
         kind: Weights = weights or ("bf16" if uses_bf16(ranks.device, precision) else "float32")
-        # Half of the bytes, before a GPU has to hold them.
+
+        # Half of the bytes go to the GPU if weights are rounded to bf16 before.
         keep_weights(model, "float32" if kind == "float32" else "bf16")
         keep_weights(model.to(ranks.device), kind)
         opened = replace(opened, asked_model=model)
         return cls(opened, precision=precision, window=window, execution=execution)
 
     def _notify(self, notice: Notice, *, stacklevel: int) -> None:
-        """Warn the caller of the public method, so many calls above."""
+        """Warn the caller of the public method, which is `stacklevel` calls above."""
         if self._notices is None:
             warnings.warn(notice, stacklevel=stacklevel + 1)
         else:
@@ -165,19 +174,25 @@ class AskedRun(Documents):
         decoder: DecoderChoice = None,
         max_tokens: PositiveInt = 64,
     ) -> list[list[Completed]]:
-        """Some of the samples of a registered task's answers: for each document, the completed ones.
+        """Draw samples of a task's answers, and return the completed documents for each document.
 
-        Sample n of a document is the same whichever others are asked for, up to rounding.
+        Sample n of a document is the same whichever other samples are drawn, up to rounding.
 
         Args:
-            retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
-            samples: their numbers.
-            seeds: of the first sample of each document; the others count on from it.
-            max_tokens: pieces of an answer in text; the answers say whether they were cut there.
+            task: name of a registered task.
+            documents: the documents to complete.
+            retrieved: rows of the bank for each document, the closest last; fewer are used if there
+                is no room.
+            samples: numbers of the samples to draw.
+            seeds: of sample 0 of each document; the others count on from it.
+            decoder: how tokens are drawn; None = as the run is set.
+            max_tokens: largest number of pieces of an answer in text; the answers tell whether they
+                were cut there.
         """
         check_lengths(documents=documents, retrieved=retrieved, seeds=seeds)
         if samples.start < 0 or samples.step != 1:
             raise UserError(f"samples is {samples}; it must be a range of numbers from 0 on")
+
         built = self._task_with_room(task, max_tokens)
         prompts, requests = [], []
         for document, rows, seed in zip(documents, retrieved, seeds, strict=True):
@@ -205,11 +220,13 @@ class AskedRun(Documents):
         *,
         max_tokens: PositiveInt = 64,
     ) -> list[list[int]]:
-        """Those of each document's retrieved rows, the closest ones, that `ask` and `rank` have room for.
+        """Return the closest of each document's retrieved rows, as many as `ask` has room for.
 
         Args:
+            task: name of a registered task.
+            documents: the documents to complete.
             retrieved: rows of the bank for each document, the closest last.
-            max_tokens: pieces of an answer in text.
+            max_tokens: largest number of pieces of an answer in text.
         """
         check_lengths(documents=documents, retrieved=retrieved)
         built = self._task_with_room(task, max_tokens)
@@ -225,11 +242,14 @@ class AskedRun(Documents):
         retrieved: Sequence[Sequence[NonNegativeInt]],
         options: Sequence[Sequence[np.ndarray]],
     ) -> list[np.ndarray]:
-        """Log-likelihoods (K,) in nats of the candidates for each document's answer, all of them in text.
+        """Compute the log-likelihoods (K,) in nats of K candidate answers, in text, by document.
 
         Args:
-            retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
-            options: ids (T,) of each document's candidates; the `<end_of_span>` behind each counts with it.
+            documents: the documents to complete.
+            retrieved: rows of the bank for each document, the closest last; fewer are used if there
+                is no room.
+            options: ids (T,) of each document's candidates; the likelihood includes the
+                `<end_of_span>` that follows.
         """
         check_lengths(documents=documents, retrieved=retrieved, options=options)
         task, end = self._task("instruction"), self.run.vocab.end_of_span
@@ -255,7 +275,7 @@ class AskedRun(Documents):
             return self._answerer.answers(requests)
 
     def _text_answer(self, prompt: Prompt, decoder: DecoderChoice, seed: int) -> np.ndarray:
-        """The only sample of a prompt for a text, without its end; a warning says where it was cut."""
+        """Draw one text, without the token that ends it; a warning tells if it was cut."""
         ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
         answer_T = np.array(prompt.content(tokens), np.int64)
         cut = is_truncated(prompt, answer_T, self.run.seq_len)
@@ -263,12 +283,12 @@ class AskedRun(Documents):
         return answer_T
 
     def _warn_truncated(self, cut: Sequence[Any], pieces: int, *, stacklevel: int = 4) -> None:
-        """Say of texts that were stopped at so many pieces that they were."""
+        """Warn of texts that were cut at so many pieces, if there are any."""
         if cut:
             what = "the text was" if len(cut) == 1 else f"{len(cut)} texts were"
             sentence = (
-                f"{what} cut at {pieces} pieces, before the end; raise `max_tokens`, where the model's "
-                f"{self.run.seq_len} positions have room"
+                f"{what} cut at {pieces} pieces, before the end; raise `max_tokens`, where the "
+                f"model's {self.run.seq_len} positions have room"
             )
             self._notify(TruncatedWarning(sentence), stacklevel=stacklevel)
 
@@ -297,7 +317,7 @@ class AskedRun(Documents):
     def _of_each_modality(
         self, image: DecoderChoice, text: DecoderChoice
     ) -> Mapping[Modality, Decoder]:
-        """The decoders of a prompt's only sample."""
+        """Build the decoders of a prompt with one sample."""
         return {
             "image": self._decoder(image, "image").of(0),
             "text": self._decoder(text, "text").of(0),
@@ -310,7 +330,7 @@ class AskedRun(Documents):
         return TASKS.build(name, **self._task_arguments())
 
     def _task_with_room(self, name: str, max_tokens: int) -> Task:
-        """The task, with room for so many pieces where it is answered in text."""
+        """Build a task; if its answers are texts, they have at most `max_tokens` pieces."""
         room = {"max_tokens": max_tokens} if TASKS.has_setting(name, "max_tokens") else {}
         return TASKS.build({"name": name, **room}, **self._task_arguments())
 
@@ -322,11 +342,14 @@ class AskedRun(Documents):
         by: Modality,
         count: NonNegativeInt,
     ) -> list[list[int]]:
-        """Rows of the bank for each query, the closest last.
+        """Retrieve rows of the bank for each query, the closest last.
 
         Args:
-            images_BHWC: uint8, in the size of the image tokenizer.
+            texts: the queries' texts; needed if `by` is text.
+            images_BHWC: the queries' images, uint8, in the size of the image tokenizer; needed if
+                `by` is image.
             by: the modality that is searched with.
+            count: number of rows of a query.
         """
         given: Sequence[Any] | np.ndarray | None = texts if by == "text" else images_BHWC
         if count:
@@ -338,13 +361,13 @@ class AskedRun(Documents):
     def _check_bank(self, where: str) -> None:
         if not self.run.has_retriever:
             raise UserError(
-                f"{where}: the run {self.run.folder} has no memory bank, as its weights were made elsewhere; retrieve "
-                "from a run of your own that starts from it (training.start)"
+                f"{where}: the run {self.run.folder} has no memory bank, as its weights were made "
+                "elsewhere; retrieve from a run of your own that starts from it (training.start)"
             )
 
     @checked
     def used_documents(self, rows: Sequence[NonNegativeInt]) -> tuple[UsedDocument, ...]:
-        """Rows of the bank, such as `retrieved` finds, as documents to look at: ids, texts and images."""
+        """Return rows of the bank, e.g. those of `retrieved`, as documents to look at."""
         shown = []
         for document in map(self.run.bank_document, rows):
             image = None
@@ -365,10 +388,12 @@ class AskedRun(Documents):
         codes_BN: np.ndarray,
         size: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """Cosine (B,) of each image and its text, by the run's own CLIP; NaN if it has none.
+        """Compute the cosine (B,) of each image and its text by the run's own CLIP.
+
+        It is NaN if the run's retriever has no CLIP.
 
         Args:
-            text: one for all images, or one for each of them.
+            text: one text for all images, or one for each of them.
             codes_BN: codes of images, as the image tokenizer numbers them.
             size: width and height of the images in pixels; None = the run's usual ones.
         """
@@ -395,25 +420,31 @@ class AskedRun(Documents):
 
     @cached_property
     def _learned(self) -> set[str] | None:
-        """The tasks of instructions that the model was fine-tuned on, None where that is not known."""
+        """Tasks of instructions that the model was fine-tuned on; None if that is not known."""
         return tuned_on(self.run.experiment)
 
     def _check_tuned(self, asked: str, tasks: Sequence[str]) -> None:
-        """Instructions are asked of a model that has learned from some: with the objective `instruct`.
+        """Refuse instructions to a model that was not trained with the objective `instruct`.
 
-        One that has learned other tasks than these is asked all the same, and a warning says so.
+        If it was trained on other tasks than these, only a warning says so.
+
+        Raises:
+            UserError: for a model of another objective.
         """
         objective = self.run.experiment.objective.name
         if objective != TUNED:
             raise UserError(
-                f"{asked} needs a model that was fine-tuned on instructions (objective.name={TUNED}, "
-                f"docs/tasks.md); the run {self.run.folder} was trained with {objective}"
+                f"{asked} needs a model that was fine-tuned on instructions "
+                f"(objective.name={TUNED}, docs/tasks.md); the run {self.run.folder} was trained "
+                f"with {objective}"
             )
+
         learned = self._learned
         if learned is not None and not learned.intersection(tasks):
             sentence = (
-                f"{asked} needs a model that was fine-tuned on instructions of the task {' or '.join(tasks)}; "
-                f"the run {self.run.folder} was fine-tuned on {', '.join(sorted(learned))} alone"
+                f"{asked} needs a model that was fine-tuned on instructions of the task "
+                f"{' or '.join(tasks)}; the run {self.run.folder} was fine-tuned on "
+                f"{', '.join(sorted(learned))} alone"
             )
             self._notify(UntunedWarning(sentence), stacklevel=4)
 

@@ -1,5 +1,4 @@
-"""What is given to a run, as documents of tokens: texts, pixels of any size, pages of both, and
-instructions."""
+"""Make documents of tokens from what callers give: texts, images, pages and instructions."""
 
 from __future__ import annotations
 
@@ -18,15 +17,19 @@ from cm3leon.types import TextSegment, TokenDocument, TokenSegment, UserError
 
 
 class Documents:
-    """The tokenizers of a finished run, and what they make of texts and images."""
+    """The tokenizers of a finished run, applied to texts and images."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self._fresh = TokenSegment("image", np.empty(0, np.int64), grid=run.grid)
 
     def _instruction(self, task: str, **values: np.ndarray | str | None) -> TokenDocument:
-        """The first template of a task, filled: with texts and pixels, None for an image that is
-        asked for."""
+        """Fill the first template of a task.
+
+        Args:
+            task: name of the task.
+            values: texts and pixels of the template's fields; None for an image to be generated.
+        """
         segments: list[TokenSegment] = []
         for segment in fill_template(TABLE_5[task][0], values, ROLES[task]):
             if isinstance(segment, TextSegment):
@@ -39,7 +42,7 @@ class Documents:
         return TokenDocument(task, tuple(segments))
 
     def _page(self, parts: Sequence[str | ImageInput], *more: TokenSegment) -> TokenDocument:
-        """Texts and images as a document, with more segments behind them."""
+        """Make a document of texts and images, followed by more segments."""
         given = [
             self._text(part) if isinstance(part, str) else self._image(self._pixels(part))
             for part in parts
@@ -53,8 +56,7 @@ class Documents:
         return np.array(self.run.fitted(read_given_image(image, argument)))
 
     def _square(self, image: ImageInput) -> np.ndarray:
-        """An image (1, H, W, 3) as documents are retrieved by it, whatever the shape that is
-        drawn."""
+        """Cut an image to the square (1, H, W, 3) that retrieval uses for images of all shapes."""
         size = self.run.image_tokenizer.image_size
         return np.array(square(read_given_image(image, "image"), size))[None]
 
@@ -63,19 +65,21 @@ class Documents:
         return TokenSegment("image", self.run.vocab.image_ids(codes_N, grid), grid=grid)
 
     def _grid_of(self, size: tuple[int, int] | None) -> Grid:
-        """The codes of an image of so many pixels, width first; None = the run's square one.
+        """Return rows and columns of codes for a width and height in pixels; None = the usual ones.
 
         Raises:
             UserError: for a size that the model has no tokens for.
         """
         if size is None:
             return self.run.grid
+
         scale, layout = self.run.image_tokenizer.downsampling, self.run.vocab.layout
         width, height = size
         grid = (height // scale, width // scale)
         whole = (grid[0] * scale, grid[1] * scale) == (height, width)
         if whole and (grid in layout.sizes or grid == self.run.grid):
             return grid
+
         usual = ", ".join(f"{columns * scale}x{rows * scale}" for rows, columns in self.run.grids)
         more = "one of " if len(self.run.grids) > 1 else ""
         raise UserError(
@@ -83,9 +87,8 @@ class Documents:
         )
 
     def _decoded(self, segment: TokenSegment) -> np.ndarray:
-        """Pixels (H, W, 3) of a whole image of ids."""
+        """Decode the ids of a whole image to pixels (H, W, 3)."""
         vocab = self.run.vocab
         codes_1N = vocab.image_codes(segment.ids_T)[None]
-        return self.run.image_tokenizer.decode(codes_1N, grid=vocab.layout.grid_of(segment.ids_T))[
-            0
-        ]
+        grid = vocab.layout.grid_of(segment.ids_T)
+        return self.run.image_tokenizer.decode(codes_1N, grid=grid)[0]

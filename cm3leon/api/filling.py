@@ -1,4 +1,14 @@
-"""Infilling: a part of an image, or of its text, made anew."""
+"""Infilling: generate a part of an image, or of its text, anew.
+
+The parts to be generated become spans with a sentinel each, as in training. For the word "red" and
+a box around I5 and I6 of an image of 3 x 3 codes,
+
+    document   <eos> a red dog <break> I1 I2 I3 I4 I5 I6 I7 I8 I9 <eos>
+    prompt     <eos> a <mask:0> dog <break> I1 I2 I3 I4 <mask:1> I7 I8 I9 <eos> <mask:0>
+
+and the model goes on with a new word, `<mask:1>`, and two new codes. All other pieces and codes
+stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +43,7 @@ Box = tuple[int, int, int, int]
 
 
 class AskedFilling(AskedRun):
-    """A finished run, asked for parts of images and texts."""
+    """A finished run that generates parts of images and texts."""
 
     @checked
     def infill(
@@ -48,9 +58,9 @@ class AskedFilling(AskedRun):
         seed: NonNegativeInt = 0,
         max_tokens: PositiveInt = 64,
     ) -> Filled:
-        """An image and its text with a part of either made anew: what is not asked for keeps its codes and pieces.
+        """Generate a part of an image, or of its text, anew; all other codes and pieces stay.
 
-        As `infills`, which says more, for a single one.
+        It is `infills`, which explains the arguments, for a single result.
         """
         asked = (box, mask, words)
         (filled,) = self._infills(image, text, asked, decoder, range(seed, seed + 1), max_tokens)
@@ -70,22 +80,27 @@ class AskedFilling(AskedRun):
         seed: NonNegativeInt = 0,
         max_tokens: PositiveInt = 64,
     ) -> list[Filled]:
-        """An image and its text with a part of either made anew, n times, in the order of their seeds.
+        """Generate a part of an image, or of its text, anew, n times, in the order of their seeds.
 
-        A box, or a mask, asks for the codes that it touches: each run of them in reading order becomes a span with a
-        sentinel of its own. The more there are, the further it is from what the model was trained on, one span or two
-        in most samples.
+        A box or a mask asks for the codes that it touches. Each run of them in reading order
+        becomes a span with a sentinel of its own. Most samples in training have one span or two, so
+        the more spans, the further the prompt is from the training.
 
-        Guidance and CD-K compare with a stream that has a mask for the text where codes are asked for,
-        and for the image where words are; where both are, there is nothing to compare with.
+        Guidance and CD-K compare with a stream that has a mask for the text if codes are asked for,
+        and for the image if words are. If both are, there is nothing to compare with.
 
         Args:
-            box: (left, top, right, bottom) in pixels of the given image, upright as its EXIF block says; inside its
-                central square, which is what the tokenizer sees.
-            mask: in the place of a box: booleans (H, W), as many as the image has pixels, True where it is made anew.
-            words: characters [start, end) of the text, whose pieces are asked for.
-            seed: of the first sample; the others count on from it.
-            max_tokens: pieces that the new text may have; a warning says where it was cut there.
+            image: the image, of which the tokenizer sees the central square.
+            text: its text.
+            n: number of results.
+            box: (left, top, right, bottom) in pixels of the given image, turned upright by its EXIF
+                block, and inside the central square.
+            mask: instead of a box: booleans (H, W), one for each pixel, True where it changes.
+            words: characters [start, end) of the text, whose pieces change.
+            decoder: how tokens are drawn; None = as the run is set.
+            seed: of the first result; the others count on from it.
+            max_tokens: largest number of pieces of the new text; a warning tells if it was cut
+                there.
         """
         asked = (box, mask, words)
         return self._infills(image, text, asked, decoder, range(seed, seed + n), max_tokens)
@@ -102,12 +117,15 @@ class AskedFilling(AskedRun):
         box, mask, words = asked_for
         if box is None and mask is None and words is None:
             raise UserError("box, mask and words are missing; give what is to be made anew")
+
+        # Three parts of the text are tokenized, so the words to change have pieces of their own.
         spans: list[AskedSpan] = []
         if words is not None:
             start, end = words
             if not 0 <= start < end <= len(text):
                 raise UserError(
-                    f"words is {words}; it must be (start, end), a part of the text of {len(text)} characters"
+                    f"words is {words}; it must be (start, end), a part of the text of "
+                    f"{len(text)} characters"
                 )
             before, asked, after = text[:start], text[start:end], text[end:]
             pieces = [self._text(part).ids_T for part in (before, asked, after)]
@@ -117,10 +135,13 @@ class AskedFilling(AskedRun):
             text_ids_T = self._text(text).ids_T
         spans += self._spans_of_image(image, box, mask)
 
+        # Ask for all spans of the document in one request.
         text_segment = TokenSegment("text", text_ids_T)
         document = TokenDocument("infill", (text_segment, self._image(self._pixels(image))))
         request = self._filling(document, spans, decoder, seeds, max_tokens)
         (drawn,) = self._answers([request])
+
+        # Texts as long as allowed were cut.
         cut: list[list[int]] = []
         for tokens in drawn:
             segments = grammar.segments_of(tokens, self.run.vocab)
@@ -134,7 +155,7 @@ class AskedFilling(AskedRun):
         box: Box | None,
         mask_HW: np.ndarray | None,
     ) -> list[AskedSpan]:
-        """The codes of the image that are asked for."""
+        """List the spans of codes that a box or a mask asks for."""
         layout = self.run.vocab.layout
         if box is None and mask_HW is None:
             return []
@@ -147,8 +168,8 @@ class AskedFilling(AskedRun):
         assert mask_HW is not None
         if mask_HW.dtype != np.bool_ or mask_HW.shape != (height, width):
             raise UserError(
-                f"mask is {mask_HW.dtype} of shape {mask_HW.shape}; it must be bool of shape {(height, width)}, "
-                "that of the image"
+                f"mask is {mask_HW.dtype} of shape {mask_HW.shape}; it must be bool of shape "
+                f"{(height, width)}, that of the image"
             )
         spans = code_spans(mask_codes(mask_HW, grid), segment=1, layout=layout)
         if not spans:
@@ -165,13 +186,15 @@ class AskedFilling(AskedRun):
         seeds: range,
         max_tokens: int,
     ) -> Request:
-        """What is asked for those spans of a document."""
+        """Build the request for the spans of a document."""
         vocab = self.run.vocab
         both = [
             prompt_of(document, spans, (), vocab)
             for prompt_of in (spans_prompt, unconditional_spans_prompt)
         ]
         streams = tuple(ids_T for ids_T in both if ids_T is not None)
+
+        # The grammar of the answer: a text of free length, or as many codes as the span has.
         gaps = []
         for span in spans:
             if span.segment == 0:
@@ -180,6 +203,7 @@ class AskedFilling(AskedRun):
             _, columns = vocab.layout.grid_of(document.segments[1].ids_T)
             closed = vocab.layout.row_ends(columns, span.start, span.end)
             gaps.append(grammar.Gap("image", span.end - span.start, closed))
+
         of: list[Mapping[Modality, Decoder]] = [
             {
                 "image": self._decoder(decoder, "image").of(number),

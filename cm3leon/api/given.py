@@ -1,4 +1,4 @@
-"""What callers give, and how it is checked."""
+"""Types of callers' arguments, and checks of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from cm3leon.types import UserError
 DecoderChoice = Annotated[str | dict[str, Any] | Component, DECODERS] | None
 """A decoder by its name, by a section as in YAML, or None for the run's own."""
 GivenImage = Annotated[ImageInput, read_given_image]
-"""An image as a path, the bytes of a file, a Pillow image or an array (see `read_image`); methods get its pixels."""
+"""An image as a path, the bytes of a file, a Pillow image or an array; methods get its pixels."""
 Samples = Annotated[int, Range(ge=1, le=65_536)]
 
 
 def _part(value: Any, where: str) -> str | np.ndarray:
-    """A text, or the pixels of an image, whose file is given as a Path."""
-    return any_text(value, where) if isinstance(value, str) else read_given_image(value, where)
+    """Return a text as it is, and the pixels of anything else; a file of an image is a Path."""
+    if isinstance(value, str):
+        return any_text(value, where)
+    return read_given_image(value, where)
 
 
 Parts = Sequence[Annotated[str | ImageInput, _part]]
@@ -30,7 +32,7 @@ Parts = Sequence[Annotated[str | ImageInput, _part]]
 
 
 def check_lengths(**lists: Sequence[Any]) -> None:
-    """Raises UserError for lists that are to have one item a document, and have not as many as the first."""
+    """Raise UserError unless all lists, of one item a document, are as long as the first."""
     (first, items), *others = lists.items()
     for name, other in others:
         if len(other) != len(items):
@@ -38,14 +40,14 @@ def check_lengths(**lists: Sequence[Any]) -> None:
 
 
 def check_ids(where: str, ids_T: np.ndarray, size: int) -> None:
-    """Raises UserError for what is no list of ids of a vocabulary of that size."""
+    """Raise UserError unless an array is a list of ids of a vocabulary of that size."""
     whole = ids_T.ndim == 1 and np.issubdtype(ids_T.dtype, np.integer)
     if not whole or (ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < size):
         raise UserError(f"{where} must be lists (T,) of ids from 0 to {size - 1} of the vocabulary")
 
 
 def check_codes(where: str, codes_BN: np.ndarray, length: int, size: int) -> None:
-    """Raises UserError for what is no array of images of so many codes each, of a codebook of that size."""
+    """Raise UserError unless an array holds images of `length` codes of a codebook of that size."""
     if codes_BN.ndim != 2 or codes_BN.shape[1] != length:
         raise UserError(f"{where} has the shape {codes_BN.shape}; it must be (images, {length})")
     whole = np.issubdtype(codes_BN.dtype, np.integer)

@@ -1,4 +1,4 @@
-"""The model behind `CM3Leon.load`: a run folder, an exported folder, or a model on the Hub."""
+"""Load the model behind `CM3Leon.load`: a run folder, an exported folder, or a model on the Hub."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ def opened_model(
     bank: Path | None = None,
     checkpoint: int | None = None,
 ) -> tuple[RunFolder, Model]:
-    """A finished run, and its decoder on the CPU as its file has it; see `AskedRun.load` for the arguments.
+    """Open a finished run, and load its model on the CPU with its weights as the file has them.
+
+    `AskedRun.load` explains the arguments.
 
     Raises:
-        UserError: for what is no finished run, and for arguments that a folder of its kind does not take.
+        UserError: for a folder that is not a finished run, and for arguments that a folder of its
+            kind does not take.
     """
     folder = model_folder(given, revision=revision)
+
+    # An exported model: it has neither a memory bank nor checkpoints, but takes an adapter.
     if is_hub_folder(folder):
         for name, value in {"bank": bank, "checkpoint": checkpoint}.items():
             if value is not None:
@@ -46,8 +51,11 @@ def opened_model(
 
     if adapter is not None:
         raise UserError(
-            f"adapter is given, which is merged into an exported model; {given} is a run, whose own is merged already"
+            f"adapter is given, which is merged into an exported model; {given} is a run, "
+            "whose own is merged already"
         )
+
+    # A run folder, with its own memory bank or that of another run.
     opened = open_run(folder, opening, needs=("pretraining",), device=device)
     if bank is not None:
         if not (bank / "index" / MARKER).is_file():
@@ -56,6 +64,7 @@ def opened_model(
             )
         shards = replace(opened.experiment.shards, bank=bank)
         opened = replace(opened, experiment=replace(opened.experiment, shards=shards))
+
     model = load_model(opened.folder, verify=opening.verify)
     if checkpoint is not None:
         training = opened.experiment.training

@@ -1,4 +1,4 @@
-"""A finished run asked in texts and images, from Python."""
+"""Ask a finished run in texts and images, from Python."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ QUESTIONS = ("vqa", "reasoning")
 
 
 class CM3Leon(AskedPages, AskedFilling):
-    """A finished run, asked for images, texts and their likelihoods. Made by `load`.
+    """A finished run that generates images and texts, and scores them. `load` opens one.
 
-    Every answer depends on its seed alone. Mistakes are UserErrors, one sentence each.
+    Every answer depends on its seed only. Mistakes of the caller raise UserErrors.
     """
 
     @checked
@@ -61,28 +61,36 @@ class CM3Leon(AskedPages, AskedFilling):
         seed: NonNegativeInt = 0,
         size: tuple[int, int] | None = None,
     ) -> list[Any]:
-        """Images for a text: n of them, the best by CLIP first; for several texts, a list for each.
+        """Generate n images for a text, the best by CLIP first; for several texts, a list for each.
 
-        Where the run's retriever has no CLIP, images stand in the order of their seeds, and their scores are NaN.
+        If the run's retriever has no CLIP, images are in the order of their seeds and have NaN as
+        scores.
 
         Args:
-            retrieve: documents to put before the prompt, fewer where the model has no room for as many.
-            documents: the documents themselves in its place, as rows of the memory bank, the closest last, such as
-                `documents_for` finds.
-            decoder: how codes are drawn; `mixture` takes top-p and CD-K in turn, as the paper does before re-ranking.
-            seed: of the first sample; the others count on from it.
-            size: width and height in pixels, of those that the model has tokens for; None = the run's square images.
+            prompt: the text, or several.
+            n: number of images for each text.
+            retrieve: number of documents to put before the prompt, fewer if the model lacks room.
+            documents: instead of `retrieve`, the documents as rows of the memory bank, such as
+                `documents_for` finds, the closest last.
+            decoder: how codes are drawn; None = as the run is set. `mixture` alternates between
+                top-p and CD-K, as in the paper before re-ranking.
+            seed: of the first image; the others count on from it.
+            size: width and height in pixels, one for which the model has tokens; None = the run's
+                square images.
 
         Returns:
             `GeneratedImage`s.
 
         Raises:
-            UserError: before anything is drawn, for a prompt that is too long for the model, by its place in the list.
+            UserError: before anything is drawn, for a prompt that is too long for the model, with
+                its index in the list.
         """
+        # Check all prompts before the first is drawn.
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         for number, reason in self.too_long(texts, size=size).items():
             where = "prompt" if isinstance(prompt, str) else f"prompt.{number}"
             raise UserError(f"{where} ({shortened(texts[number])}): {reason}")
+
         task = self._drawing(size)
         asked_for = [TokenDocument(text, (self._text(text), task.fresh_image)) for text in texts]
         found, asked_count = self._before(texts, retrieve, documents)
@@ -93,8 +101,13 @@ class CM3Leon(AskedPages, AskedFilling):
             requests.append(self._request(asked, decoder, range(seed, seed + n)))
         if n > 1 and not self.has_clip:
             name = self.run.experiment.retriever.name
-            sentence = f"the retriever {name} of this run has no CLIP: images stand in the order of their seeds"
+            sentence = (
+                f"the retriever {name} of this run has no CLIP: "
+                "images stand in the order of their seeds"
+            )
             self._notify(UnrankedWarning(sentence), stacklevel=3)
+
+        # Draw all prompts together, then decode and rank the images of each.
         results = []
         for text, document, rows, kept, drawn in zip(
             texts, asked_for, found, used, self._answers(requests), strict=True
@@ -117,7 +130,7 @@ class CM3Leon(AskedPages, AskedFilling):
     def _before(
         self, texts: Sequence[str], retrieve: int, documents: Sequence[int] | None
     ) -> tuple[list[list[int]], int]:
-        """Rows of the bank that are to stand before each text, and how many were asked for."""
+        """Return the rows of the bank to put before each text, and how many were asked for."""
         if documents is None:
             return self.retrieved(texts, None, "text", retrieve), retrieve
         if retrieve:
@@ -132,9 +145,9 @@ class CM3Leon(AskedPages, AskedFilling):
 
     @checked
     def documents_for(self, prompt: Worded, count: NonNegativeInt) -> list[FoundDocument]:
-        """The documents that `generate` puts before a prompt for `retrieve=count`, the closest last, to look at.
+        """Return the documents that `generate` puts before a prompt for `retrieve=count`.
 
-        Their scores are inner products with the prompt.
+        The closest comes last. Scores are inner products with the prompt.
         """
         (rows,) = self.retrieved([prompt], None, "text", count)
         scores = text_scores(self.run, prompt, rows)
@@ -151,27 +164,33 @@ class CM3Leon(AskedPages, AskedFilling):
         seed: NonNegativeInt = 0,
         retrieve: NonNegativeInt = 0,
     ) -> Images:
-        """Images for a text or several, in the words of diffusers' pipelines: `model("a dog").images[0]`.
+        """Generate images by the arguments of diffusers' pipelines: `model("a dog").images[0]`.
 
-        It is `generate` with its images alone. As there, the same call gives the same images, unless a generator or
-        another seed is given.
+        It calls `generate` and returns the images only. As there, the same call gives the same
+        images, unless a generator or another seed is given.
 
         Args:
-            guidance_scale: weight of guidance (`cfg`) of the run's own decoder; None = as the run has it.
-            generator: what the seed is drawn from, so that the next call with it gives other images.
-            seed: of the first image of each prompt, where no generator is given.
+            prompt: a text, or several.
+            num_images_per_prompt: number of images for each text.
+            guidance_scale: weight of guidance (`cfg`) of the run's decoder; None = as the run is
+                set.
+            generator: the seed is drawn from it, so the next call with it gives other images.
+            seed: of the first image of each prompt, if no generator is given.
+            retrieve: number of documents to put before each prompt.
 
         Raises:
-            UserError: for a decoder without guidance, and for a prompt that is too long for the model.
+            UserError: for a decoder without guidance, and for a prompt that is too long.
         """
         decoder = None
         if guidance_scale is not None:
             own = to_mapping(self.run.experiment.decoder)
             if "cfg" not in own:
                 raise UserError(
-                    f"guidance_scale is given, and the decoder {own['name']} of this run has no weight of guidance"
+                    f"guidance_scale is given, and the decoder {own['name']} of this run has no "
+                    "weight of guidance"
                 )
             decoder = {**own, "cfg": guidance_scale}
+
         if generator is not None:
             seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -184,19 +203,19 @@ class CM3Leon(AskedPages, AskedFilling):
     def too_long(
         self, texts: Sequence[Text], *, size: tuple[int, int] | None = None
     ) -> dict[int, str]:
-        """Why a text is too long to be drawn, for those of `texts` that are, by their places in the list."""
+        """Find the texts that are too long to be drawn: index in `texts` -> reason."""
         task, reasons = self._drawing(size), {}
         for number, text in enumerate(texts):
             prompt = task.prompt(TokenDocument(text, (self._text(text), task.fresh_image)))
             if len(prompt.ids_T) + prompt.length > self.run.seq_len:
                 reasons[number] = (
-                    f"a prompt of {len(prompt.ids_T)} tokens and an image of {prompt.length} do not fit "
-                    f"the model's {self.run.seq_len} positions"
+                    f"a prompt of {len(prompt.ids_T)} tokens and an image of {prompt.length} do "
+                    f"not fit the model's {self.run.seq_len} positions"
                 )
         return reasons
 
     def _drawing(self, size: tuple[int, int] | None) -> Task:
-        """The task of images of a size."""
+        """Build the task of drawing images of a size."""
         arguments = {**self._task_arguments(), "grid": self._grid_of(size)}
         return TASKS.build("text_to_image", **arguments)
 
@@ -211,19 +230,26 @@ class CM3Leon(AskedPages, AskedFilling):
         max_tokens: PositiveInt = 64,
         question: Worded | None = None,
     ) -> str:
-        """A text for an image, of at most so many pieces; a warning says where it was cut there.
+        """Generate a text for an image.
 
         Args:
-            question: asks in turns, as public chat weights were tuned, e.g. "What do you see in this image?"; None =
-                by the form that is trained here.
+            image: the image.
+            retrieve: number of documents to put before the image, fewer if the model lacks room.
+            decoder: how pieces are drawn; None = as the run is set.
+            seed: of the text.
+            max_tokens: largest number of pieces; a warning tells if the text was cut there.
+            question: for public chat weights, which answer in turns, e.g. "What do you see in this
+                image?"; None = the form of captions that is trained here.
 
         Raises:
             UserError: for a question to a model that has no turns.
         """
         if question is not None and not self.run.vocab.layout.turn:
             raise UserError(
-                "question: this run has no token that ends a turn, as imported chat weights have; leave it out"
+                "question: this run has no token that ends a turn, as imported chat weights have; "
+                "leave it out"
             )
+
         name = "caption" if question is None else "chat"
         task = TASKS.build({"name": name, "max_tokens": max_tokens}, **self._task_arguments())
         shown = self._image(self._pixels(image))
@@ -245,9 +271,9 @@ class CM3Leon(AskedPages, AskedFilling):
         decoder: DecoderChoice = "edit",
         seed: NonNegativeInt = 0,
     ) -> list[GeneratedImage]:
-        """The image changed as the instruction says, n times, the best by CLIP first (paper section 4.2).
+        """Change an image as an instruction says, n times, the best by CLIP first (section 4.2).
 
-        The decoder `edit` has a weight for the image and one for the instruction.
+        The decoder `edit` has one weight for the image and one for the instruction.
 
         Raises:
             UserError: for a model that was not fine-tuned on instructions.
@@ -256,6 +282,7 @@ class CM3Leon(AskedPages, AskedFilling):
         document = self._instruction(
             "edit", image1=self._pixels(image), instruction=instruction, image2=None
         )
+
         seeds = range(seed, seed + n)
         (drawn,) = self._answers(
             [self._request(self._task("instruction").prompt(document), decoder, seeds)]
@@ -273,17 +300,20 @@ class CM3Leon(AskedPages, AskedFilling):
         seed: NonNegativeInt = 0,
         max_tokens: PositiveInt = 64,
     ) -> str:
-        """The answer to a question about an image, of at most so many pieces; a warning says where it was cut there.
+        """Answer a question about an image, in at most `max_tokens` pieces.
 
-        Public weights that were tuned for chat are asked in turns, a model of one's own as its instructions were.
+        A warning tells if the answer was cut there. Public chat weights are asked in turns, other
+        models in the form of their instructions.
 
         Raises:
-            UserError: for a model that was not fine-tuned on instructions, here or by its publisher.
+            UserError: for a model that was not fine-tuned on instructions, here or by its
+                publisher.
         """
         if self.run.vocab.layout.turn and self.run.experiment.objective.name != TUNED:
             return self.caption(
                 image, question=question, decoder=decoder, seed=seed, max_tokens=max_tokens
             ).strip()
+
         self._check_tuned("answer", QUESTIONS)
         document = self._instruction(
             "vqa", image=self._pixels(image), question=question, answer="?"
@@ -303,10 +333,12 @@ class CM3Leon(AskedPages, AskedFilling):
         *,
         count: PositiveInt = 5,
     ) -> list[FoundDocument]:
-        """The documents of the memory bank that are closest to a text, an image, or the mean of both, the best first.
+        """Find the documents of the memory bank closest to a text, an image, or the mean of both.
+
+        The best comes first.
 
         Raises:
-            UserError: for neither of them, or a run without a memory bank.
+            UserError: if neither is given, or for a run without a memory bank.
         """
         if text is None and image is None:
             raise UserError("text and image are both missing; give what documents are searched by")
@@ -317,10 +349,11 @@ class CM3Leon(AskedPages, AskedFilling):
 
     @checked
     def with_documents(self, path: str | Path) -> Self:
-        """The same model, with documents behind those of its memory bank, in memory alone.
+        """Return the same model with more documents in its memory bank; no file changes.
 
         Args:
-            path: files that a source reads, such as a .jsonl file with an `image` and a `text` a line (docs/data.md).
+            path: files that a source reads, such as a .jsonl file with an `image` and a `text` on
+                each line (docs/data.md).
 
         Raises:
             UserError: for a run without a memory bank, or documents that cannot be used.
@@ -336,7 +369,7 @@ class CM3Leon(AskedPages, AskedFilling):
         return other
 
     def _found(self, found: Iterable[tuple[int, float]]) -> list[FoundDocument]:
-        """Rows of the bank with their scores, to look at."""
+        """Turn rows of the bank and their scores into documents."""
         result = []
         for row, score in found:
             (each,) = self.used_documents([row])
@@ -353,13 +386,15 @@ class CM3Leon(AskedPages, AskedFilling):
         text: Text | None = None,
         question: Worded | None = None,
     ) -> list[float]:
-        """Log-likelihoods in nats: of each of some `texts` for an `image`, or of each of some `images` for a `text`.
+        """Compute log-likelihoods in nats: of `texts` for an `image`, or of `images` for a `text`.
 
-        With a `question` about the image the texts are answers to it, else captions. A text counts with the
-        `<end_of_span>` behind it. Divide by lengths as the use demands.
+        The texts are answers if there is a `question` about the image, captions otherwise. The
+        `<end_of_span>` that follows a text is included. Nothing is divided by lengths.
         """
         vocab = self.run.vocab
         of_an_image = texts is not None and image is not None and images is None and text is None
+
+        # Answers to a question.
         if question is not None:
             if texts is None or image is None or not of_an_image:
                 raise UserError(
@@ -370,10 +405,11 @@ class CM3Leon(AskedPages, AskedFilling):
                 "vqa", image=self._pixels(image), question=question, answer="?"
             )
             encode = self.run.text_tokenizer.encode
-            (found_K,) = self.rank(
-                [document], [[]], [[encode(f" {each}") for each in texts]]
-            )  # behind "Answer:"
+            answers = [encode(f" {each}") for each in texts]  # they follow "Answer:"
+            (found_K,) = self.rank([document], [[]], [answers])
             return [float(score) for score in found_K]
+
+        # Captions of an image, or images of a text.
         if texts is not None and image is not None and of_an_image:
             document = TokenDocument("image", (self._text(""), self._image(self._pixels(image))))
             ids_T = self._task("caption").prompt(document).ids_T
@@ -392,18 +428,19 @@ class CM3Leon(AskedPages, AskedFilling):
                 return log_likelihoods(self.run.model, prompts, given)
         else:
             raise UserError(
-                "give texts and the image that they are for, or images and the text that they are for"
+                "give texts and the image that they are for, "
+                "or images and the text that they are for"
             )
         with self._computing():
             return log_likelihoods(self.run.model, [ids_T] * len(given), given)
 
 
 def asked_through(model: CM3Leon, answerer: Answers, notices: list[Notice]) -> CM3Leon:
-    """The same model, answered by another answerer, with what would be warned of put into a list.
+    """Return the same model with another answerer, and a list that collects its warnings.
 
-    Python's warnings are of a whole process: each thread that asks takes a copy of its own.
+    Python's warnings belong to the whole process, so each thread that asks takes a copy.
     """
-    _ = model._learned  # found out once, for all copies
+    _ = model._learned  # cached here, so that all copies share it
     other = copy(model)
     other._answerer, other._notices = answerer, notices
     return other

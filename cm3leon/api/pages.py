@@ -1,4 +1,4 @@
-"""Pages of texts and images, gone on with from Python."""
+"""Continue pages of texts and images from Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cm3leon.types import Modality, Sample, TokenSegment, UserError
 
 
 class AskedPages(AskedRun):
-    """A finished run, asked for what follows the texts and images of a page."""
+    """A finished run that continues pages of texts and images."""
 
     @checked
     def page_image(
@@ -33,15 +33,19 @@ class AskedPages(AskedRun):
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
     ) -> list[GeneratedImage]:
-        """The image that follows the texts and images of a page, n times, the best by CLIP first.
+        """Generate n images that follow the texts and images of a page, the best by CLIP first.
 
-        The n-th image of a page is asked for by the parts before it. Guidance compares with a stream
-        that has a mask for each text. Scores are cosines with all the texts. A page that is too long
-        for the model loses its documents, then segments from its beginning.
+        For an image in the middle of a page, give the parts before it. Guidance compares with a
+        stream that has a mask for each text. Scores are cosines with all texts together. A page
+        that is too long for the model loses its retrieved documents, then segments from its
+        beginning.
 
         Args:
-            parts: texts, and images in any form but a path as a text, which would be a text.
-            retrieve: documents to put before the page, found by its texts.
+            parts: texts and images; the path of an image is a `Path`, because a string is a text.
+            n: number of images.
+            retrieve: number of documents to put before the page, found by its texts.
+            decoder: how codes are drawn; None = as the run is set.
+            seed: of the first image; the others count on from it.
 
         Raises:
             UserError: for a page that leaves the model no room for an image.
@@ -50,6 +54,7 @@ class AskedPages(AskedRun):
         text = " ".join(part for part in parts if isinstance(part, str))
         (rows,) = self.retrieved([text], None, "text", retrieve)
         prompt, kept = fitting_prompt(self.run, self._task("page_image"), page, rows)
+
         seeds = range(seed, seed + n)
         (drawn,) = self._answers([self._request(prompt, decoder, seeds)])
         codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
@@ -69,19 +74,21 @@ class AskedPages(AskedRun):
         seed: NonNegativeInt = 0,
         max_tokens: PositiveInt = 64,
     ) -> str:
-        """The text behind the image that a page ends in, of at most so many pieces.
+        """Generate the text that follows a page whose last part is an image.
 
-        A warning says where it was cut there.
-
-        Guidance compares with a stream that has a mask for each image. A page that is too long for the
-        model loses its documents, then segments from its beginning.
+        Guidance compares with a stream that has a mask for each image. A page that is too long for
+        the model loses its retrieved documents, then segments from its beginning.
 
         Args:
             parts: texts and images, the last one an image.
-            retrieve: documents to put before the page, found by that image.
+            retrieve: number of documents to put before the page, found by that image.
+            decoder: how pieces are drawn; None = as the run is set.
+            seed: of the text.
+            max_tokens: largest number of pieces; a warning tells if the text was cut there.
         """
         if not parts or isinstance(parts[-1], str):
             raise UserError("parts does not end in an image, behind which a text is asked for")
+
         page = self._page(parts)
         (rows,) = self.retrieved(None, self._square(parts[-1]), "image", retrieve)
         prompt, kept = fitting_prompt(
@@ -105,25 +112,33 @@ class AskedPages(AskedRun):
         text_decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
     ) -> list[str | Image.Image]:
-        """What follows texts and images: at most so many more, in turn, the first of that modality.
+        """Continue a page by texts and images in turn.
 
         Args:
-            parts: texts, and images in any form but a path as a text, which would be a text.
-            max_tokens: pieces that each text may have, fewer where the model has not as many positions; a warning says
-                where one was cut there.
+            parts: texts and images; the path of an image is a `Path`, because a string is a text.
+            first: modality of the first new segment.
+            segments: largest number of new segments.
+            max_tokens: largest number of pieces of each text, fewer if the model lacks positions;
+                a warning tells if a text was cut there.
+            decoder: how codes are drawn; None = as the run is set.
+            text_decoder: how pieces are drawn; None = as the run is set.
+            seed: of the continuation.
         """
         layout = self.run.vocab.layout
         asked = self._fresh if first == "image" else self._text("")
         ids_T = prompt_until(Sample(self._page(parts, asked)), self.run.vocab)
+
+        # Images take what they need, and the texts share the positions that are left.
         images = (segments + (first == "image")) // 2
         texts = segments - images
         of_images = images * (
             layout.image_length(self.run.grid) + layout.around_image(self.run.grid)
         )
-        # What stands between the segments, and the end.
-        between = segments * max(1, len(layout.between_segments))
+        between = segments * max(1, len(layout.between_segments))  # the end included
         room = self.run.seq_len - len(ids_T) - of_images - between
-        max_tokens = min(max_tokens, room // texts) if texts else max_tokens
+        if texts:
+            max_tokens = min(max_tokens, room // texts)
+
         new = partial(
             grammar.interleaved,
             self.run.vocab,
@@ -135,6 +150,8 @@ class AskedPages(AskedRun):
         of = self._of_each_modality(decoder, text_decoder)
         length = of_images + texts * max(max_tokens, 1) + between
         ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
+
+        # Decode the segments in their order.
         result: list[str | Image.Image] = []
         found = list(grammar.segments_of(tokens, self.run.vocab))
         cut = [ids for modality, ids in found if modality == "text" and len(ids) == max_tokens]
