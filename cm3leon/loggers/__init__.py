@@ -1,6 +1,6 @@
 """Loggers: where the figures, images and tables of trainings go.
 
-base         what a logger is; several of them as one, where none that fails stops a training
+base         the base class; several loggers as one, of which none can stop a training by failing
 jsonl        lines of JSON in the run's folder, which status, reports and studies read
 tensorboard  files for TensorBoard
 pictures     images as PNG files, to be looked at while a stage trains

@@ -1,4 +1,4 @@
-"""What a logger is, and several of them as one."""
+"""The base class of loggers, and several loggers as one."""
 
 from __future__ import annotations
 
@@ -15,71 +15,76 @@ from cm3leon.secrets import masked
 from cm3leon.types import UserError
 
 Kind = Literal["training", "validation"]
-"""Of figures: of the batches that are trained on, or of documents and images that are not."""
+"""Whether figures are of the training batches, or of documents and images held out from them."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a logger is told of the training that it follows."""
+    """The training that a logger follows."""
 
     run: str
     """Name of the run folder."""
     stage: str
-    """Name of the stage; the trainings of a run are told apart by it."""
+    """Name of the stage, which is different for each training of a run."""
     folder: Path
-    """Of the stage, where files of a logger may lie."""
+    """Folder of the stage, where a logger may keep files."""
     step: int = 0
-    """Where the training goes on; what was logged after it is of a process that was killed."""
+    """Step from which the training goes on. Anything logged after it came from a killed process."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The experiment as plain data, without secrets."""
     id: str = ""
-    """By which a service knows the training, the same when it is resumed; set for loggers in a process of their own."""
+    """Id of the training for services, the same when it is resumed; "" for loggers that work in the
+    process of the training."""
 
 
 class Logger:
-    """Takes down what a training says of itself. What it does not take is left out.
+    """Records a training. A derived class ignores what it does not override.
 
-    Any error in it ends it and is said once; the training goes on.
+    An error in a logger ends the logger and is reported once; the training goes on.
     """
 
     package = ""
-    """What has to be installed for it, as Python imports it; "" for nothing."""
+    """Package that it needs, as Python imports it; "" for none."""
     extra = ""
-    """The extra of cm3leon that brings it."""
+    """The extra of cm3leon that installs the package."""
     apart = False
-    """Whether it works in a process of its own, so that a network that hangs keeps nobody waiting."""
+    """Whether it works in a process of its own, so that a hanging network delays nobody."""
 
     @dataclass(kw_only=True)
     class Config:
-        """Settings; those of a derived class take its place."""
+        """Settings; a derived class replaces it."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def start(self, training: Training) -> None:
-        """Begin, or go on with the record of the same training."""
+        """Begin the record of a training, or continue it."""
 
     def figures(self, step: int, kind: Kind, figures: Mapping[str, float]) -> None:
-        """Take down numbers by their names."""
+        """Record numbers by name."""
 
     def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None:
-        """Take down images, uint8 RGB of one size."""
+        """Record images, uint8 RGB of one size."""
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
-        """Take down a table of texts, a sequence of them for each row."""
+        """Record a table of texts; each row is a sequence of texts."""
 
     def close(self, *, finished: bool) -> None:
-        """End, of a training that is finished, or that will go on another time."""
+        """End the record: of a finished training, or of one that will be resumed."""
 
     def wait(self) -> None:
-        """Wait for the end, for a time that counts from `close`: every logger is told before one is waited for."""
+        """Wait until the logger has ended, for a limited time that counts from `close`.
+
+        All loggers are closed before the first is waited for.
+        """
 
 
 def check_installed(name: str, where: str) -> None:
     """Raise UserError, naming the section `where`, for a logger whose package is not installed."""
     logger = LOGGERS.get(name)
     found = importlib.util.find_spec(logger.package) if logger.package else None
-    # A folder of that name, as wandb makes one, is no package.
+
+    # A folder of that name, such as wandb makes, is found as well, but without an origin.
     if logger.package and (found is None or found.origin is None):
         wanted = f"cm3leon[{logger.extra}]" if logger.extra else logger.package
         raise UserError(
@@ -88,19 +93,19 @@ def check_installed(name: str, where: str) -> None:
 
 
 def tagged(kind: Kind, figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures by the names that services know them by: those of validation have it before them."""
+    """Name figures for a service, which tells those of validation by "validation/" in front."""
     prefix = "" if kind == "training" else "validation/"
     return {f"{prefix}{name}": value for name, value in figures.items()}
 
 
 class Loggers:
-    """Several loggers, each given what comes until it fails."""
+    """Several loggers as one; a logger that fails is left out from then on."""
 
     def __init__(self, loggers: Mapping[str, Logger], say: Callable[[str], None]) -> None:
         """
         Args:
-            loggers: by the names that messages call them.
-            say: is given a sentence for each that fails.
+            loggers: loggers by their names in messages.
+            say: called with a sentence for each logger that fails.
         """
         self._loggers = dict(loggers)
         self._say = say
@@ -136,7 +141,7 @@ class Loggers:
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in a line without secrets."""
+    """Return the message of an error as one line without secrets."""
     if isinstance(error, OSError) and error.strerror:
         return masked(error.strerror)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

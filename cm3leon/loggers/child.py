@@ -1,7 +1,12 @@
-"""The process of a logger: `python -m cm3leon.loggers.child`, which reads messages and does what they say.
+"""The process of a logger, `python -m cm3leon.loggers.child`: it reads messages and obeys them.
 
-What was logged is remembered beside the stage, with the id by which the service knows the record, so that a resumed
-training goes on with the same record, and steps that it repeats after a kill are not logged a second time.
+A file beside the stage remembers the last logged steps, and the id of the record at the service. A
+resumed training therefore continues the same record, and does not log again the steps that it
+repeats after a kill:
+
+    first process    step 10 20 30 40  killed; its last checkpoint is of step 20
+    second process           step 30 40 50 60
+    logged                10 20 30 40 50 60
 """
 
 from __future__ import annotations
@@ -29,18 +34,21 @@ from cm3leon.registry import LOGGERS, import_file
 from cm3leon.types import UserError
 
 WARNING = "warning: "
-"""What a line begins with that says something, and ends nothing."""
+"""Beginning of an answer that is only a warning; the process goes on."""
 SECONDS_ALONE = 30.0
-"""What is left to end in, once the training has gone without a word."""
+"""Time to finish after the training has ended without a `close`."""
 RECORDS = "loggers"
-"""Folder beside a stage's files: what each logger has logged."""
+"""Folder in that of a stage, with a record for each logger."""
 WHAT = ("figures", "images", "table")
-"""Messages with a step."""
+"""Kinds of messages that have a step."""
 
 
 def main() -> None:
-    """Serve the messages on the standard input; warnings and what went wrong, or `done`, go to the standard output."""
-    # The services' packages print, and ask for passwords: neither reaches the pipes.
+    """Serve the messages on the standard input.
+
+    Warnings go to the standard output, and at the end an error or `done`.
+    """
+    # The services' packages print, and ask for passwords; the pipes must see neither.
     messages, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
@@ -57,7 +65,8 @@ def main() -> None:
     except BaseException as error:
         answer = reason(error) if isinstance(error, Exception) else type(error).__name__
     os.write(answers, answer.encode())
-    # Packages leave threads and functions for the end of the process, which may hang.
+
+    # Packages leave threads, and functions that run at exit. They may hang, so they are skipped.
     os._exit(0)
 
 
@@ -68,6 +77,8 @@ def _serve(file: BinaryIO, warn: Callable[[str], None]) -> None:
     _import(first["module"], first["file"])
     name = first["component"]["name"]
     logger = LOGGERS.build(first["component"])
+
+    # Continue the record of an earlier process, and pass on only what it does not have.
     record = Record(training.folder / RECORDS / f"{name}.json", warn)
     logger.start(replace(training, id=record.id))
     for message in messages:
@@ -109,7 +120,7 @@ def _pixels(png: str) -> np.ndarray:
 
 
 def _import(module: str, file: str | None) -> None:
-    """Import the module that registers the logger: that of a package, or of a plugin that was loaded from a path."""
+    """Import the module that registers the logger, of a package or of a plugin from a path."""
     top = module.partition(".")[0]
     if importlib.util.find_spec(top) is None and file is not None:
         import_file(top, Path(file))
@@ -117,14 +128,14 @@ def _import(module: str, file: str | None) -> None:
 
 
 class Record:
-    """The last step that was logged of each kind of figures, images and tables; the id of the whole.
+    """The id of a training's record, and the last logged step of each kind of message.
 
-    A copy of a run, whose original is still where it was, is another training and gets an id of its own; a run that was
-    moved keeps its id, and so does one that is seen under two names.
+    A copy of a run whose original is still in its place is another training, and gets an id of its
+    own. A run that was moved keeps its id, and so does one that is reached by two paths.
 
     Args:
-        file: where it lies.
-        warn: is given a sentence where the training cannot go on with its record.
+        file: where the record is kept.
+        warn: called with a sentence if the training cannot continue its record.
     """
 
     def __init__(self, file: Path, warn: Callable[[str], None]) -> None:
@@ -144,15 +155,15 @@ class Record:
 
     @property
     def id(self) -> str:
-        """By which the service knows the training."""
+        """Id of the training at the service."""
         return self._content["id"]
 
     def is_new(self, key: str, step: int) -> bool:
-        """Whether nothing of a later step, nor of this one, was logged."""
+        """Tell whether neither this step nor a later one was logged."""
         return step > self._content["steps"].get(key, -1)
 
     def add(self, key: str, step: int) -> None:
-        """Remember that it was logged."""
+        """Remember that a step was logged."""
         self._content["steps"][key] = step
         self._write()
 
@@ -162,9 +173,10 @@ class Record:
 
 
 def _read_record(file: Path) -> dict[str, Any]:
-    """A record as it was written. Raises UserError for a damaged one."""
+    """Read a record. Raises UserError for a damaged one."""
     content: dict[str, Any] = read_json(file, {"id": str, "steps": {str: int}, "file?": str})
-    # Older ones, which have no file, did not tell figures, images and tables of one name apart.
+
+    # Older records have no "file", and one step for figures, images and tables of the same name.
     if "file" not in content:
         steps = content["steps"].items()
         content["steps"] = {f"{what} {name}": step for name, step in steps for what in WHAT}
@@ -172,7 +184,7 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 
 def _is_copy(file: Path, original: Path, known: str) -> bool:
-    """Whether the record is also where it was written last, in another file."""
+    """Tell whether another file, in which the record was last written, still holds it."""
     try:
         return not file.samefile(original) and _read_record(original)["id"] == known
     except (OSError, UserError):

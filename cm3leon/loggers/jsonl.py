@@ -1,4 +1,4 @@
-"""Lines of JSON in a stage's folder: what a run itself knows of its trainings."""
+"""Lines of JSON in a stage's folder: the run's own record of its trainings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVENTS = "events.jsonl"
 
 @LOGGERS.register("jsonl")
 class JsonLines(Logger):
-    """Lines in log.jsonl and validation.jsonl of each stage's folder; written in any case, since reports read them.
+    """Lines in log.jsonl and validation.jsonl of each stage's folder; reports need them.
 
     Lines that the disk refuses are kept, and written with a later one.
     """
@@ -37,7 +37,7 @@ class JsonLines(Logger):
         self.records = {
             kind: _cut(self._folder / file, training.step) for kind, file in FILES.items()
         }
-        """The lines of each kind so far, those of earlier processes of this training too."""
+        """The lines of each kind so far, including those of earlier processes of this training."""
 
     def figures(self, step: int, kind: Kind, figures: Mapping[str, float]) -> None:
         record = {"step": step, **figures}
@@ -45,7 +45,7 @@ class JsonLines(Logger):
         self._append(FILES[kind], record)
 
     def event(self, step: int, name: str, details: Mapping[str, Any]) -> None:
-        """Take down what happened at a step."""
+        """Record an event at a step."""
         self._append(EVENTS, {"step": step, "event": name, **without_secrets(details)})
 
     def close(self, *, finished: bool) -> None:
@@ -65,12 +65,12 @@ class JsonLines(Logger):
                 del self._unwritten[name]
             except OSError as error:
                 with suppress(OSError):
-                    os.truncate(file, length)  # without the part of a line that had room
+                    os.truncate(file, length)  # remove the part of a line that was written
                 tqdm.write(f"      {file}: {error.strerror}; the training goes on, and tries again")
 
 
 def _cut(file: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a file up to a step; what comes after them is cut off."""
+    """Return the lines of a file up to a step, and remove later ones from the file."""
     kept = [record for record in read_log(file, {"step": int}) if record["step"] <= step]
     write_json_lines(file, kept)
     return kept

@@ -1,4 +1,4 @@
-"""MLflow."""
+"""The service MLflow."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cm3leon.registry import LOGGERS
 from cm3leon.types import UserError
 
 AT_ONCE = 100
-"""Parameters that the service takes in one request."""
+"""Largest number of parameters in one request to the service."""
 LONGEST = 500
-"""Characters of a parameter that every version of the service takes."""
+"""Characters of a parameter that every version of the service accepts."""
 TAG = "cm3leon.id"
-"""By which a resumed training finds its run."""
+"""Tag of a run with the training's id, by which a resumed training finds its run."""
 
 
 @LOGGERS.register("mlflow")
@@ -38,11 +38,12 @@ class MLflow(Logger):
         experiment: str = "cm3leon"
         """MLflow's experiment that the runs belong to."""
         tracking_uri: str | None = None
-        """Where they are kept; null = MLFLOW_TRACKING_URI of the environment, without it mlruns in the run's folder."""
+        """Where they are kept; null = MLFLOW_TRACKING_URI of the environment, or else mlruns in the
+        run's folder."""
 
     def start(self, training: Training) -> None:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        # Files are what needs no server; MLflow asks that they are wanted.
+        # Without a server, runs are kept in files, which MLflow allows on demand only.
         os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
@@ -54,11 +55,14 @@ class MLflow(Logger):
         known = self._client.get_experiment_by_name(self.config.experiment)
         if known and known.lifecycle_stage == "deleted":
             raise UserError(
-                f"the experiment {self.config.experiment} was deleted in MLflow; restore it there, or name another one"
+                f"the experiment {self.config.experiment} was deleted in MLflow; "
+                "restore it there, or name another one"
             )
         experiment = (
             known.experiment_id if known else self._client.create_experiment(self.config.experiment)
         )
+
+        # A resumed training continues its run.
         found = self._client.search_runs([experiment], f"tags.`{TAG}` = '{training.id}'")
         if found:
             run = found[0]
@@ -69,7 +73,7 @@ class MLflow(Logger):
             run = self._client.create_run(experiment, tags=tags, run_name=name)
         self._id = run.info.run_id
 
-        # A training that was killed here may have left a run without them, or with some of them.
+        # A process that was killed at this point may have left out some of the parameters.
         params = [
             Param(key, str(value)[:LONGEST])
             for key, value in _flat(training.settings)
@@ -89,7 +93,7 @@ class MLflow(Logger):
             self._client.log_image(self._id, image_HWC, key=f"{name}/{number}", step=step)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
-        # As `MlflowClient.log_table` writes it, which would need pandas.
+        # The file is that of `MlflowClient.log_table`, which would need pandas.
         table = {"columns": list(columns), "data": [list(row) for row in rows]}
         self._client.log_dict(self._id, table, f"tables/{name}/{step:08d}.json")
 
@@ -98,7 +102,7 @@ class MLflow(Logger):
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
+    """Yield the dotted keys of nested settings, and their values."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")

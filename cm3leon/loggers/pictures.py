@@ -48,7 +48,13 @@ class Pictures(Logger):
 
 
 def sheet(images_BHWC: np.ndarray) -> np.ndarray:
-    """Lay images on a page of about equal sides, in rows from left to right, the last one perhaps short.
+    """Lay images on a page of about equal sides, row by row from left to right.
+
+    Five images give
+
+        0 1
+        2 3
+        4
 
     Args:
         images_BHWC: uint8, of one size.

@@ -1,10 +1,10 @@
-"""A logger in a process of its own, which gets its work in lines of JSON.
+"""A logger in a process of its own, which gets its work as lines of JSON.
 
     training ── queue ── thread ── pipe ──▶ child.py: wandb, mlflow, trackio ──▶ a network
 
-The training puts what it has to say into the queue and goes on. Whatever happens behind it (an import
-that fails, a network that hangs, a library that ends its process) is told once and keeps nobody waiting:
-what a full queue does not take is left out, and a process that does not end in time is killed.
+The training puts messages into the queue and goes on. Whatever happens behind the queue (an import
+fails, a network hangs, a library ends its process) is reported once and delays nobody: messages for
+which a full queue has no room are left out, and a process that does not end in time is killed.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ from cm3leon.registry import LOGGERS
 from cm3leon.secrets import masked
 
 HERE = Path(__file__).resolve().parents[2]
-"""Where the package lies."""
+"""Folder of the package."""
 WAITING = 1000
-"""Messages that may wait for the process."""
+"""Largest number of messages in the queue."""
 SECONDS_TO_END = 60.0
-"""What the process is given at the end of a training to send what it has."""
+"""Time of the process at the end of a training to send the rest."""
 SECONDS_TO_STOP = 10.0
-"""The same where the training stops before its end: SLURM kills a job 30 seconds (KillWait) after SIGTERM."""
+"""The same if the training stops early: SLURM kills a job 30 seconds (KillWait) after SIGTERM."""
 
 
 class Process(Logger):
-    """The logger of a component, at work in another process.
+    """A logger that works in another process.
 
     Args:
-        say: is given a sentence where it has failed.
+        component: the logger and its settings.
+        say: called with a sentence if the logger fails.
     """
 
     def __init__(self, component: Component, say: Callable[[str], None]) -> None:
@@ -61,6 +62,8 @@ class Process(Logger):
     def start(self, training: Training) -> None:
         module = sys.modules[LOGGERS.get(self._component.name).__module__]
         top = sys.modules[module.__name__.partition(".")[0]]
+
+        # The first message tells which logger to build, and for which training.
         first = {
             "module": module.__name__,
             "file": getattr(top, "__file__", None),
@@ -73,9 +76,11 @@ class Process(Logger):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])},
-            # Ctrl-C and what SLURM sends are for the training, which ends this process in its turn.
+            # Ctrl-C and SLURM's signals are for the training, which then ends this process.
             start_new_session=True,
         )
+
+        # One thread sends, the other listens for warnings, errors and the end.
         self._put(lambda: first)
         self._threads = [
             threading.Thread(target=work, daemon=True) for work in (self._send, self._listen)
@@ -109,7 +114,7 @@ class Process(Logger):
     def close(self, *, finished: bool) -> None:
         self._seconds = SECONDS_TO_END if finished else SECONDS_TO_STOP
         self._end = time.monotonic() + self._seconds
-        # The last two are never left out.
+        # The last two messages are never left out, however full the queue is.
         self._messages.put(lambda: {"do": "close", "finished": finished})
         self._messages.put(None)
 
@@ -121,13 +126,13 @@ class Process(Logger):
         elif self._left_out:
             self._fail(f"{self._left_out:,} messages were left out, as it was too slow for them")
 
-        # Whatever it has started is of its session, and goes with it.
+        # Processes that it has started belong to its session, and end with it.
         with suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _put(self, message: Callable[[], dict[str, Any]] | None) -> None:
-        """Queue what makes a message; it is made in the thread."""
+        """Queue a function that builds a message; the sending thread calls it."""
         if self._messages.qsize() < WAITING:
             self._messages.put(message)
         else:
@@ -138,7 +143,7 @@ class Process(Logger):
         assert pipe is not None
         try:
             while (message := self._messages.get()) is not None:
-                # One that cannot be written leaves the others as they are.
+                # A message that cannot be written does not keep the others from being sent.
                 try:
                     line = json.dumps(message()).encode()
                 except Exception as error:
@@ -147,13 +152,13 @@ class Process(Logger):
                 pipe.write(line + b"\n")
                 pipe.flush()
         except OSError:
-            pass  # of a process that has gone, the other thread says why
+            pass  # the process has ended, and the other thread reports why
         finally:
             with suppress(OSError):
                 pipe.close()
 
     def _listen(self) -> None:
-        """Wait for the process to say that it has failed, or to end; pass on what it warns of."""
+        """Pass on warnings until the process ends, and report an end that is not `done`."""
         assert self._process.stdout is not None
         said = ""
         for line in self._process.stdout:
@@ -171,7 +176,7 @@ class Process(Logger):
 
 
 def _png(image_HWC: np.ndarray) -> str:
-    """An image as base64 of a PNG file."""
+    """Write an image as a PNG file in base64."""
     file = io.BytesIO()
     Image.fromarray(image_HWC).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

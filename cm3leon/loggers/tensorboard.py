@@ -21,7 +21,7 @@ class TensorBoard(Logger):
     def start(self, training: Training) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed process has written after its last checkpoint is left out by TensorBoard.
+        # TensorBoard hides what a killed process has written after its last checkpoint.
         self._writer = SummaryWriter(
             str(training.folder / "tensorboard"), purge_step=training.step + 1
         )
@@ -43,5 +43,5 @@ class TensorBoard(Logger):
 
 
 def _cell(text: Any) -> str:
-    """A text within a row of Markdown's tables."""
+    """Make a text fit into a row of a table in Markdown."""
     return " ".join(str(text).split()).replace("|", "\\|")

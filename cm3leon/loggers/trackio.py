@@ -1,4 +1,4 @@
-"""Trackio."""
+"""The service Trackio."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cm3leon.registry import LOGGERS
 class Trackio(Logger):
     """Runs of Trackio, one for each stage that trains, in a group for the run.
 
-    They are kept on this machine, where `trackio show` finds them (TRACKIO_DIR of the environment names
-    another folder), or in a Space of Hugging Face.
+    They are kept on this machine, where `trackio show` finds them (the environment variable
+    TRACKIO_DIR names another folder), or in a Space of Hugging Face.
     """
 
     package = extra = "trackio"
@@ -36,7 +36,7 @@ class Trackio(Logger):
         self._trackio = trackio
         self._run = trackio.init(
             project=self.config.project,
-            # Runs are known by their names.
+            # Trackio identifies runs by their names.
             name=f"{training.run}-{training.stage}-{training.id}",
             group=training.run,
             space_id=self.config.space_id,

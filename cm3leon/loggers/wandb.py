@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""The service Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cm3leon.registry import LOGGERS
 class WandB(Logger):
     """Runs of Weights & Biases, one for each stage that trains, in a group for the run.
 
-    The key is that of the environment (WANDB_API_KEY) or of `wandb login`. Files of mode offline lie in `loggers/wandb`
-    of the stage's folder; `wandb sync` sends them later.
+    The key comes from the environment (WANDB_API_KEY) or from `wandb login`. In mode offline, files
+    are written to `loggers/wandb` of the stage's folder; `wandb sync` sends them later.
     """
 
     package = extra = "wandb"
@@ -51,7 +51,7 @@ class WandB(Logger):
             job_type=training.stage,
             dir=str(folder),
             config=dict(training.settings),
-            # What it would find out by itself holds command lines and remotes with passwords.
+            # What wandb finds out by itself includes command lines, and git remotes with passwords.
             settings=wandb.Settings(
                 console="off",
                 disable_git=True,
