@@ -1,4 +1,4 @@
-"""CM3Leon: retrieval-augmented, token-based, decoder-only modelling of text and images (arXiv 2309.02591)."""
+"""CM3Leon: retrieval-augmented, decoder-only modelling of text and images (arXiv 2309.02591)."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`CM3Leon`, which is imported when it is asked for: it brings torch."""
+    """Import `CM3Leon` on first use, because it imports torch."""
     if name == "CM3Leon":
         from cm3leon.api import CM3Leon
 

@@ -1,10 +1,12 @@
-"""Arguments of functions that users call, checked by their annotations as the command line checks its options.
+"""Check the arguments of functions that users call by their annotations, like options of commands.
 
     @checked
-    def draw(self, prompt: Prompt, *, n: PositiveInt = 1, first: Literal["text", "image"] = "text"): ...
+    def draw(self, prompt: Text, *, n: PositiveInt = 1, first: Literal["text", "image"] = "text"):
+        ...
 
-`draw("a dog", n=0)` then raises UserError("n is 0; it must be int >= 1"); for `n=np.int64(2)` the function gets 2.
-Types that no config holds are checked by `isinstance`, and `Annotated[T, check]` by the function `check(value, where)`.
+`draw("a dog", n=0)` then raises UserError("n is 0; it must be int >= 1"), and with `n=np.int64(2)`
+the function gets 2. `Annotated[T, check]` is checked by calling `check(value, where)`, and types
+that configs do not have are checked by `isinstance`.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 RENAMED = {"most": "max_tokens", "way": "execution"}
-"""Names that arguments and options had in earlier versions, which are still taken."""
+"""Names of arguments and options in earlier versions, which still work, and their present names."""
 PLAIN = (bool, int, float, str, Path, types.NoneType, Any)
-"""Types that a config holds too."""
+"""Types that configs have, too."""
 
 
 def any_text(value: Any, where: str) -> str:
-    """Any text. Half of a surrogate pair, as a command line that is not UTF-8 leaves it, is none."""
+    """Check for any Unicode text.
+
+    Half of a surrogate pair, which a command line that is not UTF-8 leaves, is refused.
+    """
     if not isinstance(value, str):
         raise _not_a("a text", value, where)
     try:
@@ -43,7 +48,7 @@ def any_text(value: Any, where: str) -> str:
 
 
 def worded_text(value: Any, where: str) -> str:
-    """A text that says something."""
+    """Check for a text that is not blank."""
     if not any_text(value, where).strip():
         raise UserError(f"{where} is empty; it must be a text")
     return value
@@ -56,10 +61,9 @@ Worded = Annotated[str, worded_text]
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function behind a check of its arguments, which are made what their annotations say.
+    """Wrap a function so that its arguments are checked, and converted to their annotated types.
 
-    Raises:
-        UserError: by the function, naming the argument, and the place in it for a list.
+    Calls then raise UserError for a wrong argument, naming it, and for a list the index in it.
     """
     signature = inspect.signature(function)
     hints = functools.cache(lambda: typing.get_type_hints(function, include_extras=True))
@@ -77,20 +81,22 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def current_name(name: str, known: Collection[str]) -> str:
-    """The name that an argument or option has today, if it is an earlier one of something known."""
+    """Translate an earlier name of a known argument or option into the present one."""
     new = RENAMED.get(name, name)
     return new if name not in known and new in known else name
 
 
 def argument(annotation: Any, value: Any, where: str) -> Any:
-    """The value as the annotated type; numbers and lists of NumPy become those of Python.
+    """Convert a value to its annotated type; numbers and arrays of NumPy become Python's.
 
     Raises:
-        UserError: for another value, naming it by `where`.
+        UserError: for a value of another type, naming it by `where`.
     """
     origin, members = get_origin(annotation), get_args(annotation)
     if isinstance(value, np.generic):
         value = value.item()
+
+    # Types made of types: their members are checked in turn.
     if origin in (Union, types.UnionType):
         return _one_of(members, value, where)
     if origin is Annotated:
@@ -102,6 +108,8 @@ def argument(annotation: Any, value: Any, where: str) -> Any:
         ]
     if origin is tuple and isinstance(value, (np.ndarray, list, tuple)):
         value = [item.item() if isinstance(item, np.generic) else item for item in value]
+
+    # Types of configs are checked as there, all others by their class.
     if annotation in PLAIN or origin in (Literal, tuple):
         return checked_value(annotation, value, where)
     if not isinstance(value, origin or annotation):
@@ -110,7 +118,7 @@ def argument(annotation: Any, value: Any, where: str) -> Any:
 
 
 def _one_of(members: Sequence[Any], value: Any, where: str) -> Any:
-    """The value as the first member of a union that takes it."""
+    """Convert a value to the first member of a union that accepts it."""
     if value is None and types.NoneType in members:
         return None
     refusals = []
@@ -121,7 +129,7 @@ def _one_of(members: Sequence[Any], value: Any, where: str) -> Any:
             return argument(member, value, where)
         except UserError as error:
             refusals.append(error)
-    # Lists stand last in a union, and the sentence about one names the item at fault.
+    # Lists come last in our unions, and their message names the wrong item.
     raise refusals[-1 if isinstance(value, (list, tuple)) else 0]
 
 

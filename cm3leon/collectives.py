@@ -1,8 +1,16 @@
-"""Sums and rows over the processes that train one module together; alone, what is given comes back.
+"""Sums and rows over the processes that train one module together.
 
-A module that is trained on several ranks has a share of each batch on each of them, in the order of the ranks. What it
-computes of the whole batch (the use of its codes, pairs that are told apart) goes through here. All ranks have to call
-a function alike.
+A module in training on several ranks sees a part of each batch on each of them, in the order of the
+ranks. Whatever it computes from the whole batch (how often codes are used, contrastive pairs) goes
+through these functions. On two ranks with two rows each:
+
+                       rank 0        rank 1
+    rows               a b           c d
+    all_rows           a b c d       a b c d
+    summed             a + c, b + d  a + c, b + d
+    rows_of_all 3, 0   d a           d a
+
+All ranks have to make the same calls. A single process gets its own rows back.
 """
 
 from __future__ import annotations
@@ -15,12 +23,12 @@ from torch import Tensor
 
 
 def rank_count() -> int:
-    """Processes that train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def summed(value: Tensor) -> Tensor:
-    """The sum of a tensor over the ranks, without gradient."""
+    """Sum a tensor over the ranks, without gradient."""
     if rank_count() == 1:
         return value.detach()
     total = value.detach().clone()
@@ -29,12 +37,12 @@ def summed(value: Tensor) -> Tensor:
 
 
 def averaged(value: Tensor) -> Tensor:
-    """The mean of a tensor over the ranks, without gradient."""
+    """Average a tensor over the ranks, without gradient."""
     return summed(value) / rank_count()
 
 
 def all_rows(rows_BD: Tensor) -> Tensor:
-    """The rows of all ranks, in their order, with gradients; each rank has to have as many."""
+    """Gather the rows of all ranks, in their order, with gradients; all have the same number."""
     if rank_count() == 1:
         return rows_BD
     gathered: Tensor = _AllRows.apply(rows_BD)
@@ -42,9 +50,14 @@ def all_rows(rows_BD: Tensor) -> Tensor:
 
 
 def rows_of_all(rows_BD: Tensor, chosen_M: Tensor) -> Tensor:
-    """Rows (M, D) by their numbers among those of all ranks, without gradient; each rank has to have as many."""
+    """Pick rows (M, D) by their index among those of all ranks, without gradient.
+
+    All ranks have the same number of rows.
+    """
     if rank_count() == 1:
         return rows_BD.detach()[chosen_M]
+
+    # Each rank fills in the rows that it has, and the sum puts them together.
     own_M = chosen_M // len(rows_BD) == dist.get_rank()
     found_MD = rows_BD.new_zeros(len(chosen_M), *rows_BD.shape[1:])
     found_MD[own_M] = rows_BD.detach()[chosen_M[own_M] % len(rows_BD)]
@@ -52,7 +65,7 @@ def rows_of_all(rows_BD: Tensor, chosen_M: Tensor) -> Tensor:
 
 
 class _AllRows(torch.autograd.Function):
-    """Gathers rows; of a loss that every rank has, the gradients of all ranks by a row are summed."""
+    """Gather rows forward; backward, sum the gradients of a row over the losses of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows_BD: Tensor) -> Tensor:

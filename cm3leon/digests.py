@@ -1,10 +1,14 @@
-"""What files hold, as checksums that do not change when the files are moved or copied.
+"""Checksums of the contents of files, which stay the same when the files are moved or copied.
 
-Files of up to 64 MiB are read whole; of a larger one, its size and 64 blocks spread evenly over it are, so that a
-terabyte of tars takes minutes. A change of such a file that leaves its size and all those blocks alone goes unnoticed.
+Files of up to 64 MiB are read whole. Of a larger file the size and 64 blocks are read, spread
+evenly over it, so that a terabyte of tars takes minutes:
 
-A second look at files that have not changed since costs no reading: `remembered` keeps checksums in a file, by the
-paths, sizes and times of what was read.
+    |#.........#.........#.........#...  ...#.........#|     # = 64 KiB that are read
+
+A change of such a file is not noticed if it changes neither the size nor one of these blocks.
+
+Files that have not changed are not read a second time: `remembered` keeps checksums in a file, by
+the paths, sizes and times of the files that were read.
 """
 
 from __future__ import annotations
@@ -24,20 +28,25 @@ from cm3leon.types import UserError
 WHOLE = 64 * 2**20
 """Bytes up to which a file is read whole."""
 BLOCKS, BLOCK = 64, 64 * 2**10
-"""Blocks read of a larger file, and the bytes of one."""
+"""Number of blocks that are read of a larger file, and the bytes of a block."""
 SETTLED = 2.0
-"""Seconds after which a further change of a file is sure to show in its times."""
+"""Seconds after which a further change of a file is certain to change its times."""
 READERS = 8
+"""Number of files that are read at the same time."""
 MANY = 1000
-"""Kept checksums from which on those that were not asked for are dropped."""
+"""Number of kept checksums from which on unused ones are dropped."""
 
 _known: dict[str, str] = {}
-"""Checksums by what `_key` says of the files, kept while the process lives."""
+"""Checksums of this process, by the `_key` of their files."""
 _used: set[str] = set()
+"""Keys that this process has asked for."""
 
 
 def path_digest(path: str | Path) -> str:
-    """A checksum of what a file or a folder holds; of anything else, a name or a file that is gone, the text itself."""
+    """Return a checksum of a file's or a folder's contents.
+
+    Anything else, such as a name or a file that no longer exists, is returned as it is.
+    """
     place = Path(path)
     if place.is_file():
         return files_digest([place], [place.suffix])
@@ -48,15 +57,18 @@ def path_digest(path: str | Path) -> str:
 
 
 def files_digest(files: Sequence[Path], names: Sequence[str]) -> str:
-    """A checksum over local files' names and what they hold. One that cannot be read counts by its name.
+    """Return a checksum of local files' names and contents; unreadable files count by name.
 
     Args:
-        names: what stands for each in the checksum, which does not say where it lies.
+        files: the files.
+        names: their names in the checksum, which do not depend on where the files are.
     """
+    # Files that have not changed since they were last read have a known checksum.
     key = _key(files)
     if key is not None and key in _known:
         _used.add(key)
         return _known[key]
+
     with ThreadPoolExecutor(READERS) as readers:
         contents = readers.map(_content, files)
         lines = zip(names, contents, strict=True)
@@ -68,14 +80,14 @@ def files_digest(files: Sequence[Path], names: Sequence[str]) -> str:
 
 
 def stream_digest(file: BinaryIO, size: int, *, blocks: int = BLOCKS) -> str:
-    """A checksum of an open file of that size: of all of it, or of blocks of a large one. It must be seekable."""
+    """Return a checksum of an open, seekable file: of all of it, or of blocks of a large one."""
     whole = size <= WHOLE and blocks == BLOCKS
     content = iter(lambda: file.read(2**20), b"") if whole else _blocks_of(file, size, blocks)
     return digest_of_parts(itertools.chain([str(size)], content))
 
 
 def _blocks_of(file: BinaryIO, size: int, count: int) -> Iterator[bytes]:
-    """So many blocks, spread evenly over a file of that size."""
+    """Read `count` blocks, spread evenly over a file of that size."""
     for number in range(count):
         file.seek(max(0, size - BLOCK) * number // (count - 1))
         yield file.read(BLOCK)
@@ -83,9 +95,13 @@ def _blocks_of(file: BinaryIO, size: int, count: int) -> Iterator[bytes]:
 
 @contextmanager
 def remembered(file: Path) -> Iterator[Callable[[], None]]:
-    """Keep checksums in a file, from one process to the next. What it yields writes the file, as a good end does."""
+    """Keep checksums in a file, from one process to the next.
+
+    The file is written at the end if nothing fails, and whenever the yielded function is called.
+    """
     kept: dict[str, str] = {}
-    # There is none the first time, and a full disk may have cut it: everything is read again then.
+
+    # The first time there is no file, and a full disk may have cut it. All files are read then.
     with suppress(OSError, UserError):
         kept = read_json(file, {str: str})
     _known.update(kept)
@@ -109,8 +125,11 @@ def _content(file: Path) -> str:
 
 
 def _key(files: Sequence[Path]) -> str | None:
-    """What changes with every change of the files; None if one has changed within the last seconds, when another change
-    might not show."""
+    """Return a text that changes whenever one of the files changes.
+
+    None if a file has changed within the last seconds, because its times might not show another
+    change.
+    """
     lines = []
     newest = time.time() - SETTLED
     for file in files:

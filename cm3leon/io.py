@@ -1,6 +1,6 @@
 """Files: written whole or not at all, JSON whose shape is checked, and SHA-256.
 
-with atomic(path) as partial:  # a reader sees the old file or the new one, never half of either
+with atomic(path) as partial:  # readers see the old file or the new one, never half of either
     partial.write_bytes(content)
 
 write_json(path, {"step": 3})
@@ -26,22 +26,26 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 SETTLED = 1.0
-"""Seconds after which a second change of a file is sure to show in its time."""
+"""Seconds after which a second change of a file is certain to change its time."""
 
 _digests: dict[tuple[int, ...] | None, str] = {}
 
 
-# ------------------------------------------------------------------------------------------------ whole or not at all
+# ---------------------------------------------------------------------------- whole or not at all
 
 
 @contextmanager
 def atomic(path: Path, *, shared: bool = False, sync: bool = False) -> Iterator[Path]:
-    """Yield a name beside `path` to write under; the file is renamed to `path` if nothing fails, and removed else.
+    """Yield a name beside `path` to write to, and rename the file to `path` if nothing fails.
+
+    Otherwise the file is removed.
 
     Args:
-        shared: other processes may be writing the same file at this time, so that the name is this one's own. The last
-            rename wins. What a killed process leaves is not written over by the next one.
-        sync: have the content on the disk before the file gets its name.
+        path: the file to be written.
+        shared: whether other processes may write the same file at this time. The yielded name then
+            belongs to this process, and the last rename wins. A file that a killed process leaves
+            is not overwritten later.
+        sync: whether the content must be on the disk before the file gets its name.
     """
     partial = partial_name(path) if shared else path.with_name(f".{path.name}.partial")
     try:
@@ -54,7 +58,7 @@ def atomic(path: Path, *, shared: bool = False, sync: bool = False) -> Iterator[
 
 
 def partial_name(path: Path) -> Path:
-    """The name under which this process writes a file before it is renamed to `path`."""
+    """Return the name to which this process writes a file before renaming it to `path`."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
@@ -81,27 +85,27 @@ def write_json(
     shared: bool = False,
     sync: bool = False,
 ) -> None:
-    """Write a JSON file whole or not at all, see `atomic`."""
+    """Write a JSON file whole or not at all, like `atomic`."""
     write_text(path, json.dumps(content, indent=indent), shared=shared, sync=sync)
 
 
 def write_json_lines(path: Path, entries: Iterable[Any]) -> None:
-    """Write a JSON-lines file whole or not at all, see `atomic`."""
+    """Write a JSON-lines file whole or not at all, like `atomic`."""
     with atomic(path) as partial, partial.open("w", encoding="utf-8") as file:
         for entry in entries:
             file.write(json.dumps(entry) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------ SHA-256
+# ---------------------------------------------------------------------------------------- SHA-256
 
 
 def digest_of(content: str | ReadableBuffer) -> str:
-    """SHA-256 of a text (as UTF-8) or of bytes, in hexadecimal."""
+    """Return the SHA-256 of a text (as UTF-8) or of bytes, in hexadecimal."""
     return digest_of_parts([content])
 
 
 def digest_of_parts(parts: Iterable[str | ReadableBuffer]) -> str:
-    """SHA-256 of texts and bytes joined, which need not be in memory at one time."""
+    """Return the SHA-256 of texts and bytes joined; they need not be in memory at the same time."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -109,7 +113,7 @@ def digest_of_parts(parts: Iterable[str | ReadableBuffer]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, read once in a process while the file stays as it is."""
+    """Return the SHA-256 of a file, which a process reads only once unless the file changes."""
     check_readable(path)
     state = state_of(path)
     if state in _digests:
@@ -122,9 +126,10 @@ def sha256(path: Path) -> str:
 
 
 def state_of(path: Path) -> tuple[int, ...] | None:
-    """What changes with every change of a file, however it is called.
+    """Return numbers that change with every change of a file, whatever its name.
 
-    None for one that has changed within the last second: another change might have the same time.
+    None for a file that has changed within the last second, because another change might have the
+    same time.
     """
     status = path.stat()
     if time.time() - max(status.st_mtime, status.st_ctime) < SETTLED:
@@ -132,21 +137,27 @@ def state_of(path: Path) -> tuple[int, ...] | None:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-# ------------------------------------------------------------------------------------------------ JSON
+# ------------------------------------------------------------------------------------------- JSON
 
 
 def read_json(path: Path, shape: Any = dict) -> Any:
-    """The content of a JSON file, checked against the shape that the caller relies on.
+    """Read a JSON file, and check its content against the shape that the caller relies on.
 
-    A shape is a type (or several), `[shape]` for a list of such, `{str: shape}` for any keys with such values, or
-    `{"key": shape}` for keys that must be there; other keys are let through, and "key?" may be missing or null.
+    A shape is one of these:
 
-        read_json(file, {"step": int, "loss": (int, float), "lanes": [{"position": int}], "note?": str})
+        int                a value of this type
+        (int, float)       a value of one of these types
+        [shape]            a list of such values
+        {str: shape}       an object with any keys and such values
+        {"key": shape}     an object that has this key; other keys are ignored
+        {"key?": shape}    an object in which this key may be missing or null
+
+    For example {"step": int, "lanes": [{"position": int}]} accepts {"step": 3, "lanes": []}.
 
     Raises:
-        UserError: for a file that is missing, may not be read, is no JSON or has another shape, naming the file and
-            the place in it.
-        OSError: where the system refuses to read it.
+        UserError: for a file that is missing, may not be read, is not JSON or has another shape,
+            naming the file and the place in it.
+        OSError: if the system fails to read it.
     """
     check_readable(path)
     try:
@@ -160,10 +171,10 @@ def read_json(path: Path, shape: Any = dict) -> Any:
 
 
 def read_json_lines(path: Path, shape: Any = dict) -> list[Any]:
-    """The lines of a JSON-lines file, each of the given shape, see `read_json`.
+    """Read the lines of a JSON-lines file, each of the given shape (see `read_json`).
 
     Raises:
-        UserError: for a file that is missing or may not be read, or naming the first line that is not as it should be.
+        UserError: for a file that is missing or may not be read, or naming the first wrong line.
     """
     check_readable(path)
     try:
@@ -186,12 +197,13 @@ def read_json_lines(path: Path, shape: Any = dict) -> list[Any]:
 
 
 def read_log(path: Path, shape: Any = dict) -> list[Any]:
-    """The lines of a JSON-lines file that is written a line at a time, each of the given shape, see `read_json`.
+    """Read a JSON-lines file that is written line by line, each of the given shape.
 
-    Without the file there are none. A line that a kill has cut short, inside a character perhaps, is left out.
+    A missing file has no lines. A line that a kill has cut short, perhaps within a character, is
+    left out. `read_json` explains shapes.
 
     Raises:
-        UserError: naming the first whole line that is not as it should be.
+        UserError: naming the first whole line of another shape.
     """
     if not path.is_file():
         return []
@@ -209,7 +221,7 @@ def read_log(path: Path, shape: Any = dict) -> list[Any]:
 
 
 def check_shape(content: Any, shape: Any, where: str) -> None:
-    """Raises UserError if JSON content has not the shape, see `read_json`; `where` names it."""
+    """Raise UserError, naming `where`, for JSON content of another shape (see `read_json`)."""
     if isinstance(shape, list):
         _check_type(content, (list,), where)
         for number, entry in enumerate(content):
@@ -243,7 +255,7 @@ _WORDS = {
 
 
 def _check_type(content: Any, types: tuple[type, ...], where: str) -> None:
-    # JSON's true is an int to Python, and means another thing.
+    # To Python JSON's true is an int, but it is not meant as one.
     if isinstance(content, types) and (bool in types or not isinstance(content, bool)):
         return
     shown = json.dumps(content)

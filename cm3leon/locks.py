@@ -1,13 +1,14 @@
-"""One process at a time in a folder that commands write into.
+"""Let only one process at a time write into a folder.
 
-The lock is the system's (`flock`), which goes with the process however it ends. A file system may offer none (NFS
-without its lock daemon, some FUSE and cluster file systems). There the lock is a file that names its holder:
+The lock is the system's (`flock`), which the system releases however the process ends. Some file
+systems have no such locks (NFS without its lock daemon, some FUSE and cluster file systems). There
+the lock is a file that names its holder:
 
-    .lock.exclusive                  host, process and start of the one that holds the folder alone
-    .lock.shared.NUMBER.HOST-...     one for each that shares it
+    .lock.exclusive                  host, process and start of the one that has the folder alone
+    .lock.shared.NUMBER.HOST-...     one file for each process that shares it
 
-Each holder touches its file every `BEAT` seconds. A file counts as left behind if its process is gone from this host,
-or if another host has not touched it for `STALE` seconds.
+Each holder touches its file every `BEAT` seconds. A file is stale if its process no longer runs on
+this host, or if another host has not touched it for `STALE` seconds.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from pathlib import Path
 from cm3leon.types import UserError
 
 WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system that has no locks answers."""
+"""Errors of file systems that have no locks."""
 BEAT, STALE = 20.0, 180.0
-"""Seconds; a holder of another host is given longer than files' times may be cached by NFS."""
+"""Seconds. A holder on another host has longer than NFS may cache the times of files."""
 LOCK = ".lock"
 _numbers = itertools.count()
 
@@ -43,13 +44,14 @@ def locked(
     wait: bool = False,
     where: str = "run",
 ) -> Iterator[None]:
-    """Hold a folder alone, or together with any number of other `shared` holders; the lock goes with the process.
+    """Hold a folder alone, or together with any number of other `shared` holders.
 
     Args:
-        folder: it must exist.
-        name: of the lock's file; locks of other names are other locks.
-        wait: wait for the holder instead of refusing.
-        where: the key of the command line that names the folder, for the message.
+        folder: an existing folder.
+        name: name of the lock's file. Locks of different names are independent.
+        shared: whether other shared holders are allowed.
+        wait: whether to wait for the present holder; otherwise it is an error.
+        where: key of the command line that names the folder, for the message.
 
     Raises:
         UserError: if another process holds it.
@@ -73,14 +75,14 @@ def locked(
         yield
 
 
-# ------------------------------------------------------------------------------------------------ without flock
+# ---------------------------------------------------------------------------------- without flock
 
 
 @contextmanager
 def _locked_by_file(
     folder: Path, name: str, *, shared: bool, wait: bool, refusal: UserError
 ) -> Iterator[None]:
-    """The same by files. Whoever wants the lock first makes its file, then looks for others: two never both go on."""
+    """Lock by files. A process first makes its file and then looks for others, so two never win."""
     alone = folder / f"{name}.exclusive"
     own = folder / f"{name}.shared.{next(_numbers)}.{_holder()}" if shared else alone
     while not _taken(folder, name, own, alone):
@@ -97,7 +99,7 @@ def _locked_by_file(
 
 
 def _taken(folder: Path, name: str, own: Path, alone: Path) -> bool:
-    """Whether this process now holds the lock; if not, it has left no file."""
+    """Try to take the lock, and tell whether this process holds it; if not, it leaves no file."""
     try:
         descriptor = os.open(own, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -105,6 +107,8 @@ def _taken(folder: Path, name: str, own: Path, alone: Path) -> bool:
         return False
     with os.fdopen(descriptor, "w") as file:
         file.write(_holder())
+
+    # Give way to any living holder that excludes this one.
     others = [alone] if own != alone else sorted(folder.glob(f"{name}.shared.*"))
     if not any(_is_held(other) for other in others):
         return True
@@ -115,12 +119,12 @@ def _taken(folder: Path, name: str, own: Path, alone: Path) -> bool:
 
 
 def _holder() -> str:
-    """This process, also told apart from a later one of the same number."""
+    """Name this process by host, number and start, since a later process may have its number."""
     return f"{socket.gethostname()}-{os.getpid()}-{_started(os.getpid())}"
 
 
 def _started(process: int) -> str:
-    """When a process of this host began, in the kernel's ticks; empty where that is not known."""
+    """Return when a process of this host began, in the kernel's ticks; "" if that is unknown."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -128,29 +132,35 @@ def _started(process: int) -> str:
 
 
 def _is_held(file: Path) -> bool:
-    """Whether the holder that a file names is still there."""
+    """Tell whether the holder that a file names still exists."""
     try:
         age = time.time() - file.stat().st_mtime
         holder = file.read_text().rsplit("-", 2)
     except FileNotFoundError:
         return False
-    # A file without a whole name is being written, or was cut by a full disk.
+
+    # A file without a complete name is being written, or was cut by a full disk.
     if len(holder) != 3 or holder[0] != socket.gethostname():
         return age < STALE
+
     process = int(holder[1])
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it lives, as another user
+    except PermissionError:  # it runs, as another user
         return True
     return _started(process) == holder[2]
 
 
 def _remove_if_stale(file: Path) -> None:
-    """Take away the file of a holder that is gone, unless another process has done so and holds the lock by now."""
+    """Remove the file of a holder that is gone.
+
+    By now another process may have done so and taken the lock. Its file is then put back.
+    """
     if _is_held(file):
         return
+
     aside = file.with_name(f".{file.name}.{_holder()}.stale")
     with contextlib.suppress(OSError):
         file.rename(aside)
@@ -160,7 +170,7 @@ def _remove_if_stale(file: Path) -> None:
 
 
 def _touch(file: Path, done: threading.Event) -> None:
-    """Keep the time of a holder's file new, for other hosts."""
+    """Keep a holder's file recent, for other hosts to see."""
     while not done.wait(BEAT):
         with contextlib.suppress(OSError):
             os.utime(file)

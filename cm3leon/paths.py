@@ -1,4 +1,4 @@
-"""Names of files and folders as users give them: what the system would refuse later is a sentence at once."""
+"""Check names of files and folders of users, and say at once what the system would refuse."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
 )
 _REFUSED = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
-"""What the system says of a name that no file can have."""
+"""Errors of the system for a name that no file can have."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What it says of a write for which there is no room, or whose disk fails."""
+"""Errors of a write for which there is no room, or whose disk fails."""
 
 
 def path_of(text: str | Path, where: str) -> Path:
-    """The path that a user has given, `~` and `~name` replaced by the home folder.
+    """Return the path that a user has given, with `~` and `~name` replaced by the home folder.
 
     Raises:
-        UserError: for a user that does not exist, a NUL character, or a name that is longer than the system allows.
+        UserError: for a user that does not exist, a NUL character, or a name that is longer than
+            the system allows.
     """
     if "\0" in str(text):
         raise UserError(f"{where} holds a NUL character, which no name of a file may have")
@@ -41,6 +42,8 @@ def path_of(text: str | Path, where: str) -> Path:
         raise UserError(
             f"{where} is {text}; {user} is no user here (write ./{user} for a folder of that name)"
         ) from error
+
+    # The system itself tells whether a name is possible.
     try:
         path.lstat()
     except OSError as error:
@@ -51,7 +54,7 @@ def path_of(text: str | Path, where: str) -> Path:
 
 
 def kind_of(path: Path) -> str | None:
-    """What stands at a path in place of a folder, in words; None for a folder or nothing."""
+    """Say what stands at a path instead of a folder; None for a folder or nothing."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -60,7 +63,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def check_folder(folder: Path, where: str) -> None:
-    """Raises UserError if a folder cannot stand at a path: it, or one above it, is a file or a device."""
+    """Raise UserError if a path, or one above it, is a file or a device, so cannot be a folder."""
     for path in (folder, *folder.parents):
         if kind := kind_of(path):
             what = "which" if path == folder else f"and {path}"
@@ -71,25 +74,27 @@ def make_folder(folder: Path, where: str) -> None:
     """Make a folder to write into, with those above it.
 
     Raises:
-        UserError: if something else stands there, or the system makes no folder at that place.
+        UserError: if something else stands there, or the system refuses to make it.
     """
     check_folder(folder, where)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{where} is {folder}, where no folder can be made: {(error.strerror or str(error)).lower()}"
+            f"{where} is {folder}, where no folder can be made: "
+            f"{(error.strerror or str(error)).lower()}"
         ) from error
 
 
 @contextmanager
 def naming(place: Path) -> Iterator[None]:
-    """Say where it was, if the disk refuses what is written meanwhile: a file, or the folder of several.
+    """Name the file or folder in errors of writing it.
 
-    The system's error of a write does not say so, NumPy's has no number, and other libraries have errors of their own.
+    The system's own error of a write does not, NumPy's error has no number, and other libraries
+    have errors of their own.
 
     Raises:
-        OSError: in place of such an error, with its number and the place.
+        OSError: instead of such an error, with its number and the path.
     """
     try:
         yield
@@ -101,7 +106,7 @@ def naming(place: Path) -> Iterator[None]:
 
 
 def _number_of(error: Exception) -> int | None:
-    """The system's number of an error of writing that does not name its file; None for all others."""
+    """Return the system's number of a writing error that does not name its file; None otherwise."""
     if isinstance(error, OSError):
         if error.filename is not None:
             return None
@@ -129,14 +134,14 @@ def writing(folder: Path, where: str) -> Iterator[None]:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; it takes its place when all is written, and vanishes if that fails."""
+    """Yield a folder beside `out` to write into; it becomes `out` at the end if nothing fails."""
     out = out.resolve()
     make_folder(out.parent, "out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out: {out} exists already; out must be a new or empty folder")
     partial = out.with_name(f".{out.name}.partial")
     with writing(partial, "out"), naming(out):
-        for left in partial.iterdir():  # by an export that was killed
+        for left in partial.iterdir():  # files of an export that was killed
             if left.name != LOCK:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:

@@ -1,8 +1,8 @@
-"""Who may read what: modes of written files, and files that may not be read.
+"""Permissions: modes of written files, and files that may not be read.
 
-Libraries and copies bring modes of their own: safetensors writes files that only their owner can read (0600), and a
-copied tree keeps the modes of its original. Everything that a run or an export leaves has the modes that `open` and
-`mkdir` would have given, so the umask alone decides who else can read it.
+Some libraries and copies set modes of their own: safetensors writes files that only their owner can
+read (0600), and a copied tree keeps the modes of its original. All files of a run or an export get
+the modes that `open` and `mkdir` give, so the umask alone decides who else can read them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from cm3leon.types import UserError
 def check_readable(path: Path) -> None:
     """Raise UserError if this user may not read a file or a folder.
 
-    Any other fault, such as a missing file, is left to whoever reads it: libraries name those well, but call a lack of
-    permission a missing or a damaged file.
+    Other errors, such as a missing file, are left to the reader. Libraries report them well, but
+    report a lack of permission as a missing or a damaged file.
     """
     try:
         if path.is_dir():
@@ -39,8 +39,8 @@ def check_folder_readable(folder: Path) -> None:
 
 
 def use_umask(path: Path) -> None:
-    """Give a file, or a folder and all in it, the modes that the umask gives to what is made anew."""
-    # The umask can be asked for by setting it only, which other threads would feel; a new file shows it.
+    """Give a file, or a folder and everything in it, the modes that new files get by the umask."""
+    # Reading the umask means setting it, also for other threads. A new file shows it as well.
     probe = path.with_name(f".{path.name}.mode")
     probe.mkdir()
     try:

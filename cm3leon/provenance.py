@@ -1,7 +1,10 @@
-"""What ran, where and with what: version of the code, environment, and a copy of the code for jobs that start later.
+"""Provenance of a run: version of the code, environment, and a copy of the code for later jobs.
 
-A run folder holds `code.json` (version, commit and whether files differ from it), `code.diff` where they do, and
-`environment.json` (Python, the machine, packages, variables), all of the latest start.
+A run folder has three files about its latest start:
+
+    code.json          version, commit, and whether files differ from the commit
+    code.diff          the difference, if there is one
+    environment.json   Python, the machine, packages, variables
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from cm3leon.types import UserError
 CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "environment.json"
 
 FOLDERS = ("cm3leon", "experiments", "experiments.yaml")
-"""What the code is made of in a clone; in an installed package all of it lies in the first."""
+"""Folders and files of the code in a clone. An installed package has all of them in the first."""
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -53,18 +56,18 @@ VARIABLES = (
     "VIRTUAL_ENV",
     "WORLD_SIZE",
 )
-"""Environment variables that are written down; all others may hold secrets."""
+"""Environment variables that are recorded; all others may hold secrets."""
 
 
 def record(folder: Path) -> None:
-    """Writes down the code's version and the environment in a run folder, over those of an earlier start."""
+    """Record the code's version and the environment in a run folder, replacing earlier records."""
     folder.mkdir(parents=True, exist_ok=True)
     write_code(folder)
     _write(folder / ENVIRONMENT, environment())
 
 
 def write_code(folder: Path) -> None:
-    """Writes `code.json`: version, commit, whether files differ from it, and if so the difference beside it."""
+    """Write `code.json`, and `code.diff` beside it if files differ from the commit."""
     version, difference = code_version()
     _write(folder / CODE, version)
     (folder / DIFF).unlink(missing_ok=True)
@@ -73,14 +76,15 @@ def write_code(folder: Path) -> None:
 
 
 def code_version() -> tuple[dict[str, Any], str]:
-    """Version, commit and new files of the code that runs, and what its files differ by from that commit.
+    """Return version, commit and new files of the running code, and its difference to the commit.
 
-    A copy made by `snapshot` has what was true of the code that it is a copy of.
+    A copy made by `snapshot` has those of its original.
     """
     root = SHIPPED.parent if SHIPPED.name == "cm3leon" else SHIPPED
     if (root / CODE).is_file():
         difference = (root / DIFF).read_text() if (root / DIFF).is_file() else ""
         return read_json(root / CODE), difference
+
     commit, difference, new = None, "", []
     if (SHIPPED / ".git").exists():
         commit = _git("rev-parse", "HEAD").strip() or None
@@ -95,7 +99,7 @@ def code_version() -> tuple[dict[str, Any], str]:
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, with "-dirty" if files differ from it; None where it is not known."""
+    """Return the running code's commit, with "-dirty" if files differ; None if it is unknown."""
     version, difference = code_version()
     if version["commit"] is None:
         return None
@@ -103,7 +107,7 @@ def commit() -> str | None:
 
 
 def _git(*words: str) -> str:
-    """What git says of the repository; nothing where there is no git, or none that may look."""
+    """Return the output of a git command; "" if git is missing or refuses."""
     try:
         return subprocess.run(
             ["git", "-C", str(SHIPPED), *words], capture_output=True, text=True, check=True
@@ -113,7 +117,7 @@ def _git(*words: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Python, the machine, versions of all packages, and the variables that matter to a training."""
+    """Collect Python, the machine, versions of all packages, and `VARIABLES`."""
     packages = {each.name: each.version for each in importlib.metadata.distributions() if each.name}
     packages["cm3leon"] = __version__  # also where it runs from a folder that is not installed
     return {
@@ -128,16 +132,16 @@ def environment() -> dict[str, Any]:
 
 
 def machines(folders: Iterable[Path]) -> list[str]:
-    """A line for each machine and version that runs were made with, in the order of the folders.
+    """Return a line for each machine and version that runs were made with, in the folders' order.
 
-    Folders whose `environment.json` is missing or damaged are passed over.
+    Folders whose `environment.json` is missing or damaged are skipped.
     """
     lines = [line for folder in folders if (line := _machine(folder))]
     return list(dict.fromkeys(lines))
 
 
 def _machine(folder: Path) -> str:
-    """The line of one run; empty where it has none, as no page is given up for want of it."""
+    """Return the line of one run; "" if it has none, so that a page is written without it."""
     shape = {"system": str, "python": str, "packages": {str: str}}
     try:
         found = read_json(folder / ENVIRONMENT, shape)
@@ -149,7 +153,7 @@ def _machine(folder: Path) -> str:
 
 
 def processor() -> str:
-    """Name of the processor, as far as the system tells."""
+    """Return the name of the processor, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -161,9 +165,9 @@ def processor() -> str:
 
 
 def snapshot(folder: Path) -> None:
-    """Copies the code that runs into a folder, so that a job that waits runs it, whatever becomes of the original.
+    """Copy the running code into a folder, for a waiting job to run even if the original changes.
 
-    The folder goes first on the path of the job's Python. Plugins elsewhere stay where they are.
+    The folder comes first on the path of the job's Python. Plugins elsewhere are not copied.
     """
     folder.mkdir(parents=True)
     write_code(folder)
@@ -172,7 +176,7 @@ def snapshot(folder: Path) -> None:
 
 
 def _copy_code(folder: Path) -> None:
-    """Copies the package, from a clone or from where it is installed."""
+    """Copy the package, from a clone or from where it is installed."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     if SHIPPED.name == "cm3leon":
         shutil.copytree(SHIPPED, folder / "cm3leon", ignore=ignore)

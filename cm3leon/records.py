@@ -1,11 +1,12 @@
-"""What folders say of themselves: JSON files that others may have written, and checksums that are compared on opening.
+"""Records of folders: checksums of a stage's files, which are compared before the files are read.
 
 A finished stage has a `stage.json` with the checksum of each of its files:
 
-    {"fingerprint": "3f0c...", "seconds": 12.5, "files": {"tokenizer.json": "9a1b...", "shard-0.arrow": "8192 bytes"}}
+    {"fingerprint": "3f0c...", "seconds": 12.5,
+     "files": {"tokenizer.json": "9a1b...", "shard-0.arrow": "8192 bytes"}}
 
-Whoever opens one of the files compares it first, once in a process. An Arrow shard carries its own checksum, which
-`data.shards.open_shard` compares; here only its size is looked at.
+A file is compared before it is read, once in a process. An Arrow shard has a checksum of its own,
+which `data.shards.open_shard` compares, so only its size is recorded here.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ STAGES = (
 )
 """Stages in the order in which they are made."""
 MARKER = "stage.json"
-"""Written last: a stage is finished when its folder has one."""
+"""The record of a stage. It is written last, so a stage that has one is finished."""
 
 KINDS = {"run": "config.yaml", "sweep": "sweep.yaml", "study": "study.yaml"}
-"""What a folder may be of, and the file that says so."""
+"""Kinds of folders, and the file by which each is recognised."""
 
 
-# ------------------------------------------------------------------------------------------------ checksums
+# -------------------------------------------------------------------------------------- checksums
 
 
 def checksum(path: Path) -> str:
-    """What a record says of a file: its SHA-256, or the size of a shard, which carries a checksum of its own."""
+    """Return a file's entry in a record: its SHA-256, or for a shard its size."""
     if path.suffix == ".arrow":  # there may be terabytes of them
         return f"{path.stat().st_size} bytes"
     return sha256(path)
 
 
 def changed(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """The names of files in a folder that are missing or have another checksum than the recorded one."""
+    """List the files of a folder that are missing, or whose checksum is not the recorded one."""
     return [
         name
         for name, recorded in files.items()
@@ -79,30 +80,37 @@ def check_stage(folder: Path, names: Sequence[str] = (), *, finished: bool = Tru
     """Compare files of a stage with its record before they are read; without names, all files.
 
     Args:
-        finished: refuse a stage without a record. If off, such a stage is one that is being made, and passes.
+        folder: folder of the stage.
+        names: names of files; none = all files of the record.
+        finished: whether to refuse a stage without a record; otherwise such a stage is one in the
+            making, and passes.
 
     Raises:
-        UserError: for a file that is missing, has changed or is not in the record, or a stage that is not finished.
+        UserError: for a file that is missing, has changed or is not in the record, or a stage that
+            is not finished.
     """
     if not (folder / MARKER).is_file():
         if finished:
             raise UserError(f"{folder} is not finished: its {MARKER} is missing")
         return
+
     recorded = read_stage(folder)["files"]
     if not names and not recorded:
         raise UserError(
-            f"{folder / MARKER} names no files; run the experiment again, which makes the stage anew"
+            f"{folder / MARKER} names no files; "
+            "run the experiment again, which makes the stage anew"
         )
     for name in names:
         if name not in recorded:
             raise UserError(
-                f"{folder / MARKER} does not name {name}; run the experiment again, which makes the stage anew"
+                f"{folder / MARKER} does not name {name}; "
+                "run the experiment again, which makes the stage anew"
             )
     check_unchanged(folder, {name: recorded[name] for name in names or recorded})
 
 
 def read_stage(folder: Path) -> dict[str, Any]:
-    """The record of a finished stage: `fingerprint`, `seconds`, `files`.
+    """Read the record of a finished stage: `fingerprint`, `seconds`, `files`.
 
     Raises:
         UserError: for a stage without a record, or with a damaged one.
@@ -113,7 +121,7 @@ def read_stage(folder: Path) -> dict[str, Any]:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """A NumPy file, without running what a pickle might hold.
+    """Read a NumPy file, but no pickle in it, which could run code.
 
     Raises:
         UserError: for a file that is missing, may not be read, or is damaged.
@@ -127,17 +135,17 @@ def read_array(path: Path) -> np.ndarray:
         raise UserError(f"{path} is damaged: it is no readable NumPy file ({error})") from error
 
 
-# ------------------------------------------------------------------------------------------------ kinds of folders
+# ------------------------------------------------------------------------------- kinds of folders
 
 
 def refuse_other_kind(folder: Path, kind: str) -> None:
-    """Raises UserError where the folder is that of a run, a sweep or a study, and not of this kind."""
+    """Raise UserError if a folder is that of a run, a sweep or a study, but not of this kind."""
     found = [each for each, file in KINDS.items() if (folder / file).is_file()]
     if any(folder.glob(f"*/{MARKER}")):
         found.insert(0, "run")
     for other in found:
         if other != kind:
             raise UserError(
-                f"run: {folder} is the folder of a {other}, and a {kind} needs one of its own; choose another run=, "
-                f"for example run={folder}-{kind}"
+                f"run: {folder} is the folder of a {other}, and a {kind} needs one of its own; "
+                f"choose another run=, for example run={folder}-{kind}"
             )

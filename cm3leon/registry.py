@@ -43,7 +43,7 @@ from cm3leon.io import digest_of
 from cm3leon.types import UserError
 
 if TYPE_CHECKING:
-    # What is registered stands behind this module, which says only of what type it is.
+    # These modules import this one, which needs them for its types only.
     from cm3leon.data.extractors import Extractor
     from cm3leon.data.source import Source
     from cm3leon.decoders.base import Decoder
@@ -74,11 +74,13 @@ class _Entry:
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by name. Each has a nested `Config`, and is built as `cls(config, **runtime)`.
+    """Classes of one kind by name, with a nested `Config` each, built as `cls(config, **runtime)`.
 
     Args:
-        base: full name of the class `T` that all derive from. A name, for it is defined behind this module; "" asks for
-            none.
+        kind: the kind in messages, such as "image tokenizer".
+        plural: its plural.
+        base: full name of the class `T` that all classes derive from. It is a name, because its
+            module imports this one. "" = any class.
     """
 
     def __init__(self, kind: str, plural: str, base: str = "") -> None:
@@ -88,18 +90,19 @@ class Registry(Generic[T]):
         self._entries: dict[str, _Entry] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator that registers a component.
+        """Return a class decorator that registers a component.
 
         Raises:
-            TypeError: for a taken name, a class that does not derive from the base of its kind, or one whose `Config`
-                is missing or not fit to be one.
+            TypeError: for a taken name, a class that does not derive from the base of its kind, or
+                one whose `Config` is missing or unsuitable.
         """
 
         def add(cls: C) -> C:
             bases = [f"{each.__module__}.{each.__qualname__}" for each in cls.__mro__]
             if self.base and self.base not in bases:
                 raise TypeError(
-                    f"{cls.__qualname__} must derive from {self.base} to be registered as the {self.kind} {name}"
+                    f"{cls.__qualname__} must derive from {self.base} to be registered as the "
+                    f"{self.kind} {name}"
                 )
             config_class = getattr(cls, "Config", None)
             if config_class is None:
@@ -109,7 +112,8 @@ class Registry(Generic[T]):
             check_config_class(config_class)
             if "name" in (field.name for field in fields(config_class)):
                 raise TypeError(
-                    f"{cls.__qualname__}.Config.name: that key holds the component's name; choose another"
+                    f"{cls.__qualname__}.Config.name: that key holds the component's name; "
+                    "choose another"
                 )
             self._add(name, _Entry(cls, cls.__module__, {}, None))
             return cls
@@ -117,7 +121,7 @@ class Registry(Generic[T]):
         return add
 
     def preset(self, name: str, of: str, **defaults: Any) -> None:
-        """Registers the class of another name again, with other (plain) default values.
+        """Register the class of another name again, with other (plain) default values.
 
         Raises:
             TypeError: for a taken name or an unknown field.
@@ -151,7 +155,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def get(self, name: str) -> type[T]:
-        """The class of that name.
+        """Return the class of that name.
 
         Raises:
             UserError: for an unknown name.
@@ -159,9 +163,11 @@ class Registry(Generic[T]):
         return self._entry(name, "").cls
 
     def check(self, section: Any, where: str = "", *, unfit: list[str] | None = None) -> Component:
-        """Checks a section `{name: ..., **fields}`, or a bare name, against the `Config` of the component it names.
+        """Check a section `{name: ..., **fields}`, or a bare name, against the `Config` it names.
 
         Args:
+            section: the section or the name.
+            where: path of the section, for messages; "" = the kind.
             unfit: as in `config.from_mapping`.
 
         Raises:
@@ -174,6 +180,8 @@ class Registry(Generic[T]):
             raise UserError(
                 f"{where} {given}; it must name one {self.kind} (known: {', '.join(self.names())})"
             )
+
+        # The fields of the section replace the defaults of a preset, and these those of the class.
         name = section["name"]
         entry = self._entry(name, f"{where}.name")
         given_fields = {key: value for key, value in section.items() if key != "name"}
@@ -181,10 +189,14 @@ class Registry(Generic[T]):
         return Component(name, from_mapping(entry.cls.Config, fields_of_it, where, unfit=unfit))
 
     def build(self, section: Component | Mapping[str, Any] | str, **runtime: Any) -> T:
-        """Builds a component; `runtime` holds what no config can: vocabulary, device, other components.
+        """Build a component.
+
+        Args:
+            section: as for `check`, or what it returned.
+            runtime: objects that a config cannot hold: vocabulary, device, other components.
 
         Raises:
-            UserError: as `check` does.
+            UserError: as in `check`.
         """
         component = section if isinstance(section, Component) else self.check(section)
         return self._entry(component.name, "").cls(component.config, **runtime)
@@ -194,36 +206,36 @@ class Registry(Generic[T]):
         return sorted(self._entries)
 
     def origin(self, name: str) -> str:
-        """Where a component comes from: `built-in`, `plugins/<folder>`, an entry point, or a path."""
+        """Say where a component comes from: built-in, `plugins/NAME`, an entry point, or a path."""
         return _origin(self._entry(name, "").module)
 
     def preset_of(self, name: str) -> str | None:
-        """The name whose class a preset builds, None for a component that is no preset."""
+        """Return the name whose class a preset builds; None for other components."""
         return self._entry(name, "").preset_of
 
     def config_class(self, name: str) -> Any:
-        """The `Config` of a component, without the defaults of a preset."""
+        """Return the `Config` of a component, without the defaults of a preset."""
         return self._entry(name, "").cls.Config
 
     def summary(self, name: str) -> str:
-        """The first paragraph of a component's docstring, or whose preset it is, on one line."""
+        """Return a line about a component: the first paragraph of its docstring, or its preset."""
         base = self.preset_of(name)
         if base:
             return f"{base} with other defaults"
         return summary_of(self.get(name))
 
     def has_setting(self, name: str, key: str) -> bool:
-        """Whether the `Config` of a component has a field of that name."""
+        """Tell whether the `Config` of a component has a field of that name."""
         return key in (field.name for field in fields(self.config_class(name)))
 
     def describe(self, name: str) -> list[FieldDoc]:
-        """The fields of a component, with the defaults of a preset."""
+        """Describe the fields of a component, with the defaults of a preset."""
         entry = self._entry(name, "")
         return describe(entry.cls.Config, entry.defaults)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`; sections present in both are merged in turn."""
+    """Put `over` on top of `base`; sections in both are merged in the same way."""
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -274,7 +286,7 @@ REGISTRIES = (
 )
 
 
-# ------------------------------------------------------------------------------------------------ discovery
+# -------------------------------------------------------------------------------------- discovery
 
 BUILT_IN = (
     "tokenizers",
@@ -290,7 +302,7 @@ BUILT_IN = (
     "launch",
 )
 
-# Module name -> origin of the components registered in it and below it; the longest match counts.
+# Module name -> origin of the components in it and below it. The longest matching name counts.
 _origins = {"cm3leon": "built-in"}
 
 
@@ -301,12 +313,14 @@ def _origin(module: str) -> str:
 
 
 def discover(plugins: Sequence[str | Path] = ()) -> None:
-    """Imports everything that may register components: built-in, `plugins/`, entry points, then the given paths.
+    """Import all modules that may register components.
 
-    May be called again, with other paths too; what is imported stays as it is.
+    These are the built-in ones, `plugins/`, entry points, and at last the given paths. It may be
+    called again, also with other paths; modules are imported only once.
 
     Raises:
-        UserError: for a path that is neither a Python file nor a package, or a folder in `plugins/` that is no package.
+        UserError: for a path that is neither a Python file nor a package, or a folder in `plugins/`
+            that is not a package.
         PluginError: for a plugin that fails to import; its cause is the plugin's own error.
     """
     for name in BUILT_IN:
@@ -320,9 +334,10 @@ def discover(plugins: Sequence[str | Path] = ()) -> None:
 
 
 def _import_all(name: str) -> None:
-    """Imports a module and, if it is a package, all modules below it but tests and those whose name begins with `_`.
+    """Import a module and, if it is a package, the modules below it.
 
-    A plugin keeps there what needs a package that is not always installed.
+    Tests are left out, and so are modules whose names begin with `_`, where a plugin keeps code for
+    packages that are not always installed.
     """
     module = importlib.import_module(name)
     for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
@@ -337,7 +352,8 @@ def _load_plugins_folder() -> None:
     for folder in sorted(_folder_of(package).iterdir()):
         if folder.is_dir() and any(folder.glob("*.py")) and not (folder / "__init__.py").is_file():
             raise UserError(
-                f"plugins/{folder.name} holds Python files but no __init__.py; add one, it may be empty"
+                f"plugins/{folder.name} holds Python files but no __init__.py; "
+                "add one, it may be empty"
             )
     for info in pkgutil.iter_modules(package.__path__):
         if not info.name.startswith("test_") and info.name != "tests":
@@ -368,7 +384,7 @@ def _load_path(path: Path) -> None:
 
 
 def is_known_plugin(path: Path) -> bool:
-    """Whether the code of a plugin is that of `plugins/`, or was loaded before in this process."""
+    """Tell whether a plugin is one of `plugins/`, or was loaded before in this process."""
     return _is_shipped(path.resolve()) or _module_name(path.resolve()) in sys.modules
 
 
@@ -379,7 +395,7 @@ def _is_shipped(path: Path) -> bool:
 
 
 def _module_name(path: Path) -> str:
-    """The name of a plugin's module. Two in different folders may share a file name, so the whole path makes it."""
+    """Name the module of a plugin by its whole path, since two plugins may share a file name."""
     digest = digest_of(str(path))[:8]
     return f"cm3leon_plugin_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}"
 
@@ -405,14 +421,12 @@ def _folder_of(package: ModuleType) -> Path:
 
 @contextmanager
 def _plugin(module: str, origin: str) -> Iterator[str]:
-    """Names the origin of a module before its import, and the plugin at fault when the import fails."""
+    """Note the origin of a module before its import, and name the plugin if the import fails."""
     _origins.setdefault(module, origin)
     try:
         yield module
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # a plugin that exits would end the run as if all were done
+    # A plugin that exits would end the run as if it had succeeded.
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"plugin {origin} failed to import: {type(error).__name__}: {error}"
         ) from error

@@ -23,7 +23,7 @@ from cm3leon.terminal import guard, guarded, printable, speaks_for_all
 from cm3leon.training.signals import Signals
 from cm3leon.types import AGAIN, PARTLY, REFUSED, Again, Notice, Partly, UserError, sentences_of
 
-# Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
+# Nothing else is imported up here, so that --help and mistyped commands need not wait for torch.
 
 FLAGS = ("--help", "--list", "--schema", "--show", "--version")
 
@@ -33,25 +33,29 @@ ADVICE = {
     errno.EACCES: "see who may read and write there, or name another path",
     errno.EPERM: "see who may read and write there, or name another path",
     errno.EROFS: "nothing can be written there; name another path",
-    errno.EMFILE: "let this process open more files (ulimit -n); the same command goes on from there",
+    errno.EMFILE: "let this process open more files (ulimit -n); "
+    "the same command goes on from there",
     errno.ENOTDIR: "a file stands where a folder is needed; name another path",
     errno.EEXIST: "a file stands where a folder is needed; name another path",
     errno.EISDIR: "a folder stands where a file is needed; name another path",
     errno.ENOENT: "it is not there, and cannot be made there; see the path",
 }
-"""What a user can do about an error of the system; others say what the system says."""
+"""What a user can do about some errors of the system."""
 ALWAYS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EACCES, errno.EPERM, errno.EROFS)
-"""A matter of the machine even where no file is named; another error without a file is a bug, with its traceback."""
+"""Errors of the machine even if they name no file; others without a file are bugs, and shown with
+their traceback."""
 
 
 def dispatch(arguments: Sequence[str]) -> int:
-    """Does what the command line says, and returns the exit code.
+    """Run the command of a command line, and return the exit code.
 
     Raises:
-        UserError: for an unknown command or flag, or a mistake in what it is given.
+        UserError: for an unknown command or flag, or a mistake in the options of a command.
     """
     flags = ["--help" if word == "-h" else word for word in arguments if word.startswith("-")]
     words = [word for word in arguments if not word.startswith("-")]
+
+    # Two flags take words that are not options.
     if flags == ["--list"]:
         from cm3leon.commands.listing import listing
 
@@ -62,6 +66,8 @@ def dispatch(arguments: Sequence[str]) -> int:
 
         print(schema(words), end="")
         return 0
+
+    # All others come with a command, or with its default, `run`.
     named = words.pop(0) if words and "=" not in words[0] else None
     for flag in flags:
         if flag not in FLAGS:
@@ -72,6 +78,7 @@ def dispatch(arguments: Sequence[str]) -> int:
             raise UserError(
                 f"{word} follows the command {command.name}; everything after it must be key=value"
             )
+
     if "--help" in flags:
         from cm3leon.commands.help import help_of, usage
 
@@ -88,8 +95,11 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 2 for a mistake, 130 for Ctrl-C, 75 for "again",
-    3 where only a part of what was asked for could be made."""
+    """Run the command line, and return its exit code.
+
+    It is 2 for a user's mistake, 3 if a part of the results is missing, 75 if the same command is
+    to be started again, and 130 after Ctrl-C.
+    """
     with guarded(), _own_warnings_only(), Signals():
         try:
             code = dispatch(sys.argv[1:] if arguments is None else arguments)
@@ -112,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "stopped; the progress is kept, and the same command goes on from there", 130
             )
         except BrokenPipeError:
-            # The reader of `--list | head` has gone: nothing to say, and nothing left to flush at exit.
+            # The reader of `--list | head` has gone. Nothing must be left to flush at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except OSError as error:
@@ -124,8 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _own_warnings_only() -> Iterator[None]:
-    """Our warnings are a line each, said once; those of libraries are not for the user, who can do nothing about them.
+    """Show this project's warnings on a line each, once; hide those of libraries.
 
+    Users can do nothing about the latter.
     A developer sees them all with `python -W default -m cm3leon.run experiment=digits`.
     """
     if sys.warnoptions:
@@ -154,16 +165,17 @@ def _own_warnings_only() -> Iterator[None]:
 def _complain(sentence: str, code: int) -> int:
     if not speaks_for_all():
         return code  # the first rank says it
-    # A job's log lies in the run's folder, too.
+    # Secrets are masked because a job's log lies in the run's folder.
     print(f"cm3leon: {printable(masked(' '.join(sentence.split())))}", file=sys.stderr)
     return code
 
 
 def script() -> NoReturn:
-    """Ends the process with what `main` returns: the console script `cm3leon`, and `python -m cm3leon.run`."""
-    # Threads that wait for each other turn in circles for a while before they give their cores away. As long as
-    # libgomp does by itself, a step takes ten times as long where other processes want the cores; this long, it
-    # costs next to nothing on idle ones (docs/training.md). libgomp reads it once, when torch is loaded.
+    """Run `main` and end the process: `cm3leon`, and `python -m cm3leon.run`."""
+    # Threads that wait for each other spin for a while before they release their cores. With
+    # libgomp's own spin count, a step takes ten times as long if other processes need the cores.
+    # This count costs almost nothing on idle cores (docs/training.md). libgomp reads it once, when
+    # torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guard()  # for good: the traceback of a bug is printed after the end of `main`

@@ -1,10 +1,10 @@
-"""Secrets are kept out of what is written into run folders and sent to trackers.
+"""Keep secrets out of files in run folders, and out of what is sent to services.
 
-masked("https://me:pass@host/a.tar?sig=x1")    # "https://***@host/a.tar?sig=***"
+    masked("https://me:pass@host/a.tar?sig=x1")    # "https://***@host/a.tar?sig=***"
 
-Masked are the user's part of a URL, parameters of its query that are named as secrets are, and the
-values of environment variables that are named so (WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY),
-wherever they stand in a text.
+Three things are masked wherever they stand in a text: the user's part of a URL, parameters of its
+query whose names are those of secrets, and the values of environment variables with such names
+(WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 SHORTEST = 8
-"""Characters from which the value of a variable counts as a secret: a shorter one would be found in other words."""
+"""Characters from which on a variable's value counts as a secret; a shorter one would be found
+inside other words."""
 HIDDEN = "***"
 
 _NAME = re.compile(
@@ -24,11 +25,12 @@ _NAME = re.compile(
     r"|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH)(?![A-Z])",
     re.IGNORECASE,
 )
-"""Names of variables that hold secrets. TOKENIZER, MAX_TOKENS and GIT_AUTHOR_NAME are none."""
+"""Names of variables that hold secrets; TOKENIZER, MAX_TOKENS and GIT_AUTHOR_NAME do not match."""
 _USER = re.compile(
     r"(?<=://)(?:"
     r"[^/\s\"'?#]+"  # all before the last @ of the host's part
-    r"|[^/\s:@\"'?#]+:(?!\d+/)[^\s\"'?#]*"  # a password with a / in it: no such URL works, but errors show it
+    # A password with a / in it: no such URL works, but errors show it.
+    r"|[^/\s:@\"'?#]+:(?!\d+/)[^\s\"'?#]*"
     r")(?=@)"
 )
 _PARAMETER = re.compile(
@@ -38,19 +40,19 @@ _PARAMETER = re.compile(
 
 
 def masked(text: str) -> str:
-    """The text with its secrets replaced by `***`."""
+    """Replace the secrets in a text by `***`."""
     for secret in _values():
         text = text.replace(secret, HIDDEN)
     return masked_url(text)
 
 
 def masked_url(text: str) -> str:
-    """The text with the secrets of URLs replaced by `***`: the same text on every machine."""
+    """Replace the secrets of URLs in a text by `***`; the result is the same on every machine."""
     return _PARAMETER.sub(rf"\1{HIDDEN}", _USER.sub(HIDDEN, text))
 
 
 def without_secrets(content: Any) -> Any:
-    """Plain data (mappings, lists, texts, numbers) with every text in it masked, keys too."""
+    """Mask every text in plain data (mappings, lists, texts, numbers), including keys."""
     if isinstance(content, str):
         return masked(content)
     if isinstance(content, Mapping):
@@ -61,12 +63,12 @@ def without_secrets(content: Any) -> Any:
 
 
 def places_of_secrets(settings: Mapping[str, Any]) -> list[str]:
-    """The keys of a section whose values hold secrets, also further inside."""
+    """List the keys of a section whose values hold secrets, at any depth."""
     return [key for key, value in settings.items() if without_secrets(value) != value]
 
 
 def _of_file_systems() -> Iterator[tuple[str, str]]:
-    """The settings of fsspec's file systems that stand in a variable as JSON: FSSPEC_S3='{"secret": "..."}'."""
+    """Yield fsspec's settings from variables that hold JSON, as FSSPEC_S3='{"secret": "..."}'."""
     for name, value in os.environ.items():
         if not name.startswith("FSSPEC_") or not value.startswith("{"):
             continue
@@ -78,11 +80,11 @@ def _of_file_systems() -> Iterator[tuple[str, str]]:
 
 
 def _values() -> list[str]:
-    """The secrets of the environment, the longest first: one may be a part of another."""
+    """List the secrets of the environment, the longest first, since one may be part of another."""
     found = {
         value
         for name, value in (*os.environ.items(), *_of_file_systems())
-        # A path is where a secret lies, as in GOOGLE_APPLICATION_CREDENTIALS, and no secret itself.
+        # A path, as in GOOGLE_APPLICATION_CREDENTIALS, tells where a secret is, and is none itself.
         if _NAME.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
     }
     return sorted(found, key=len, reverse=True)

@@ -1,8 +1,9 @@
-"""What reaches a terminal: texts of corpora, names of files and words of users are shown, never obeyed.
+"""Keep a terminal from obeying texts of corpora, names of files, and words of users.
 
-A caption may hold an escape sequence that clears the screen or sets its title, a file name a line feed that begins a
-line of its own, and either a mark that reverses the order of what is read. `guarded` keeps the first and the last from
-both streams, whoever prints; `printable` is for a foreign text within a line, and shows line feeds too.
+A caption may hold an escape sequence that clears the screen or sets its title, a file name may hold
+a line feed, and both may hold marks that reverse the direction of reading. `guarded` shows escape
+sequences and such marks as `\\x1b` and `\\u202e` on both output streams, whoever prints them.
+`printable` is for a foreign text within a line, and shows line feeds in the same way.
 """
 
 from __future__ import annotations
@@ -16,30 +17,30 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 _HIDDEN = "\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
-"""C1 controls, marks of direction, line separators, and bytes of file names that are no text."""
+"""C1 controls, marks of direction, line separators, and bytes of file names that are not text."""
 _IN_A_LINE = re.compile(f"[\x00-\x1f{_HIDDEN}]")
 _IN_A_STREAM = re.compile(f"[\x00-\x08\x0b-\x1f{_HIDDEN}]")
 _CURSOR_UP = re.compile(r"\n*(\x1b\[A)+")
-"""What a progress bar below another one writes, and nothing with it."""
+"""The only escape sequence of progress bars: one bar below another writes it by itself."""
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, what a terminal would obey written as Python does: `\x1b`, `\n`, `\u202e`."""
+    r"""Put a text on one line, with characters that a terminal obeys as `\x1b`, `\n`, `\u202e`."""
     return _IN_A_LINE.sub(_escaped, text)
 
 
 def command_line(*words: object) -> str:
-    """`python -m cm3leon.run` with these words, as a shell takes it: what messages and pages print to be typed."""
+    """Quote `python -m cm3leon.run` and its words for a shell, as messages and pages print it."""
     return shlex.join(["python", "-m", "cm3leon.run", *map(str, words)])
 
 
 def speaks_for_all() -> bool:
-    """Whether this process is the first of those that work together, and so the one that says something."""
+    """Tell whether this process is the first of those that work together, which prints for all."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def is_printable(text: str) -> bool:
-    """Whether the text is fit for one line of a terminal or a script as it is."""
+    """Tell whether a text can go on one line of a terminal or a script as it is."""
     return not _IN_A_LINE.search(text)
 
 
@@ -48,8 +49,10 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 class _Guarded:
-    """A stream of text that shows what a terminal would obey. A write may begin with a carriage return, as those of
-    progress bars do."""
+    """A stream of text that shows the characters that a terminal would obey.
+
+    A write may begin with carriage returns, as progress bars do.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -67,7 +70,7 @@ class _Guarded:
 
 
 def guard() -> None:
-    """Both streams of this process show from here on what a terminal would obey."""
+    """Guard both output streams of this process from here on."""
     sys.stdout, sys.stderr = (
         cast(TextIO, stream if isinstance(stream, _Guarded) else _Guarded(stream))
         for stream in (sys.stdout, sys.stderr)
@@ -76,7 +79,7 @@ def guard() -> None:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """`guard`, to be undone at the end."""
+    """Guard both output streams until the end of the block."""
     before = sys.stdout, sys.stderr
     guard()
     try:

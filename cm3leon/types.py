@@ -1,7 +1,12 @@
 """The nouns of the project, and the legend of its shape letters.
 
-A *segment* is a run of text or one image; a *document* is segments in order; a *sample* is what one training example
-holds: retrieved documents, then the query document; a *block* is `seq_len` positions holding packed samples.
+A *segment* is a run of text or one image. A *document* is a sequence of segments. A *sample* is one
+training example: retrieved documents, then the query document. A *block* is `seq_len` positions
+with packed samples:
+
+    block       | sample 0                                  | sample 1 ...        | padding |
+    sample 0      retrieved document   query document
+    document      text segment   image segment
 
 Names of arrays and tensors end in their shape, one letter a dimension:
 
@@ -26,30 +31,36 @@ if TYPE_CHECKING:  # the command line imports this module, and has to answer bef
 
 Modality = Literal["text", "image"]
 Role = Literal["", "answer", "instruction", "condition"]
-"""What a segment of an instruction is: the text that is asked for, the instruction, an image that it is about. An image
-that is asked for has none: it comes last, and is never masked."""
+"""Role of a segment in an instruction: the text to be generated, the instruction, or an image that
+it is about. An image to be generated has no role: it comes last, and is never masked."""
 
-# How a model computes, here where the options of commands find the words before torch is loaded.
+# How a model computes. The types stand here because commands need them before torch is loaded.
 Precision = Literal["auto", "bf16", "float32"]
-"""Of matrix products; auto is bf16 where the processor computes in it."""
+"""Precision of matrix products; auto is bf16 if the processor computes in it."""
 TrainingPrecision = Literal["auto", "bf16", "float32", "float8"]
-"""Of a training: in float8 the layers' products are, and all else is in bf16."""
+"""Precision of a training; with float8, the layers' products use it and everything else bf16."""
 Weights = Literal["float32", "bf16", "int8", "fp8"]
-"""What the matrices of layers are kept in."""
+"""Type in which the matrices of layers are stored."""
 Execution = Literal["eager", "compiled", "graph", "compiled graph"]
-"""How steps are run. A graph is recorded for each shape when it first occurs, and replayed from then on."""
+"""How steps are run. A graph is recorded when a shape first occurs, and replayed from then on."""
 
 
 class UserError(ValueError):
-    """A user's mistake: its message is one sentence (what, where, what is allowed) shown without a traceback."""
+    """A user's mistake. The message is one sentence (what, where, what is allowed) for the user.
+
+    It is shown without a traceback.
+    """
 
 
 class Notice(UserWarning):
-    """A warning of ours: its message is one sentence for the user. The command line shows it, and no library's."""
+    """A warning of this project, with one sentence for the user as its message.
+
+    The command line shows these warnings and hides those of libraries.
+    """
 
 
 class UserErrors(UserError):
-    """Several mistakes in one answer: `sentences`, which are shown one a line."""
+    """Several mistakes at once; each of the `sentences` is shown on a line of its own."""
 
     def __init__(self, sentences: Sequence[str]) -> None:
         super().__init__("\n".join(sentences))
@@ -57,40 +68,41 @@ class UserErrors(UserError):
 
 
 class NotFinite(UserError):
-    """Weights, or what a network computes with them, are NaN or infinite: its answers would mean nothing."""
+    """Weights, or results of a network, are NaN or infinite, so answers would be meaningless."""
 
 
 def sentences_of(error: UserError) -> tuple[str, ...]:
-    """The mistakes that an error names, one or several."""
+    """List the sentences of an error, one or several."""
     return error.sentences if isinstance(error, UserErrors) else (str(error),)
 
 
 def refuse(sentences: Sequence[str]) -> None:
-    """Raises UserError for one mistake, UserErrors for several; without any it returns."""
+    """Raise UserError for one mistake, UserErrors for several, and nothing for none."""
     several = list(dict.fromkeys(sentences))
     if several:
         raise UserError(several[0]) if len(several) == 1 else UserErrors(several)
 
 
 class Again(BaseException):
-    """A run was asked to make room: its progress is saved, and the same command goes on from there.
+    """A run was asked to stop for now. Its progress is saved, and the same command continues it.
 
-    As KeyboardInterrupt, it is not an Exception: it may come at any place, and nobody takes it for a fault.
+    Like KeyboardInterrupt it is not an Exception: it may occur anywhere, and must not be handled as
+    an error.
     """
 
 
 class Partly(Exception):
-    """Some of what was asked for could not be made, the rest is: its message is one sentence that names what is not."""
+    """A command could make only a part of its results; the message names the rest in a sentence."""
 
 
 AGAIN, REFUSED, PARTLY = 75, 2, 3
-"""Exit codes of `python -m cm3leon.run`: to be started again (EX_TEMPFAIL of sysexits.h), a user's mistake, and a part
-of what was asked for that could not be made."""
+"""Exit codes of `python -m cm3leon.run`: start it again (EX_TEMPFAIL of sysexits.h), a user's
+mistake, and results of which a part is missing."""
 
 
 @dataclass(frozen=True)
 class TextSegment:
-    """A run of text; a joined one goes on with the run before it, as the answer within its template does."""
+    """A run of text. A joined one continues the run before it, like the answer in its template."""
 
     text: str
     role: Role = ""
@@ -110,17 +122,21 @@ Segment = TextSegment | ImageSegment
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Segments in order, under an id unique in its corpus. `label` is the known class, where the source has one."""
+    """Segments in order, with an id that is unique in the corpus.
+
+    `label` is the known class, if the source has one.
+    """
 
     id: str
     segments: tuple[Segment, ...]
     label: int | None = None
     group: str = ""
-    """Documents of one group, such as the questions about one picture, fall on one side of a split."""
+    """Documents of one group, such as the questions about one picture, stay on one side of a
+    split."""
 
     @property
     def split_key(self) -> str:
-        """What the split goes by: the group; without one, the words of a text, and the id of anything else."""
+        """Key by which documents are split: the group, else the words of a text, else the id."""
         if self.group or self.images:
             return self.group or self.id
         return hashlib.sha256(self.text.encode()).hexdigest()
@@ -152,15 +168,16 @@ class Document:
 
 @dataclass(frozen=True, eq=False)
 class TokenSegment:
-    """A segment as ids of the whole vocabulary: `ids_T`, int64, without what a layout puts around it."""
+    """A segment as ids of the whole vocabulary: `ids_T`, int64, without the ids around it."""
 
     modality: Modality
     ids_T: np.ndarray
     role: Role = ""
     joined: bool = False
-    """Whether it goes on with what stands before it, as an answer does within its template."""
+    """Whether it continues the segment before it, like an answer in its template."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of an image that has no codes yet; None where its codes tell, (0, 0) where nobody knows."""
+    """Rows and columns of an image that has no codes yet; None if its codes show them, (0, 0) if
+    they are unknown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,13 +189,13 @@ class TokenDocument:
     label: int | None = None
 
     def segment(self, modality: Modality) -> TokenSegment | None:
-        """The first segment of that modality, None without one."""
+        """Return the first segment of that modality; None if there is none."""
         return next((s for s in self.segments if s.modality == modality), None)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What one training example holds: `retrieved` documents, the closest last, then the `query` document."""
+    """One training example: `retrieved` documents, the closest last, then the `query` document."""
 
     query: TokenDocument
     retrieved: tuple[TokenDocument, ...] = ()
@@ -186,11 +203,12 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """`seq_len` positions holding packed samples, as numpy arrays of shape (T,).
+    """`seq_len` positions with packed samples, as numpy arrays of shape (T,).
 
-    `target_T[t]` is the token after `ids_T[t]` in the same sample; `weight_T` is its share in the loss (0 for
-    sentinels, padding and the last position of a sample). `sample_T` numbers the samples of the block from 0, -1 is
-    padding: attention never crosses it. `position_T` restarts at 0 in every sample, or runs on through the block.
+    `target_T[t]` is the token after `ids_T[t]` in the same sample, and `weight_T[t]` its weight in
+    the loss: 0 for sentinels, padding and the last position of a sample. `sample_T` numbers the
+    samples of the block from 0, with -1 for padding; attention never crosses samples. `position_T`
+    restarts at 0 in every sample, or continues through the block.
     """
 
     ids_T: np.ndarray
@@ -204,7 +222,8 @@ class Block:
 class Batch:
     """Blocks stacked as tensors of shape (B, T); the fields are those of `Block`.
 
-    In a training or a validation all are on the model's device but `sample_BT`, which stays on the CPU (see `to`).
+    In training and validation `sample_BT` stays on the CPU, and all others are on the model's
+    device.
     """
 
     ids_BT: torch.Tensor
@@ -214,14 +233,14 @@ class Batch:
     position_BT: torch.Tensor
 
     def split(self, blocks: int) -> list[Batch]:
-        """The batch in parts of that many blocks, the last one with what is left."""
+        """Split the batch into parts of that many blocks; the last part has the remaining ones."""
         parts = zip(
             *(getattr(self, field.name).split(blocks) for field in fields(self)), strict=True
         )
         return [Batch(*part) for part in parts]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, but for the samples' numbers: where they begin is looked up on the CPU."""
+        """Move the batch to a device, except `sample_BT`, which is read on the CPU."""
         moved = {
             field.name: getattr(self, field.name).to(device, non_blocking=True)
             for field in fields(self)
@@ -230,25 +249,25 @@ class Batch:
         return Batch(**moved, sample_BT=self.sample_BT)
 
     def pinned(self) -> Batch:
-        """The batch in memory that a GPU copies from while both go on."""
+        """Copy the batch to pinned memory, from which a GPU copies while both go on."""
         return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
 class OnCpu:
-    """A tensor that a model is to get on the CPU: FSDP moves those that it sees to its device."""
+    """A tensor that stays on the CPU, although FSDP moves a model's tensors to its device."""
 
     tensor: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the decoders are asked for: a continuation of `ids_T` by tokens of one modality.
+    """A request for tokens of one modality that continue `ids_T`.
 
-    An image answer has exactly `length` tokens; a text answer has at most `length` pieces and ends early at one of
-    `ends`: at `end`, or at one of `also_ends`.
-    `unconditional_T` is the prompt of guidance's second stream, None where there is nothing to guide by;
-    `partial_T` that of the third one, with a part of the conditions.
+    An answer that is an image has exactly `length` tokens. One that is a text has at most `length`
+    pieces, and ends early at `end` or at one of `also_ends`. `unconditional_T` is the prompt of
+    guidance's second stream, None if there is nothing to guide by; `partial_T` is that of the third
+    stream, with a part of the conditions.
     """
 
     ids_T: np.ndarray
@@ -259,7 +278,7 @@ class Prompt:
     partial_T: np.ndarray | None = None
     also_ends: tuple[int, ...] = ()
     closed: tuple[int, ...] = ()
-    """Tokens of an image answer, counted from its first, that close a row of codes: they are not drawn."""
+    """Indices in an image's tokens at which a row is closed; these tokens are not drawn."""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -267,5 +286,5 @@ class Prompt:
         return (self.end, *self.also_ends)
 
     def content(self, answer: Sequence[int]) -> Sequence[int]:
-        """An answer without the token that ends it."""
+        """Return an answer without the token that ends it."""
         return answer[:-1] if answer and answer[-1] in self.ends else answer

@@ -1,4 +1,4 @@
-"""Files of named tensors, whoever wrote them."""
+"""Read and write files of named tensors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def save_tensors(
     """Write tensors as safetensors, whole or not at all, with the mode that the umask gives.
 
     Args:
+        path: the file.
+        tensors: tensors by name.
         metadata: texts for the file's header.
 
     Raises:
-        OSError: for a full disk or a folder that is not writable, of which no file is left.
+        OSError: for a full disk or a folder that is not writable. No part of the file is left.
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path, sync=True) as partial:
@@ -38,10 +40,11 @@ def save_tensors(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file, .safetensors or PyTorch's own format, by name; no code of the file is run.
+    """Read the tensors of a file, .safetensors or PyTorch's own format; code in it is never run.
 
     Raises:
-        UserError: for a file that is missing, may not be read, is damaged, or holds anything but named tensors.
+        UserError: for a file that is missing, may not be read, is damaged, or holds anything but
+            named tensors.
         NotFinite: naming a tensor that holds NaN or infinite numbers.
     """
     check_readable(path)
@@ -52,9 +55,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         weights = (
             load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (
-        Exception
-    ) as error:  # torch.load has many kinds for files that are cut off, or not its own
+    # torch.load raises many kinds of errors for files that are cut off or in another format.
+    except Exception as error:
         raise UserError(
             f"{path} cannot be read as {'safetensors' if safe else 'weights saved by PyTorch'}"
         ) from error
@@ -68,13 +70,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_rows(path: Path, rows: Mapping[str, tuple[Tensor, int]]) -> None:
-    """Read rows of the tensors of a safetensors file into other tensors, in their precision, and nothing else of it.
+    """Read some rows of a safetensors file's tensors into other tensors, in the precision of those.
 
     Args:
-        rows: by name, the tensor that is read into, and the number of its first row in the file's.
+        path: the file.
+        rows: name -> the tensor to read into, and the index of its first row in the file's tensor.
 
     Raises:
-        UserError: for a file that is missing, may not be read or is damaged, or lacks a tensor or its rows.
+        UserError: for a file that is missing, may not be read or is damaged, or lacks a tensor or
+            its rows.
         NotFinite: naming a tensor whose rows hold NaN or infinite numbers.
     """
     with _opened(path) as file:
@@ -86,7 +90,7 @@ def read_rows(path: Path, rows: Mapping[str, tuple[Tensor, int]]) -> None:
 
 
 def shapes_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, on the meta device: their shapes.
+    """Read the shapes of a safetensors file's tensors, as tensors on the meta device.
 
     Raises:
         UserError: for a file that is missing, may not be read or is damaged.
@@ -109,24 +113,25 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. One pass, without a copy of the tensor."""
+    """Tell whether no entry is NaN or infinite, in one pass and without a copy of the tensor."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
-        return True  # on the meta device there are shapes alone
+        return True  # tensors on the meta device have no entries
     if tensor.element_size() == 1:  # torch does not compute in 8 bits
         tensor = tensor.float()
     return all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Raises NotFinite, naming what it is, for a tensor with an entry that is NaN or infinite."""
+    """Raise NotFinite for a tensor with an entry that is NaN or infinite; `what` names it."""
     if not is_finite(tensor):
         raise NotFinite(
-            f"{what} holds numbers that are NaN or infinite: the training that made it diverged, or it is damaged"
+            f"{what} holds numbers that are NaN or infinite: "
+            "the training that made it diverged, or it is damaged"
         )
 
 
 def check_fit(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raises UserError if the tensors of a file lack some of those wanted, have others, or have other shapes."""
+    """Raise UserError unless a file's tensors have the wanted names and shapes."""
     for what, names in (
         ("lacks", wanted.keys() - given.keys()),
         ("has the unknown", given.keys() - wanted.keys()),
@@ -142,16 +147,17 @@ def check_fit(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tens
 
 
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-"""What PEFT leaves in a folder."""
+"""Files of an adapter of PEFT."""
 OTHER_ADAPTERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-"""What diffusers leaves there."""
+"""Files of an adapter of diffusers."""
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raise UserError for a folder of weights with an adapter beside them, which would be left out without a word."""
+    """Raise UserError for a folder of weights with an adapter, which would be silently ignored."""
     for name in (*ADAPTERS, *OTHER_ADAPTERS):
         if (folder / name).exists():
             raise UserError(
                 f"{folder} holds {name}, an adapter that is not merged into its weights; merge it "
-                "(PEFT: model.merge_and_unload(), diffusers: fuse_lora()) and save the model, or take the file away"
+                "(PEFT: model.merge_and_unload(), diffusers: fuse_lora()) and save the model, or "
+                "take the file away"
             )
