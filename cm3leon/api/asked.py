@@ -109,28 +109,23 @@ class AskedRun(Documents):
             run: the folder, or the name on the Hub.
             device: where it computes; None = a GPU if there is one.
             precision: of the computation; auto takes what suits the device.
-            weights: how the matrices of the model are stored; None = in the precision of the
-                computation, which changes no result. int8 and fp8 take half of the memory of bf16,
-                and change results a little.
+            weights: type of the stored matrices; None = the precision, which changes no result.
+                int8 and fp8 halve the memory of bf16 and change results a little.
             window: image codes that a step computes: the next one, and drafts behind it. It changes
                 no result (up to rounding). None = 4 for a single image, 1 for more.
-            execution: how steps are run: eager, compiled, graph or compiled graph. The last two
-                need CUDA.
+            execution: how steps are run; graph and compiled graph need CUDA.
             ranks: processes that share the model; all of them have to make the same calls.
             bank: run folder whose documents are the memory bank; None = the run's own.
             checkpoint: step of the pretraining whose weights are taken; None = the last.
             revision: a branch, a tag or a commit of a model on the Hub; None = its main branch.
-            adapter: a LoRA adapter of PEFT to merge into an exported model: a folder, or a model on
-                the Hub.
-            plugins: plugins (.py files or package folders) to load. Those of the run are loaded if
-                they are named here.
+            adapter: PEFT's LoRA to merge into an exported model, a folder or a model on the Hub.
+            plugins: .py files or package folders to load, also those that the run names.
             trust: load all plugins that the run names, which runs their code.
-            verify: compare each file with its recorded checksum before it is read, once in a
-                process.
+            verify: compare a file with its recorded checksum before its first use in a process.
 
         Raises:
             UserError: for a folder without a finished pretraining, files that have changed, plugins
-                that are not trusted, or a kind of weights that is not available here.
+                that are not trusted, or weights that are not available here.
         """
         ranks = ranks or Ranks(device_named(device))
         named = [plugins] if isinstance(plugins, str) else list(plugins)
@@ -181,13 +176,11 @@ class AskedRun(Documents):
         Args:
             task: name of a registered task.
             documents: the documents to complete.
-            retrieved: rows of the bank for each document, the closest last; fewer are used if there
-                is no room.
+            retrieved: rows of the bank for each document, the closest last, used if there is room.
             samples: numbers of the samples to draw.
             seeds: of sample 0 of each document; the others count on from it.
             decoder: how tokens are drawn; None = as the run is set.
-            max_tokens: largest number of pieces of an answer in text; the answers tell whether they
-                were cut there.
+            max_tokens: largest number of pieces of a text; answers tell if they were cut there.
         """
         check_lengths(documents=documents, retrieved=retrieved, seeds=seeds)
         if samples.start < 0 or samples.step != 1:
@@ -222,11 +215,7 @@ class AskedRun(Documents):
     ) -> list[list[int]]:
         """Return the closest of each document's retrieved rows, as many as `ask` has room for.
 
-        Args:
-            task: name of a registered task.
-            documents: the documents to complete.
-            retrieved: rows of the bank for each document, the closest last.
-            max_tokens: largest number of pieces of an answer in text.
+        The arguments are those of `ask`.
         """
         check_lengths(documents=documents, retrieved=retrieved)
         built = self._task_with_room(task, max_tokens)
@@ -244,12 +233,10 @@ class AskedRun(Documents):
     ) -> list[np.ndarray]:
         """Compute the log-likelihoods (K,) in nats of K candidate answers, in text, by document.
 
+        Documents and their retrieved rows are given as to `ask`.
+
         Args:
-            documents: the documents to complete.
-            retrieved: rows of the bank for each document, the closest last; fewer are used if there
-                is no room.
-            options: ids (T,) of each document's candidates; the likelihood includes the
-                `<end_of_span>` that follows.
+            options: ids (T,) of each document's candidates; `<end_of_span>` is scored behind them.
         """
         check_lengths(documents=documents, retrieved=retrieved, options=options)
         task, end = self._task("instruction"), self.run.vocab.end_of_span
@@ -345,9 +332,8 @@ class AskedRun(Documents):
         """Retrieve rows of the bank for each query, the closest last.
 
         Args:
-            texts: the queries' texts; needed if `by` is text.
-            images_BHWC: the queries' images, uint8, in the size of the image tokenizer; needed if
-                `by` is image.
+            texts: the queries' texts, if `by` is text.
+            images_BHWC: uint8, in the size of the image tokenizer, if `by` is image.
             by: the modality that is searched with.
             count: number of rows of a query.
         """
@@ -388,9 +374,7 @@ class AskedRun(Documents):
         codes_BN: np.ndarray,
         size: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """Compute the cosine (B,) of each image and its text by the run's own CLIP.
-
-        It is NaN if the run's retriever has no CLIP.
+        """Compute the cosine (B,) of each image and its text by the run's own CLIP, NaN if none.
 
         Args:
             text: one text for all images, or one for each of them.
@@ -424,12 +408,9 @@ class AskedRun(Documents):
         return tuned_on(self.run.experiment)
 
     def _check_tuned(self, asked: str, tasks: Sequence[str]) -> None:
-        """Refuse instructions to a model that was not trained with the objective `instruct`.
+        """Raise UserError for a model that was not trained with the objective `instruct`.
 
         If it was trained on other tasks than these, only a warning says so.
-
-        Raises:
-            UserError: for a model of another objective.
         """
         objective = self.run.experiment.objective.name
         if objective != TUNED:
