@@ -129,7 +129,7 @@ def _one_of(members: Sequence[Any], value: Any, where: str) -> Any:
             return argument(member, value, where)
         except UserError as error:
             refusals.append(error)
-    # Lists come last in our unions, and their message names the wrong item.
+    # Lists come last in our unions, and the message about a list names the item that is wrong.
     raise refusals[-1 if isinstance(value, (list, tuple)) else 0]
 
 

@@ -110,7 +110,7 @@ class Model(nn.Module):
     def layer_bytes(self, *, sharded: bool, frozen: bool) -> LayerBytes | None:
         """Return what a training holds of a layer beside its weights; None if it is not known.
 
-        `command=plan` counts memory by it.
+        The command `plan` counts memory by it.
 
         Args:
             sharded: whether ranks gather the weights in bf16 (FSDP), so that layers hand on bf16.

@@ -6,7 +6,7 @@ What one layer keeps for the backward pass, and what that pass computes again:
     selective   the layer's input, matrix products, attention's results    norms, activations
     full        the layer's input                                          the whole layer
 
-Neither changes the names of weights, so checkpoints do not depend on them.
+Checkpointing and compilation leave the names of weights as they are.
 """
 
 from __future__ import annotations

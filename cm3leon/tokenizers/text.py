@@ -39,7 +39,7 @@ The library holds a few hundred stretches at a time, so its memory does not depe
 BATCH = 1 << 20
 """Largest number of characters that the library encodes at once, of one text or of many.
 
-It needs about a hundred bytes of memory for each. A pattern may also backtrack once per character
+It needs some hundred bytes of memory for each. A pattern may also backtrack once per character
 of a word, and after ten million such steps in one word the library ends the process with a panic.
 """
 

@@ -1,4 +1,4 @@
-"""Quantizers: vectors to codes and back, with three ways to learn the codebook.
+"""Quantizers: vectors to codes and back, each with its own way to find and to learn codes.
 
 The code of a vector is the index of its nearest row in the codebook. With two numbers a vector,
 
