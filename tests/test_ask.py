@@ -203,7 +203,7 @@ def test_images_that_cannot_be_used_are_named_and_tried_again(
             "`score` needs texts: texts=[TEXT,TEXT], for example",
         ),
         (["score", "run=x", "image={images}", "text=a", "question=b"], "question is given without"),
-        (["infill", "run=x", "image={images}"], "`infill` needs what is to be made anew: box="),
+        (["infill", "run=x", "image={images}"], "`infill` needs the part to fill in: box="),
         (
             ["infill", "run=x", "image={images}", "box=[1,2]"],
             "box is [1, 2]; it must be a list of 4",

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from samples import VOCAB, unrotate
 from test_report import Page
 
-from cm3leon.commands.sample import _places, moved_spans, shown_sample
+from cm3leon.commands.sample import _indices, moved_spans, shown_sample
 from cm3leon.commands.sample_words import facts_of, printed
 from cm3leon.evaluation.report.sample import ShownSample, render_sample, visible
 from cm3leon.experiment import load_experiment
@@ -331,7 +331,7 @@ def test_places_are_drawn_as_the_rows_are(
     def drawn(array: np.ndarray) -> list[int]:
         return draw(array, most=most, random_count=random_count, rng=np.random.default_rng(seed))
 
-    assert [rows_VK.ravel()[place] for place in drawn(_places(rows_VK))] == drawn(rows_VK)
+    assert [rows_VK.ravel()[place] for place in drawn(_indices(rows_VK))] == drawn(rows_VK)
 
 
 def test_documents_are_said_to_be_found_by_what_found_them(small: list[str]) -> None:

@@ -2,13 +2,14 @@
 
 The module of a command has:
 
-    its docstring    what `--help` says of it; the first line stands in the list of commands, and the first
-                     example gives the values that a message about a missing option names
+    its docstring    the text of `--help`. Its first line stands in the list of commands, and its
+                     first example supplies the values for messages about a missing option
     Options          a config dataclass of what may follow the command as key=value
-    main(options)    does it, and returns the exit code where it may be another one than 0
+    main(options)    runs the command, and returns the exit code if it can be other than 0
 
-A new command is such a file, and its name in the table below. Help and mistakes are answered before torch is loaded:
-the modules here import what is heavy inside their functions.
+A new command is such a file, and its name in the table below; docs/architecture.md shows a whole
+one. Help and mistakes are answered before torch is loaded, so the modules here import heavy
+packages inside their functions.
 """
 
 from __future__ import annotations
@@ -44,37 +45,39 @@ GROUPS = {
     "to follow jobs": ("status", "logs", "cancel"),
     "that launchers give to jobs": ("part", "point", "collect"),
 }
-"""The names of the commands, and what they are for."""
+"""The names of the commands, under what they are for."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A word of the command line: what it does, what it takes, and the function that gets it."""
+    """A command: its help, its options, and the function that runs it."""
 
     name: str
     text: str
-    """What there is to say of it, by paragraphs; the first line says what it does."""
+    """The help text in paragraphs; the first line says what the command does."""
     options: type[Any]
     main: Callable[[Any], int | None]
 
     @property
     def summary(self) -> str:
-        """What it does, in a line."""
+        """What the command does, in one line."""
         return self.text.partition("\n")[0]
 
     @property
     def example(self) -> list[str]:
-        """The words behind the command in the first of its examples."""
+        """The words behind the command in its first example; empty without an example."""
         found = re.search(rf"-m cm3leon\.run {self.name} (.*)", self.text)
-        return shlex.split(found[1], comments=True) if found else []
+        if found is None:
+            return []
+        return shlex.split(found[1], comments=True)
 
 
 def load_command(name: str) -> Command:
-    """The command of that name.
+    """Load the command of a name.
 
     Raises:
-        UserError: for a name that there is not.
+        UserError: if there is no such command; it names the nearest one.
     """
     if name not in COMMANDS:
         raise UserError(f"{name} is not a known command; {choices(name, COMMANDS)}")

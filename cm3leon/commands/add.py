@@ -2,7 +2,7 @@
 
     python -m cm3leon.run add run=runs/corpus data.path=more/
 
-Those whose ids were added before are left out.
+Documents whose ids were added before are left out.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ class Options(DataOptions, Opening):
     """Options of the command add."""
 
     run: Path
-    """A run folder to whose memory bank documents are added."""
+    """A run folder whose memory bank receives the documents."""
 
 
 def main(options: Options) -> None:
-    """Encodes the documents of a source and adds them to a bank; those whose ids were added before are left out.
+    """Encode the documents of a source and add them to a run's memory bank.
+
+    Documents whose ids were added before are left out.
 
     Raises:
-        UserError: for a mistake in the options, a run without a finished bank, or no document to add.
+        UserError: for a mistake in the options, a run without a finished bank, or no document to
+            add.
     """
     from cm3leon.stages.opening import open_run
 
@@ -45,7 +48,11 @@ def main(options: Options) -> None:
 
 
 def _add(run: RunFolder, options: Options) -> None:
-    """Add documents to a bank that this process holds alone, so that no other one's are lost."""
+    """Add documents to a bank.
+
+    The caller holds the bank's lock, so that no other process adds documents at the same time:
+    the later of two writers would undo the earlier one.
+    """
     from tqdm import tqdm
 
     from cm3leon.data.source import Skipped
@@ -55,19 +62,18 @@ def _add(run: RunFolder, options: Options) -> None:
     from cm3leon.stages.tokens import token_documents
     from cm3leon.stages.vectors import document_parts
 
+    # The file of added tokens is written anew, with the documents of earlier additions first.
     bank = run.bank
-    documents, vectors = [run.added_tokens.document(row) for row in range(len(bank.added_ids))], []
+    documents = [run.added_tokens.document(row) for row in range(len(bank.added_ids))]
+    vectors = []
     skipped = 0
     known = set(bank.added_ids)
+    source = SOURCES.build(options.data)
 
     def usable() -> Iterator[Document]:
         nonlocal skipped
-        for item in tqdm(
-            SOURCES.build(options.data).documents(size=run.image_tokenizer.image_size),
-            desc="add",
-            unit="document",
-            dynamic_ncols=True,
-        ):
+        items = source.documents(size=run.image_tokenizer.image_size)
+        for item in tqdm(items, desc="add", unit="document", dynamic_ncols=True):
             if isinstance(item, Skipped) or item.id in known:
                 skipped += 1
             else:
@@ -77,10 +83,13 @@ def _add(run: RunFolder, options: Options) -> None:
     for batch in batches(usable()):
         documents += token_documents(run, batch)
         vectors.append(document_parts(run, batch))
+
     added = documents[len(bank.added_ids) :]
     if not added:
         raise UserError(f"data: no documents to add ({skipped} items skipped or added before)")
-    # The ids first: a bank has the documents that it has vectors of.
+
+    # Tokens first: a bank holds the documents that it has vectors of, so a kill between the two
+    # writes leaves tokens that nothing refers to, never vectors without tokens.
     write_token_shard(run.added_tokens_file, documents, run.tokenizer_digests)
     bank.add([document.id for document in added], Parts.concatenate(vectors))
     bank.save_added()

@@ -1,11 +1,12 @@
 """Answer a question about images.
 
-    python -m cm3leon.run answer run=runs/scenes/tuned image=scene.png question="How many things are there?"
+    python -m cm3leon.run answer run=runs/scenes/tuned image=scene.png question="How many things?"
 
-Images of a folder are all asked, those below it too. Each gets a line of JSON, printed or in `out`. An image that has
-its line is not asked again by the same command, and one that cannot be used is named at the end, which then has exit
-code 3. The line of a text that was cut at `max_tokens` pieces, before its end, has `truncated`, and their number is
-said at the end.
+With a folder, all images in it and below it are asked about. Each image gets a line of JSON,
+printed or written to `out`. The same command given again skips the images that have their line.
+Images that cannot be used are named at the end, and the exit code is then 3. A text that was cut at
+`max_tokens` pieces is marked `truncated` in its line, and the number of cut texts is printed at the
+end.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Options(LineOptions, TextOptions):
 
 
 def main(options: Options) -> None:
-    """Answers the question about each image. Raises as `ask` does."""
+    """Answer the question about each image. Raises as `ask` does."""
 
     def answer(model: CM3Leon, image: Path, save: Save) -> dict[str, Any]:
         said = model.answer(

@@ -1,9 +1,14 @@
-"""A finished run asked about images: what the commands caption, answer, score, infill and edit have in common.
+"""What the commands that ask about images share: caption, answer, score, infill and edit.
 
-`image` is a file, or a folder whose images are all asked, those below it too. Each gets a line of JSON, printed or in
-`out`; new images go beside the lines. An image that has its line is not asked again by the same command, and one that
-cannot be used is named at the end, which then has exit code 3. The line of a text that was cut at `max_tokens` pieces,
-before its end, has `truncated`, and their number is said at the end.
+`image` is a file, or a folder, with all images in it and below it. Each image gets a line of JSON,
+printed or appended to `out`; new images are written beside the lines:
+
+    {"image": "a/seven.png", "sha256": "9f2c...", "caption": "a seven"}
+    {"image": "b/two.png", "sha256": "41d0...", "caption": "a two and a", "truncated": true}
+
+The same command given again skips images that have their line, if the image's digest and the
+settings beside the lines (`captions.settings.json`) are still the same. Images that cannot be used
+are named at the end, and the exit code is then 3.
 """
 
 from __future__ import annotations
@@ -34,9 +39,9 @@ if TYPE_CHECKING:
     from cm3leon.training.distributed import Ranks
 
 NAMED = 5
-"""Images that are named among those that could not be used."""
+"""How many of the images that could not be used a message names."""
 RESULTS = "results.jsonl"
-"""Lines of a command that writes images, in their folder."""
+"""File with the lines of a command that writes images, in the folder of the images."""
 
 
 @dataclass(kw_only=True)
@@ -44,24 +49,24 @@ class ImageOptions(AskingOptions):
     """Options of a command that asks about images."""
 
     image: Path
-    """An image file, or a folder whose images are all asked, those below it too."""
+    """An image file, or a folder; all images in it and below it are used."""
     seed: NonNegativeInt = 0
     """Seed of what is drawn, the same for each image."""
 
     retrieve = 0
-    """Documents of the memory bank that are put before a prompt; an option where the command has one."""
+    """Documents of the memory bank before a prompt; an option in some of the commands."""
     max_tokens = 0
-    """Pieces of a text that is asked for; an option where the command has one."""
+    """Pieces of text that the model may write; an option in some of the commands."""
 
 
 @dataclass(kw_only=True)
 class TextOptions(ImageOptions):
-    """Options of a command that has the model write."""
+    """Options of a command in which the model writes a text."""
 
     decoder: Annotated[Component, DECODERS] | None = None
     """How tokens are drawn; null = as the run's experiment says."""
     max_tokens: PositiveInt = 64
-    """Pieces of a text that the model may write."""
+    """Pieces of text that the model may write."""
 
 
 @dataclass(kw_only=True)
@@ -69,16 +74,22 @@ class LineOptions(ImageOptions):
     """Options of a command whose answers are texts or numbers."""
 
     out: Path | None = None
-    """File for the lines, made anew or gone on with; null prints them."""
+    """File for the lines, which are added to those already there; null prints them."""
 
 
 Save = Callable[[Image.Image, str], str]
-"""An image and what its file is called behind the name of the one that was asked about -> the file's name."""
+"""Writes an image beside the lines and returns its file's name. The text goes behind the name of
+the image that was asked about: seven.png, with "_1", becomes seven.png_1.png."""
 Answer = Callable[["CM3Leon", Path, Save], dict[str, Any]]
+"""Asks the model about an image file; returns the command's part of the line."""
 
 
 def load_model(options: AskingOptions, ranks: Ranks | None = None) -> CM3Leon:
-    """The model of the run that the options name, shared by the ranks if there are several."""
+    """Load the model of the run that the options name.
+
+    Args:
+        ranks: processes that share the images of a prompt; None = this process alone.
+    """
     from cm3leon.api import CM3Leon
 
     model = CM3Leon.load(
@@ -98,11 +109,11 @@ def load_model(options: AskingOptions, ranks: Ranks | None = None) -> CM3Leon:
 
 
 def ask(options: ImageOptions, out: Path | None, answer: Answer) -> None:
-    """Asks about each image that has no line yet, and writes its line, to `out` if there is one.
+    """Ask about each image that has no line yet, and print its line or append it to `out`.
 
     Raises:
-        UserError: where no image could be used, or `out` holds other answers.
-        Partly: where some could not.
+        UserError: if no image could be used, or `out` holds answers of other settings.
+        Partly: if some images could not be used.
     """
     from tqdm import tqdm
 
@@ -110,26 +121,35 @@ def ask(options: ImageOptions, out: Path | None, answer: Answer) -> None:
 
     images = _images(options.image)
     with ExitStack() as held:
+        # Two commands that append to one file would lose lines of each other.
         if out is not None:
             make_folder(out.parent, "out")
             held.enter_context(locked(out.parent, f".{out.name}.lock", where="out"))
             held.enter_context(naming(out))
+
         model = load_model(options)
-        done = set() if out is None else _done(options, out, model, images)
-        failed: dict[str, str] = {}
-        truncated, said = 0, set[str]()
+        done: set[str] = set()
+        if out is not None:
+            done = _done(options, out, model, images)
         left = [name for name in images if name not in done]
+
+        # One image that cannot be used does not stop the others.
+        failed: dict[str, str] = {}
+        truncated, warned = 0, set[str]()
         for name in tqdm(
             left, desc="ask", unit="image", dynamic_ncols=True, disable=len(images) == 1
         ):
             try:
-                found, cut = _counted(answer, model, images[name], _saver(out, name), said)
+                found, cut = _counted(answer, model, images[name], _saver(out, name), warned)
             except (UserError, OSError) as error:
                 failed[name] = str(error)
                 continue
-            truncated += cut
-            told = {"truncated": True} if cut else {}
-            _write({"image": name, "sha256": sha256(images[name]), **found, **told}, out)
+            entry = {"image": name, "sha256": sha256(images[name]), **found}
+            if cut:
+                truncated += 1
+                entry["truncated"] = True
+            _write(entry, out)
+
     if truncated:
         warnings.warn(
             f"{truncated} of {len(left) - len(failed)} texts were cut before their end; "
@@ -141,47 +161,53 @@ def ask(options: ImageOptions, out: Path | None, answer: Answer) -> None:
 
 
 def _counted(
-    answer: Answer, model: CM3Leon, image: Path, save: Save, said: set[str]
+    answer: Answer, model: CM3Leon, image: Path, save: Save, warned: set[str]
 ) -> tuple[dict[str, Any], bool]:
-    """What is answered about an image, and whether a text of it was cut.
+    """The answer about an image, and whether its text was cut.
+
+    Cut texts are counted instead of warned about one by one. Other warnings are shown once.
 
     Args:
-        said: what other warnings have said; one that is not among them passes.
+        warned: messages of the warnings shown so far; new ones are added.
     """
     from cm3leon.api import TruncatedWarning
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = answer(model, image, save)
+
     cut = False
     for each in caught:
         if issubclass(each.category, TruncatedWarning):
             cut = True
-        elif str(each.message) not in said:
-            said.add(str(each.message))
+        elif str(each.message) not in warned:
+            warned.add(str(each.message))
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     return found, cut
 
 
-def _images(place: Path) -> dict[str, Path]:
-    """The image files at a path by their names, those of a folder by their paths in it."""
+def _images(path: Path) -> dict[str, Path]:
+    """The image files at a path by their names; those of a folder by their paths in it."""
     from cm3leon.data.images import SUFFIXES
 
-    if place.is_dir():
-        files = [
-            file
-            for file in sorted(place.rglob("*"))
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        ]
-        if not files:
-            raise UserError(f"image: {place} holds no image files")
-        return {file.relative_to(place).as_posix(): file for file in files}
-    if not place.is_file():
-        raise UserError(f"image: {place} is not there; give an image file, or a folder of images")
-    return {place.name: place}
+    if path.is_dir():
+        found = {}
+        for file in sorted(path.rglob("*")):
+            hidden = file.name.startswith(".")
+            if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
+                found[file.relative_to(path).as_posix()] = file
+        if not found:
+            raise UserError(f"image: {path} holds no image files ({', '.join(sorted(SUFFIXES))})")
+        return found
+
+    if not path.is_file():
+        raise UserError(f"image: {path} is not there; give an image file, or a folder of images")
+    return {path.name: path}
 
 
 def _saver(out: Path | None, name: str) -> Save:
+    """A function that writes images beside the lines of `out`, named after the image `name`."""
+
     def save(image: Image.Image, suffix: str) -> str:
         assert out is not None
         file = out.parent / f"{name}{suffix}.png"
@@ -193,7 +219,9 @@ def _saver(out: Path | None, name: str) -> Save:
 
 
 def _done(options: ImageOptions, out: Path, model: CM3Leon, images: Mapping[str, Path]) -> set[str]:
-    """The images that have their line, and the files that it names; other lines are taken away.
+    """The images whose line is complete: of the same content, with all files that it names.
+
+    Other lines are removed from the file, so that each image has one line at most.
 
     Raises:
         UserError: for lines that were made with other settings, or by another model.
@@ -210,28 +238,38 @@ def _done(options: ImageOptions, out: Path, model: CM3Leon, images: Mapping[str,
 
 
 def _check_settings(options: ImageOptions, out: Path, model: CM3Leon) -> None:
-    """Writes down what the answers depend on, or compares with what is written."""
-    file = out.with_suffix(".settings.json")
-    apart = {"run", "image", "out", "window", "execution", *(each.name for each in fields(Opening))}
-    settings = {
-        "command": type(options).__module__.rpartition(".")[2],
-        **{name: value for name, value in to_mapping(options).items() if name not in apart},
-        "model": model.run.parts_of_answers(with_bank=options.retrieve > 0),
-    }
-    if settings.get("mask") is not None:  # whose content is what answers depend on
+    """Write down what the answers depend on, or compare it with what is written.
+
+    Raises:
+        UserError: if the lines were made with other settings, or by another model.
+    """
+    # Where files lie and how steps are run do not change an answer.
+    settings: dict[str, Any] = {"command": type(options).__module__.rpartition(".")[2]}
+    apart = {"run", "image", "out", "window", "execution"}
+    apart.update(each.name for each in fields(Opening))
+    for name, value in to_mapping(options).items():
+        if name not in apart:
+            settings[name] = value
+    settings["model"] = model.run.parts_of_answers(with_bank=options.retrieve > 0)
+
+    # Answers depend on the content of a mask, not on its name.
+    if settings.get("mask") is not None:
         settings["mask"] = sha256(Path(settings["mask"]))
+
+    file = out.with_suffix(".settings.json")
     if not out.is_file() or not file.is_file():
         if out.is_file() and out.stat().st_size:
-            raise UserError(f"out: {out} was not made by this command; take another name")
+            raise UserError(f"out: {out} was not made by this command; choose another name")
         write_json(file, settings)
         return
-    # By today's names, also where an earlier version wrote them.
+
+    # An earlier version may have written settings by names that have changed since.
     written = {current_name(name, settings): value for name, value in read_json(file).items()}
     settings = json.loads(json.dumps(settings))
     differing = sorted(name for name in settings if settings[name] != written.get(name))
     if differing:
         raise UserError(
-            f"out: {out} was made with other settings ({', '.join(differing)}); take another name"
+            f"out: {out} was made with other settings ({', '.join(differing)}); choose another name"
         )
 
 
@@ -244,25 +282,35 @@ def _write(entry: dict[str, Any], out: Path | None) -> None:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    """The entry as JSON, with escapes where a terminal would obey what is in it."""
+    """The entry as JSON, with escapes if it holds characters that a terminal would obey."""
     line = json.dumps(entry, ensure_ascii=False)
-    return line if is_printable(line) else json.dumps(entry)
+    if is_printable(line):
+        return line
+    return json.dumps(entry)
 
 
 def _conclude(
     failed: Mapping[str, str], done: set[str], images: Mapping[str, Path], out: Path | None
 ) -> None:
-    """Says where the answers are, and which images have none."""
+    """Print where the answers are, and report the images that have none.
+
+    Raises:
+        UserError: if no image could be used.
+        Partly: if some could not.
+    """
     if done:
         print(f"{len(done)} of {len(images)} images were done already")
     if out is not None and len(failed) < len(images):
         print(f"answers: {out}")
     if not failed:
         return
+
     some = [f"{printable(name)}: {why}" for name, why in list(failed.items())[:NAMED]]
     more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
+    if len(images) == 1:
+        raise UserError(some[0])
     if len(failed) == len(images):
-        raise UserError(some[0] if len(images) == 1 else f"no image could be used: {some[0]}{more}")
+        raise UserError(f"no image could be used: {some[0]}{more}")
     raise Partly(
         f"{len(failed)} of {len(images)} images could not be used: {'; '.join(some)}{more}"
     )

@@ -21,19 +21,22 @@ class Options(RunOptions):
 
 
 def main(options: Options) -> None:
-    """Ends what runs, which writes a checkpoint first, and what waits.
+    """End a run's jobs. A running job writes a checkpoint first, a waiting one is withdrawn.
 
     Raises:
-        UserError: for a folder of which no jobs were launched.
+        UserError: for a folder from which no jobs were launched.
     """
     folder = options.run.absolute()
     launch = newest_launch(folder)
     waiting = [each for each, state in states(launch) if state.word in WAITING]
+
+    # The elements of an array, 17_0, 17_1, ..., end together with the job 17.
     ids = list(dict.fromkeys(each.id.partition("_")[0] for each in waiting))
     if launch.read()["launcher"] == "slurm":
         cluster.cancel(ids)
     else:
         for id_ in ids:
             os.kill(int(id_), signal.SIGTERM)
+
     said = f"cancelled {', '.join(ids)}" if ids else "nothing runs or waits"
     print(f"{said}; the same command as before goes on from the last checkpoint in {folder}")

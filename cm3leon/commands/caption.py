@@ -3,10 +3,11 @@
     python -m cm3leon.run caption run=runs/digits image=seven.png
     python -m cm3leon.run caption run=runs/digits image=photos out=captions.jsonl
 
-Images of a folder are all asked, those below it too. Each gets a line of JSON, printed or in `out`. An image that has
-its line is not asked again by the same command, and one that cannot be used is named at the end, which then has exit
-code 3. The line of a text that was cut at `max_tokens` pieces, before its end, has `truncated`, and their number is
-said at the end.
+With a folder, all images in it and below it are captioned. Each image gets a line of JSON, printed
+or written to `out`. The same command given again skips the images that have their line. Images that
+cannot be used are named at the end, and the exit code is then 3. A text that was cut at
+`max_tokens` pieces is marked `truncated` in its line, and the number of cut texts is printed at the
+end.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ class Options(OwnDocuments, LineOptions, TextOptions):
     retrieve: NonNegativeInt = 0
     """Documents of the memory bank that are put before a prompt."""
     question: str | None = None
-    """Asks in turns, as imported chat weights were tuned, for example What do you see in this image?"""
+    """A question asked in a chat turn, for imported chat weights, for example What do you see in
+    this image?; null = a plain caption."""
 
 
 def main(options: Options) -> None:
-    """Writes a text for each image. Raises as `ask` does."""
+    """Write a caption for each image. Raises as `ask` does."""
 
     def answer(model: CM3Leon, image: Path, save: Save) -> dict[str, Any]:
         said = model.caption(

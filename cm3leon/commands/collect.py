@@ -1,4 +1,6 @@
-"""Make the table and the report of a sweep, or of a study without evaluations, from its runs as they stand.
+"""Make the table and the report of a sweep, or of a study without evaluations, from its runs.
+
+Runs that are not finished count as they stand.
 
 python -m cm3leon.run collect run=runs/digits-sweep
 """
@@ -22,24 +24,28 @@ class Options(Trust):
 
 
 def main(options: Options) -> None:
-    """Makes both, while nobody else does.
+    """Make both under the folder's lock, so that jobs that end together do not write at once.
 
     Raises:
-        UserError: where no point has the figure that the sweep looks for, and for a study with evaluations.
+        UserError: if no point has the figure that the sweep compares, and for a study with
+            evaluations.
     """
     from cm3leon.records import KINDS
     from cm3leon.studies import load_study, load_sweep
     from cm3leon.studies.run import write_results
 
+    # The settings are those that the sweep or the study was started with, as its folder has them.
     folder, trusted = options.run, options.trusted_plugins
     if (folder / KINDS["study"]).is_file():
         study = load_study(str(folder / KINDS["study"]), (), folder, trusted_plugins=trusted)
     else:
         study = load_sweep(str(folder / KINDS["sweep"]), (), folder, trusted_plugins=trusted)
+
     if study.evaluations:
         raise UserError(
             f"run: {folder} is a study with evaluations, whose figures its own command makes: "
             f"experiment={study.file} run={folder}"
         )
+
     with locked(folder, wait=True):
         write_results(study)

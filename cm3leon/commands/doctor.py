@@ -1,11 +1,12 @@
-"""Say what a machine has and lacks, and with measure=true how fast it is.
+"""Check what a machine has and lacks, and with measure=true how fast it is.
 
     python -m cm3leon.run doctor
     python -m cm3leon.run doctor folder=/scratch/me/runs measure=true out=doctor
 
-Each line is good, a warning, or wrong, and says what to do. The exit code is 1 if something is wrong. With measure=true
-it also measures products, attention, training, images and the making of a corpus, within 25 minutes on one GPU and in
-small on a CPU, and writes doctor.html and doctor.json. docs/first_hour.md says how to read them.
+Each line is good, a warning, or wrong, and says what to do. The exit code is 1 if something is
+wrong. With measure=true it also measures matrix products, attention, training, drawing images and
+making a corpus, within 25 minutes on one GPU and at small sizes on a CPU, and writes doctor.html
+and doctor.json. docs/first_hour.md explains how to read them.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ class Options:
     """Options of the command doctor."""
 
     folder: Path = Path("runs")
-    """Where runs will be: its file system is looked at, or that of the first folder above it that is there."""
+    """Where runs will be. Its file system is checked, or that of the nearest folder above it that
+    exists."""
     measure: bool = False
     """Whether to measure as well."""
     out: Path | None = None
-    """Folder for doctor.html and doctor.json; null = doctor/ where there are measurements, and none else."""
+    """Folder for doctor.html and doctor.json; null = doctor/ with measure=true, else no files."""
 
 
 def main(options: Options) -> int:
-    """Prints the findings; 1 if one is wrong."""
+    """Print the findings and the measurements; returns 1 if a finding is wrong."""
     import torch
 
     from cm3leon.doctor.files import look_at_files
@@ -50,6 +52,8 @@ def main(options: Options) -> int:
     device = best_device()
     findings: list[Finding] = []
     figures: list[Figure] = []
+
+    # Each finding is printed as soon as it is known: some take seconds, such as NCCL's.
     found: list[Iterable[Finding]] = [
         look_at_machine(device),
         look_at_files(options.folder),
@@ -60,8 +64,10 @@ def main(options: Options) -> int:
             findings.append(finding)
             print("\n".join(map(printable, lines(finding))), flush=True)
 
-    # What is measured is written down as it comes, so that an interruption leaves a page of what there is.
-    out = options.out or (Path("doctor") if options.measure else None)
+    # The page is written after each measurement, so that an interruption leaves what was measured.
+    out = options.out
+    if out is None and options.measure:
+        out = Path("doctor")
     if out is not None:
         write(out, findings, figures, device)
     if options.measure:

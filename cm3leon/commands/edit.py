@@ -1,10 +1,10 @@
 """Change images as an instruction says.
 
-    python -m cm3leon.run edit run=runs/scenes/tuned image=scene.png instruction="Make the circle blue." out=edited
+    python -m cm3leon.run edit run=runs/scenes/tuned image=scene.png instruction="Make it blue."
 
-Images of a folder are all asked, those below it too. Each gets a line of JSON in results.jsonl of `out`, beside the new
-images. An image that has its line is not asked again by the same command, and one that cannot be used is named at the
-end, which then has exit code 3.
+With a folder, all images in it and below it are edited. Each image gets a line of JSON in
+results.jsonl of `out`, beside the new images. The same command given again skips the images that
+have their line. Images that cannot be used are named at the end, and the exit code is then 3.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ class Options(ImageOptions):
     n: PositiveInt = 1
     """Images that are drawn for each, the best by CLIP first."""
     decoder: Annotated[Component, DECODERS] | None = None
-    """How codes are drawn; null = the decoder edit."""
+    """How image codes are drawn; null = the decoder edit."""
 
 
 def main(options: Options) -> None:
-    """Changes each image as the instruction says. Raises as `ask` does."""
+    """Change each image as the instruction says. Raises as `ask` does."""
 
     def answer(model: CM3Leon, image: Path, save: Save) -> dict[str, Any]:
         decoder = options.decoder or "edit"
         drawn = model.edit(
             image, options.instruction, n=options.n, decoder=decoder, seed=options.seed
         )
-        names = [
-            save(each.image, f"_{number}" if number else "") for number, each in enumerate(drawn)
-        ]
+        # The best image has the name of the one that was edited, the others a number behind it.
+        names = [save(drawn[0].image, "")]
+        for number, each in enumerate(drawn[1:], 1):
+            names.append(save(each.image, f"_{number}"))
         return {"instruction": options.instruction, "files": names}
 
     ask(options, options.out / RESULTS, answer)

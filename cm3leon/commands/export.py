@@ -1,13 +1,13 @@
 """Convert a run into a folder that transformers, diffusers and PEFT read, or back.
 
-    python -m cm3leon.run export to=hf run=runs/digits out=exported       # OPTForCausalLM, or Chameleon's class
-    python -m cm3leon.run export to=peft run=runs/mine out=adapter        # what LoRA has learned, for PEFT
-    python -m cm3leon.run export to=cm3leon hf=exported out=back          # such a folder as pretraining writes it
+    python -m cm3leon.run export to=hf run=runs/digits out=exported       # a model of transformers
+    python -m cm3leon.run export to=peft run=runs/mine out=adapter        # a run's LoRA, for PEFT
+    python -m cm3leon.run export to=cm3leon hf=exported out=back          # as pretraining writes it
 
-Weights only move and change their names, in their own precision, so the way there and back is exact. to=hf writes the
-tokenizers, generation settings, a model card and a sample image beside them; `push` uploads the folder, and
-CM3Leon.load reads it. What transformers has no place for (id ranges, the experiment) lies in `cm3leon.json`.
-docs/public_weights.md has the whole way.
+Weights are only reordered and renamed, in their own precision, so converting there and back is
+exact. to=hf also writes the tokenizers, generation settings, a model card and a sample image.
+`push` uploads the folder, and CM3Leon.load reads it. What transformers has no file for (id ranges,
+the experiment) is kept in `cm3leon.json`. docs/public_weights.md has every step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DIRECTIONS = {
     "peft": ("run", "runs/mine"),
     "cm3leon": ("hf", "exported"),
 }
-"""What each direction reads, with an example."""
+"""The option that each direction reads, with an example."""
 
 
 @dataclass(kw_only=True)
@@ -39,23 +39,25 @@ class Options(Opening):
     """Options of the command export."""
 
     to: Literal["hf", "peft", "cm3leon"]
-    """A direction: hf makes a model of transformers of `run`, peft an adapter of it, cm3leon a decoder of `hf`."""
+    """A direction: hf writes `run` as a model of transformers, peft its LoRA as an adapter, and
+    cm3leon writes `hf` as a model of this project."""
     run: Path | None = None
     """Folder of a run whose pretraining is finished, for to=hf and to=peft."""
     hf: Path | None = None
-    """Folder of a model of transformers that has a decoder's shape, for to=cm3leon."""
+    """Folder of a model of transformers in a shape that this project has, for to=cm3leon."""
     adapter: Path | None = None
-    """Folder of a LoRA adapter of PEFT to merge into `hf`, for to=cm3leon; null = one inside `hf`, if there is one."""
+    """Folder of a LoRA adapter of PEFT to merge into `hf`, for to=cm3leon; null = the one inside
+    `hf`, if there is one."""
     licence: str | None = None
     """The licence of the weights by the Hub's name, such as mit, for the card; null = that of the
-    weights which the run began with, unknown where there are none."""
+    weights which the run began with, or unknown."""
     base_model: str | None = None
-    """The model on the Hub that it was made from, such as facebook/chameleon-7b: for the card, and the base of an
-    adapter; null = what was recorded when the weights that it began with were imported."""
+    """The model on the Hub that the run started from, such as facebook/chameleon-7b, for the card
+    and the adapter; null = as recorded when its first weights were imported."""
     prompt: str | None = None
-    """A text that sample images for the card are drawn for; null = a held-out caption of the run, if it has one."""
+    """A text for the card's sample images; null = a held-out caption of the run, if it has one."""
     samples: NonNegativeInt = 1
-    """Sample images for the card."""
+    """Sample images on the card; 0 = none."""
     out: Path
     """A folder to make; it must not exist, or be empty."""
 
@@ -65,7 +67,8 @@ class Options(Opening):
         other = "hf" if source == "run" else "run"
         if given[source] is None:
             raise UserError(
-                f"`export to={self.to}` needs a folder to convert: {source}=DIR, for example {source}={example}"
+                f"`export to={self.to}` needs a folder to convert: {source}=DIR, "
+                f"for example {source}={example}"
             )
         if given[other] is not None:
             raise UserError(f"{other} is given, which to={self.to} does not read; give {source}")
@@ -74,11 +77,11 @@ class Options(Opening):
 
 
 def main(options: Options) -> None:
-    """Does what the options say, and prints what it made.
+    """Convert in the given direction, and print the new folder.
 
     Raises:
-        UserError: for a run without a finished pretraining, a model that is no decoder of ours, or an output folder
-            that holds something.
+        UserError: for a run without a finished pretraining, a model of a shape that this project
+            does not have, or an output folder that is not empty.
     """
     if options.to == "hf":
         export_to_hf(options)
@@ -90,13 +93,14 @@ def main(options: Options) -> None:
 
 
 def export_to_hf(options: Options) -> None:
-    """Writes a run's decoder as a model of transformers, with its tokenizers and a card.
+    """Write a run as a model of transformers, with its tokenizers and a card.
 
-    What was written is read again and has to be the same before the folder gets its name.
+    The files are read again and compared before the folder gets its name.
 
     Raises:
-        UserError: for a run without a finished pretraining, another class of model, or a folder `out` that is taken.
-        RuntimeError: if the written weights differ, or compute something else.
+        UserError: for a run without a finished pretraining, a model class that transformers has no
+            counterpart of, or a folder `out` that is not empty.
+        RuntimeError: if the written weights differ, or compute other logits.
     """
     from cm3leon.hub.card import card_of
     from cm3leon.hub.export import Exported, write_hub_folder
@@ -104,9 +108,11 @@ def export_to_hf(options: Options) -> None:
 
     transformers()
     exported = Exported(_finished(options))
-    _ = exported.form  # refused before images are drawn
+    _ = exported.form  # a model that cannot be exported is refused before images are drawn
     with new_folder(options.out) as folder:
-        samples = _draw(options, exported.run, folder) if _draws(exported.family) else []
+        samples = []
+        if _draws(exported.family):
+            samples = _draw(options, exported.run, folder)
         origin = exported.origin(options.licence, options.base_model)
         write_hub_folder(exported, folder, card_of(exported, origin, samples), origin)
         use_umask(folder)
@@ -117,7 +123,7 @@ def _draws(family: object) -> bool:
 
 
 def _finished(options: Options) -> RunFolder:
-    """The run, opened on the CPU."""
+    """The run, opened on the CPU, with a finished pretraining of the settings in its folder."""
     import torch
 
     from cm3leon.stages.opening import open_run
@@ -128,21 +134,25 @@ def _finished(options: Options) -> RunFolder:
     made = read_json(run.stage("pretraining", "config.json") / "config.json")
     if made != {**run.settings_of("model"), "vocab_size": run.vocab.size}:
         raise UserError(
-            f"run: the model of {options.run / 'config.yaml'} is not the one that was trained; run it to its end"
+            f"run: the model of {options.run / 'config.yaml'} is not the one that was trained; "
+            "run it to its end"
         )
     return run
 
 
 def _draw(options: Options, run: RunFolder, folder: Path) -> list[tuple[str, str]]:
-    """Draw sample images into the folder: their files, and the text that they are drawn for."""
+    """Draw sample images into the folder; returns the name of each file, and its prompt."""
     from cm3leon.api import CM3Leon
 
+    # A held-out caption shows what the model makes of a text that it was not trained on.
     prompt = options.prompt
     if prompt is None and (run.folder / "documents").is_dir():
         held_out = run.corpus.rows("held_out")
-        prompt = run.corpus.captions[held_out[0]] if len(held_out) else None
+        if len(held_out):
+            prompt = run.corpus.captions[held_out[0]]
     if prompt is None or not options.samples:
         return []
+
     model = CM3Leon.load(
         run.folder, plugins=options.plugins, trust=options.trust, verify=options.verify
     )
@@ -156,10 +166,10 @@ def _draw(options: Options, run: RunFolder, folder: Path) -> list[tuple[str, str
 
 
 def export_to_peft(options: Options) -> None:
-    """Writes what LoRA has learned in a run as an adapter of PEFT, for the exported run that it started from.
+    """Write a run's LoRA as an adapter of PEFT, for the export of the run that it started from.
 
     Raises:
-        UserError: for a run that was not trained by LoRA, or a folder `out` that is taken.
+        UserError: for a run that was not trained by LoRA, or a folder `out` that is not empty.
     """
     from cm3leon.hub.adapter import write_adapter
     from cm3leon.hub.export import Exported
@@ -172,14 +182,15 @@ def export_to_peft(options: Options) -> None:
 
 
 def export_to_cm3leon(options: Options) -> None:
-    """Writes `model.safetensors` and `config.json` as the pretraining stage does, from a model of transformers.
+    """Write a model of transformers as `model.safetensors` and `config.json` of the pretraining
+    stage.
 
-    A LoRA adapter of PEFT is merged into the weights. The name of the model and the settings that transformers lacks
-    come from `cm3leon.json` where there is one.
+    A LoRA adapter of PEFT is merged into the weights. The model's name and the settings that
+    transformers lacks come from `cm3leon.json` if the folder has one.
 
     Raises:
-        UserError: for a folder that holds no such model, or a folder `out` that is taken.
-        RuntimeError: if transformers' model computes something else.
+        UserError: for a folder that holds no such model, or a folder `out` that is not empty.
+        RuntimeError: if transformers' model computes other logits.
     """
     import torch
 
@@ -194,10 +205,15 @@ def export_to_cm3leon(options: Options) -> None:
     hub = HubFolder(options.hf, options.adapter)
     content = {"model": to_mapping(hub.model), "vocab_size": hub.vocab_size}
     state = dict(hub.state())
+
+    # Both models compute the same tokens, each with its own ids for them, and must agree.
     with torch.device("meta"):
         model = MODELS.build(hub.model, vocab_size=hub.vocab_size)
-    id_there_V = None if hub.vocab is None else torch.from_numpy(hub.vocab.old_id_V)
+    id_there_V = None
+    if hub.vocab is not None:
+        id_there_V = torch.from_numpy(hub.vocab.old_id_V)
     verify(hub.form, model, state, hub.tensors(), hub.settings, id_there_V)
+
     with new_folder(options.out) as folder:
         save_weights(folder / WEIGHTS, state)
         write_json(folder / "config.json", content)

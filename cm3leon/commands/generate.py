@@ -1,20 +1,23 @@
 """Draw images for a text, the best by CLIP first.
 
-    python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
-    python -m cm3leon.run generate run=runs/digits prompts=prompts.txt n=8 keep=1 decoder=mixture out=drawn
-    torchrun --nproc-per-node 4 -m cm3leon.run generate run=runs/pretrain_7b prompt="a red dog"    # on four GPUs
+    python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2
+    python -m cm3leon.run generate run=runs/digits prompts=prompts.txt n=8 keep=1 decoder=mixture
+    torchrun --nproc-per-node 4 -m cm3leon.run generate run=runs/pretrain_7b prompt="a red dog"
 
-Each prompt's images are PNG files, the best by CLIP first, and a line of `manifest.jsonl`; a prompt that has its line
-and its images is not drawn again. `settings.json` says what all of them depend on, with the digests of the run's parts:
-a folder that was made with other settings or by a run that has been trained anew since is refused.
+(The last command shares the work among four GPUs.)
+
+Each prompt's images are written as PNG files, the best by CLIP first, with a line in
+`manifest.jsonl`. A prompt that has its line and its images is not drawn again. `settings.json`
+records what the images depend on, with digests of the run's parts: a folder that was made with
+other settings, or by a run that has been trained anew since, is refused.
 
 `layout` writes the folders that benchmarks read (docs/evaluation.md):
 
-    python -m cm3leon.run generate run=runs/pretrain_7b layout=geneval prompts=evaluation_metadata.jsonl n=4 out=drawn
-    python -m cm3leon.run generate run=runs/pretrain_7b layout=dpg prompts=dpg_bench/prompts n=4 out=drawn
+    python -m cm3leon.run generate run=runs/7b layout=geneval prompts=evaluation_metadata.jsonl n=4
+    python -m cm3leon.run generate run=runs/7b layout=dpg prompts=dpg_bench/prompts n=4
 
-A prompt that is too long for the model is named before anything is drawn and has a line that says so (`left_out`), the
-others are drawn, and the exit code is 3.
+Prompts that are too long for the model are found before anything is drawn. Each gets a line that
+says so (`left_out`), the others are drawn, and the exit code is 3.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cm3leon.arguments import worded_text
-from cm3leon.commands.layouts import LAYOUTS, Layout, Prompt
+from cm3leon.commands.layouts import LAYOUTS, ImageLayout, TextPrompt
 from cm3leon.commands.words import AskingOptions, OwnDocuments
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, to_mapping
 from cm3leon.io import read_json, read_log, write_json, write_json_lines
@@ -44,9 +47,9 @@ if TYPE_CHECKING:
 
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 NAMED = 3
-"""Prompts that a message names, at most."""
+"""The most prompts that a message names."""
 AT_ONCE = 16
-"""Prompts that are drawn together, and written down together."""
+"""Prompts that are drawn together; a kill loses the work of these at most."""
 TIMEOUT = 600
 """Seconds after which a rank that waits for the others gives up."""
 
@@ -60,23 +63,27 @@ class Options(OwnDocuments, AskingOptions):
     prompt: str | None = None
     """A text to draw."""
     prompts: Path | None = None
-    """File with a text a line (UTF-8), in place of `prompt`; empty lines are left out. Benchmarks have others."""
+    """File with one text a line (UTF-8), in place of `prompt`; empty lines are left out. With
+    another `layout`, the benchmark's own file or folder."""
     layout: Literal["plain", "geneval", "dpg"] = "plain"
-    """How prompts are read and images laid: plain, or as GenEval or DPG-Bench has it; then in the folder images/."""
+    """How prompts are read and images are laid out: plain, or as GenEval or DPG-Bench expects, in
+    the folder images/ of `out`."""
     n: PositiveInt = 8
     """Images that are drawn for a prompt."""
     keep: PositiveInt | None = None
-    """Of those, the best by CLIP that are written; null = all."""
+    """How many of these are written, the best by CLIP; null = all."""
     retrieve: NonNegativeInt = 0
     """Documents of the memory bank that are put before a prompt."""
     documents: list[NonNegativeInt] | None = None
-    """Rows of the memory bank that are put before a prompt, the closest last, in the place of `retrieve`."""
+    """Rows of the memory bank that are put before a prompt, the closest last, in place of
+    `retrieve`."""
     decoder: Annotated[Component, DECODERS] | None = None
-    """How codes are drawn; null = as the run's experiment says."""
+    """How image codes are drawn; null = as the run's experiment says."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels, of those that the model has tokens for; null = the run's square images."""
+    """Width and height in pixels, one of the sizes that the model was trained on; null = the run's
+    square images."""
     seed: Seed = 0
-    """Seed of a prompt's first image; the others count on from it."""
+    """Seed of a prompt's first image; the next images have the next seeds."""
 
     def check(self) -> None:
         if self.prompt is None and self.prompts is None:
@@ -87,7 +94,7 @@ class Options(OwnDocuments, AskingOptions):
         if self.prompt is not None and self.prompts is not None:
             raise UserError("prompt and prompts are both given; give one of them")
         if self.keep is not None and self.keep > self.n:
-            raise UserError(f"keep is {self.keep}, of n = {self.n} images")
+            raise UserError(f"keep is {self.keep}, of n = {self.n} images; it can be at most n")
         if self.layout == "plain":
             return
         if self.prompts is None:
@@ -100,7 +107,8 @@ class Options(OwnDocuments, AskingOptions):
         if counts and self.kept not in counts:
             allowed = " or ".join(map(str, counts))
             raise UserError(
-                f"layout={self.layout} has {allowed} images of a prompt, not {self.kept}; give n=4, or keep=4"
+                f"layout={self.layout} has {allowed} images of a prompt, not {self.kept}; "
+                "give n=4, or keep=4"
             )
 
     @property
@@ -110,11 +118,13 @@ class Options(OwnDocuments, AskingOptions):
 
 
 def main(options: Options) -> None:
-    """Draws the prompts that are not drawn yet, and says where the images are.
+    """Draw the prompts that are not drawn yet, and print where the images are.
+
+    With several processes, all ranks draw, and the first one writes and prints.
 
     Raises:
         UserError: for a mistake in the options, or a folder that holds images of other settings.
-        Partly: where the others are drawn, for prompts that are too long for the model.
+        Partly: if some prompts are too long for the model, once the others are drawn.
     """
     from tqdm import tqdm
 
@@ -129,20 +139,25 @@ def main(options: Options) -> None:
         model = load_model(options, ranks if ranks.joined else None)
         if options.keep is not None and options.keep < options.n and not model.has_clip:
             raise UserError(
-                f"keep is {options.keep} of n = {options.n} images, and the run has no CLIP to choose by; leave it out"
+                f"keep is {options.keep} of n = {options.n} images, and the run has no CLIP to "
+                "choose by; leave it out"
             )
-        too_long = {
-            number: f"{prompts[number].origin} ({shortened(texts[number])}): {reason}"
-            for number, reason in model.too_long(texts, size=options.size).items()
-        }
+
+        # Prompts without room for an image are found before the first is drawn.
+        too_long = {}
+        for number, reason in model.too_long(texts, size=options.size).items():
+            too_long[number] = f"{prompts[number].origin} ({shortened(texts[number])}): {reason}"
         if len(too_long) == len(texts):
             raise UserError("; ".join(list(too_long.values())[:NAMED]))
+
+        # The first rank reads what is done, and tells the others which prompts are left.
+        undone = None
         if ranks.first:
             held.enter_context(writing(options.out, "out"))
             held.enter_context(naming(options.out))
-        left = ranks.gather(_left(options, prompts, too_long, model.run) if ranks.first else None)[
-            0
-        ]
+            undone = _left(options, prompts, too_long, model.run)
+        left = ranks.gather(undone)[0]
+
         shortages: Counter[str] = Counter()
         with tqdm(
             total=len(left),
@@ -152,30 +167,29 @@ def main(options: Options) -> None:
             disable=not ranks.first,
         ) as progress:
             for start in range(0, len(left), AT_ONCE):
+                numbers = left[start : start + AT_ONCE]
                 shortages += _draw(
-                    model,
-                    options,
-                    {number: prompts[number] for number in left[start : start + AT_ONCE]},
-                    ranks,
+                    model, options, {number: prompts[number] for number in numbers}, ranks
                 )
-                progress.update(len(left[start : start + AT_ONCE]))
+                progress.update(len(numbers))
+
         if ranks.first:
             for sentence, count in sorted(shortages.items()):
-                print(
-                    sentence if len(texts) == 1 else f"{sentence} ({count} of {len(left)} prompts)"
-                )
+                of = "" if len(texts) == 1 else f" ({count} of {len(left)} prompts)"
+                print(f"{sentence}{of}")
             side = model.run.image_tokenizer_shape.image_size
             folder = layout.folder(options.out)
             print(layout.told(folder, options.size or (side, side), options.kept))
+
     if too_long:
         named = "; ".join(list(too_long.values())[:NAMED])
         raise Partly(f"{len(too_long)} of {len(texts)} prompts are too long, not drawn: {named}")
 
 
 def _left(
-    options: Options, prompts: list[Prompt], too_long: Mapping[int, str], run: RunFolder
+    options: Options, prompts: list[TextPrompt], too_long: Mapping[int, str], run: RunFolder
 ) -> list[int]:
-    """Numbers of the prompts that are not drawn yet; what is too long is written down, and never drawn."""
+    """Numbers of the prompts to draw; those that are too long get their line in the manifest."""
     _check_settings(options, run)
     done = _done(options.out, prompts, LAYOUTS[options.layout])
     if drawn := done - set(too_long):
@@ -189,11 +203,11 @@ def _left(
 
 
 def _draw(
-    model: CM3Leon, options: Options, prompts: Mapping[int, Prompt], ranks: Ranks
+    model: CM3Leon, options: Options, prompts: Mapping[int, TextPrompt], ranks: Ranks
 ) -> Counter[str]:
-    """Draws some prompts, by their numbers: all ranks do, the first writes them down.
+    """Draw some prompts, by their numbers, on all ranks; the first rank writes the images.
 
-    Returns what is to be said of prompts with fewer documents than asked, and of how many.
+    Returns the sentences about prompts that got fewer documents than asked for, with their number.
     """
     from cm3leon.api import found_of
 
@@ -218,15 +232,19 @@ def _draw(
     )
 
 
-def _prompts(options: Options, layout: Layout) -> list[Prompt]:
-    """What is to be drawn, in its order."""
+def _prompts(options: Options, layout: ImageLayout) -> list[TextPrompt]:
+    """The prompts to draw, in their order."""
     if options.prompts is not None:
         return layout.prompts(options.prompts)
-    return [Prompt(worded_text(options.prompt, "prompt"), "prompt", f"{0:05d}")]
+    return [TextPrompt(worded_text(options.prompt, "prompt"), "prompt", f"{0:05d}")]
 
 
 def _check_settings(options: Options, run: RunFolder) -> None:
-    """Writes down what images depend on, or compares with what is written."""
+    """Write down what the images depend on, or compare it with what is written.
+
+    Raises:
+        UserError: if the folder's images were drawn with other settings, or by another model.
+    """
     file = options.out / SETTINGS
     names = (
         "n",
@@ -244,45 +262,60 @@ def _check_settings(options: Options, run: RunFolder) -> None:
     settings["run"] = str(options.run.resolve())
     with_bank = options.retrieve > 0 or bool(options.documents)
     settings["parts"] = run.parts_of_answers(with_bank=with_bank)
-    # What the options leave to the run is what its experiment says today.
-    for name in ("decoder", "retriever") if options.retrieve else ("decoder",):
+
+    # Where the options name no component, the one of the run's experiment counts.
+    left_to_run = ["decoder"]
+    if options.retrieve:
+        left_to_run.append("retriever")
+    for name in left_to_run:
         settings[name] = settings.get(name) or run.settings_of(name)[name]
+
     if not file.is_file():
         write_json(file, settings)
         return
+
+    # Folders of before there were layouts are plain ones.
     written = {"layout": "plain", **read_json(file, {"parts?": {str: str}})}
     if not written.get("parts"):
         raise UserError(
-            f"out: {file} does not say which model drew the images; an earlier version made it, take another folder"
+            f"out: {file} does not say which model drew the images, as an earlier version made it; "
+            "choose another folder"
         )
-    other = [
-        name for name in settings["parts"] if written["parts"].get(name) != settings["parts"][name]
-    ]
+    parts = settings["parts"]
+    other = [name for name in parts if written["parts"].get(name) != parts[name]]
     if other:
         raise UserError(
-            f"out: {options.out} was drawn by another model than {options.run} holds now ({', '.join(other)} "
-            "changed); take another folder, or delete this one to draw all anew"
+            f"out: {options.out} was drawn by another model than {options.run} holds now "
+            f"({', '.join(other)} changed); choose another folder, or delete this one to draw all "
+            "anew"
         )
     differing = sorted(name for name in settings if settings[name] != written.get(name))
     if differing:
         raise UserError(
-            f"out: {options.out} was made with other settings ({', '.join(differing)}); take another folder"
+            f"out: {options.out} was made with other settings ({', '.join(differing)}); "
+            "choose another folder"
         )
 
 
-def _done(out: Path, prompts: list[Prompt], layout: Layout) -> set[int]:
-    """Numbers of the prompts that have a whole line and all its files.
+def _done(out: Path, prompts: list[TextPrompt], layout: ImageLayout) -> set[int]:
+    """Numbers of the prompts that have a whole line in the manifest, and all its files.
 
-    What a kill has cut short, and lines whose files were deleted, are taken away.
+    Lines that a kill has cut short, and lines whose files were deleted, are removed.
+
+    Raises:
+        UserError: if the manifest has other prompts than those given.
     """
     file, folder = out / MANIFEST, layout.folder(out)
     entries = []
     for entry in read_log(file, {"number": int, "prompt": str, "images": [{"file": str}]}):
         found = prompts[entry["number"] : entry["number"] + 1]
         if [prompt.text for prompt in found] != [entry["prompt"]]:
-            raise UserError(f"{file} has other prompts than those given; take another folder")
-        count = len(entry["images"])
-        files = layout.files(found[0], count) if count else set()
+            raise UserError(
+                f"out: {file} has other prompts than those given; choose another folder"
+            )
+        files: set[str] = set()  # a prompt that was too long has none
+        if count := len(entry["images"]):
+            files = layout.files(found[0], count)
         if all((folder / name).is_file() for name in files):
             entries.append(entry)
     write_json_lines(file, entries)
@@ -290,18 +323,20 @@ def _done(out: Path, prompts: list[Prompt], layout: Layout) -> set[int]:
 
 
 def _write(
-    options: Options, number: int, prompt: Prompt, pictures: list[GeneratedImage]
+    options: Options, number: int, prompt: TextPrompt, pictures: list[GeneratedImage]
 ) -> dict[str, Any]:
-    """Writes the images of a prompt; returns its line of the manifest."""
+    """Write the images of a prompt; returns its line of the manifest."""
     layout, kept = LAYOUTS[options.layout], pictures[: options.keep]
     folder = layout.folder(options.out)
     layout.write(folder, prompt, [picture.image for picture in kept])
     images = []
     for name, picture in zip(layout.image_files(prompt, len(kept)), kept, strict=True):
-        score = None if math.isnan(picture.score) else picture.score
+        score = None if math.isnan(picture.score) else picture.score  # JSON has no NaN
         file = (folder / name).relative_to(options.out).as_posix()
         images.append({"file": file, "score": score, "seed": picture.seed})
     best = pictures[0]
     documents = [{"id": document.id, "text": document.text} for document in best.documents]
     entry = {"number": number, "prompt": prompt.text, "images": images, "documents": documents}
-    return {**entry, "shortage": best.shortage} if best.shortage else entry
+    if best.shortage:
+        entry["shortage"] = best.shortage
+    return entry

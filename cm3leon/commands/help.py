@@ -24,28 +24,30 @@ settings of an experiment:
   section=name       picks another component: decoder=cd_k
 
 values:
-  A text or a path is taken as it is typed: text=7, prompt='"OPEN" sign', data.path=2024; only null means none, where
-  none is allowed. Anything else is YAML: 500, 1e-4, true, null, [1, 2], {{name: top_p, top_p: 0.9}}. In brackets the
-  same holds for each value, and quotes there are YAML's: texts=[7, 'two words'].
+  A text or a path is taken as it is typed: text=7, prompt='"OPEN" sign', data.path=2024; only
+  null means no value, where an option can be without one. Anything else is YAML: 500, 1e-4, true,
+  null, [1, 2], {{name: top_p, top_p: 0.9}}. In brackets the same holds for each value, and quotes
+  there are YAML's: texts=[7, 'two words'].
 
 flags:
   --show             print the experiment with every default filled in, and stop
-  --list [NAME ...]  list commands with their options, the sections of an experiment, components with their settings,
-                     and experiments; or what has one of the names: --list training, --list decoder, --list generate
-  --schema           print the JSON Schema by which editors complete and check experiments and studies
+  --list [NAME ...]  list commands with their options, the sections of an experiment, components
+                     with their settings, and experiments; or only those of the given names:
+                     --list training, --list decoder, --list generate
+  --schema           print the JSON Schema by which editors check experiments and studies
   --version          print the version
   --help             print this; behind a command, its options and examples
 
 examples:
   python -m cm3leon.run experiment=digits
   python -m cm3leon.run experiment=digits run=runs/short training.steps=200
-  python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
+  python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2
   python -m cm3leon.run generate --help
 """
 
 
 def usage() -> str:
-    """The help of the command line: every command in a line, and what all of them have in common."""
+    """The help of the command line: every command in a line, and what all have in common."""
     lines = []
     for purpose, names in GROUPS.items():
         lines.append(f"commands {purpose}:")
@@ -64,8 +66,11 @@ def help_of(command: Command) -> str:
         command.text,
         "",
         "options:",
-        *(line for doc in docs for line in option_lines(doc, 2)),
     ]
+    for doc in docs:
+        lines += option_lines(doc, 2)
+
+    # Commands with an experiment take its settings too, which are too many to list here.
     if issubclass(command.options, ExperimentOptions):
         lines += ["  section.key=value, section=name"]
         lines += wrapped(
@@ -75,7 +80,8 @@ def help_of(command: Command) -> str:
 
 
 def described(options: type) -> list[FieldDoc]:
-    """The options of a command: those that it needs, its own, then those that it has in common with others."""
+    """The options of a command: the required ones, its own, then those shared with other
+    commands."""
 
     def rank(doc: FieldDoc) -> tuple[bool, int]:
         names = {doc.name, f"{doc.name}_"}
@@ -86,16 +92,18 @@ def described(options: type) -> list[FieldDoc]:
 
 
 def option_lines(doc: FieldDoc, indent: int, prefix: str = "") -> Iterator[str]:
-    """An option or setting with its type and default, and its sentence below it, as lines for a terminal."""
+    """An option or setting as lines for a terminal: its type and default, its sentence below."""
     yield from wrapped(f"{prefix}{doc.name}: {doc.type}{default_of(doc)}", indent)
     yield from wrapped(doc.sentence, indent + 4)
 
 
 def default_of(doc: FieldDoc) -> str:
-    """`, required`, or ` = 500`."""
+    """What stands behind an option's type: `, required`, ` = 500`, or nothing."""
     if doc.default == "required":
         return ", required"
-    return f" = {doc.default}" if doc.default else ""
+    if not doc.default:
+        return ""
+    return f" = {doc.default}"
 
 
 def wrapped(text: str, indent: int) -> list[str]:

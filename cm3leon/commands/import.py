@@ -1,16 +1,16 @@
-"""Make a run folder of public weights, or of what `export to=hf` wrote.
+"""Make a run folder from public weights, or from what `export to=hf` wrote.
 
     python -m cm3leon.run import from=chameleon hf=chameleon-7b vqgan=vqgan.ckpt out=runs/chameleon
     python -m cm3leon.run import from=emu3 hf=emu3-gen out=runs/emu3
     python -m cm3leon.run import from=export hf=org/name out=runs/theirs
 
-The folder is then generated from, captioned with, scored and fine-tuned like any other:
+Every command takes the folder like that of any other run:
 
     python -m cm3leon.run generate run=runs/chameleon prompt="a red dog"
 
 Fine-tuning takes its tokenizers and starts from its weights: shards.tokenizers=runs/chameleon
-training.start=runs/chameleon. Nothing is downloaded, but a model on the Hub that from=export names.
-docs/public_weights.md has the whole way.
+training.start=runs/chameleon. Nothing is downloaded, except a model on the Hub that is named with
+from=export. docs/public_weights.md has every step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cm3leon.config import PositiveInt, choices
 from cm3leon.types import UserError
 
 EXPORT = "export"
-"""In the place of a family: a folder that an export wrote."""
+"""The value of `from` for a folder that an export wrote."""
 
 
 @dataclass(kw_only=True)
@@ -55,12 +55,16 @@ class Options:
                 f"from is {self.from_}, which is not known; "
                 f"{choices(self.from_, [*FAMILIES, EXPORT])}"
             )
+
+        # An export has its image tokenizer and image size in it.
         if self.from_ == EXPORT:
             given = {"vqgan": self.vqgan, "image_size": self.image_size}
             for name, value in given.items():
                 if value is not None:
                     raise UserError(f"{name} is given, which an export says itself; leave it out")
             return
+
+        # The other families have the image tokenizer in their folder, or in a file of its own.
         family = FAMILIES[self.from_]
         if family.other_decoder:
             raise UserError(
@@ -69,7 +73,7 @@ class Options:
             )
         if family.whole and self.vqgan is not None:
             raise UserError(
-                f"vqgan is given, and the folder of {family.title} holds the image tokenizer; "
+                f"vqgan is given, but the folder of {family.title} holds the image tokenizer; "
                 "leave it out"
             )
         if not family.whole and self.vqgan is None:
@@ -80,10 +84,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Prints the licence and makes the folder.
+    """Print the licence and make the folder.
 
     Raises:
-        UserError: for files that are missing or are not of the family, or a folder that holds something.
+        UserError: for files that are missing or not of the family, or an `out` that is not empty.
     """
     from cm3leon.paths import new_folder
     from cm3leon.registry import discover
@@ -94,6 +98,7 @@ def main(options: Options) -> None:
     if options.from_ == EXPORT:
         _import_export(options)
     else:
+        # The licence comes first: reading the weights takes minutes.
         family = FAMILIES[options.from_]
         print(f"licence of {family.title}: {family.licence}; {family.conditions}")
         with new_folder(options.out) as folder:
@@ -113,7 +118,9 @@ def _import_export(options: Options) -> None:
     from cm3leon.paths import new_folder
     from cm3leon.stages.importing import import_export
 
-    place = model_folder(options.hf, where="hf")
-    on_hub = None if place == options.hf else str(options.hf)
+    hub_folder = model_folder(options.hf, where="hf")
+    base_model = options.base_model
+    if base_model is None and hub_folder != options.hf:
+        base_model = str(options.hf)  # a name on the Hub
     with new_folder(options.out) as folder:
-        import_export(place, folder, options.base_model or on_hub)
+        import_export(hub_folder, folder, base_model)

@@ -1,4 +1,4 @@
-"""What the commands that listen at a port, serve and demo, have in common."""
+"""What the commands that listen at a port share: serve and demo."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ class ListeningOptions(AskingOptions):
     """Options of a command that listens at a port."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; another one than this machine's own needs a key."""
+    """Address to listen at; any but this machine's own (127.0.0.1) needs a key."""
     port: Port
     """Number of the port; 0 = any that is free, which is printed."""
     key_file: Path | None = None
-    """File with the key that whoever asks has to give; null = that of CM3LEON_API_KEY, if there is one."""
+    """File with the key that clients have to give; null = the environment's CM3LEON_API_KEY, if it
+    is set."""
     samples: PositiveInt = 8
-    """Samples in the making at a time, whose memory is taken at the start."""
+    """Samples that are drawn at a time; memory for them is taken at the start."""
     queue: PositiveInt
-    """What may wait at a time, of all clients; more is refused."""
+    """How many may wait at a time, of all clients; more are refused."""
     max_pixels: PositiveInt = 16_000_000
-    """Pixels that an image may have that is given."""
+    """Pixels that a client's image may have."""
     body_mb: PositiveInt = 16
-    """Megabytes (2^20 bytes) that a request, or a file of an image, may have."""
+    """Megabytes (2^20 bytes) that a request, or an image file, may have."""
 
     @property
     def body_bytes(self) -> int:
@@ -42,10 +43,10 @@ class ListeningOptions(AskingOptions):
 
 @contextmanager
 def packages_of(command: str) -> Iterator[None]:
-    """Imports inside the block may miss a package of the command's extra, which has its name.
+    """Explain imports that fail inside the block: the package belongs to the command's extra.
 
     Raises:
-        UserError: that names the package, and how it is installed.
+        UserError: for a missing package, with how it is installed.
     """
     try:
         yield

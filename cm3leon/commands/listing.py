@@ -1,4 +1,12 @@
-"""What `--list` shows: commands with their options, the sections of an experiment, components, experiments."""
+"""What `--list` shows: commands, sections of an experiment, components and experiments.
+
+Each thing is a `Listed`, under a heading, with its fields:
+
+    SECTIONS                           the heading
+      training: a section              its title
+        How the model is trained.      about it
+          training.steps: int = 1000   its fields, with the prefix training.
+"""
 
 from __future__ import annotations
 
@@ -19,74 +27,90 @@ from cm3leon.types import UserError
 
 @dataclass(frozen=True, eq=False)
 class Listed:
-    """One thing that can be named on a command line."""
+    """A command, section, component or experiment, as it is listed."""
 
     heading: str
-    """What it is under: COMMANDS, SECTIONS, the plural of a registry, EXPERIMENTS."""
+    """COMMANDS, SECTIONS, the plural of a registry, or EXPERIMENTS."""
     name: str
     title: str
     """Its first line, or lines."""
     about: Sequence[str] = ()
-    """Lines below it, indented as they are."""
+    """Sentences below the title."""
     fields: Sequence[FieldDoc] = ()
-    """What can be set of it."""
+    """Its options or settings."""
     prefix: str = field(default="", kw_only=True)
     """What goes before the names of its fields on the command line."""
 
     def text(self, only: str = "") -> str:
-        """The thing with its fields, or with those that are called `only` or are below it."""
-        lines = [f"  {self.title}", *(line for each in self.about for line in wrapped(each, 4))]
+        """The lines of the thing, with all fields or with the field `only` and those below it."""
+        lines = [f"  {self.title}"]
+        for sentence in self.about:
+            lines += wrapped(sentence, 4)
         for doc in self.fields:
-            if not only or f"{self.prefix}{doc.name}.".startswith(f"{only}."):
+            if not only or self.has(doc, only):
                 lines += option_lines(doc, 6, self.prefix)
         return "\n".join(lines)
 
+    def has(self, doc: FieldDoc, key: str) -> bool:
+        """Whether a field has a key, or lies below it: training.lora_rank lies below training."""
+        return f"{self.prefix}{doc.name}.".startswith(f"{key}.")
+
 
 def listing(words: Sequence[str]) -> str:
-    """All that can be named on a command line, or what is wanted of it, as text for a terminal.
+    """The list of everything, or of what the words name, as text for a terminal.
 
     Args:
-        words: names of commands, sections, components and experiments, dotted keys, or headings, without any for all;
-            and `plugins=` with paths of plugins whose components are shown too.
+        words: names of commands, sections, components and experiments, dotted keys, or headings; no
+            word lists everything. `plugins=` with paths of plugins adds their components.
 
     Raises:
-        UserError: for a name that there is not.
+        UserError: for a name that nothing has; it says the nearest one.
     """
     wanted = [word for word in words if "=" not in word]
     discover(plugins_of(words))
     listed = [*_commands(), *_sections(), *_components(), *_experiments()]
     if not wanted:
         return _under_headings([(each, "") for each in listed])
-    chosen = [pair for name in wanted for pair in _found(name, listed)]
+    chosen = []
+    for name in wanted:
+        chosen += _found(name, listed)
     return _under_headings(list(dict.fromkeys(chosen)))
 
 
 def _found(wanted: str, listed: Sequence[Listed]) -> list[tuple[Listed, str]]:
-    """The things of a name, a heading or a key, each with the key that is wanted of it, "" for all."""
+    """The things that a name, a heading or a key stands for, each with the key to show; "" = all.
+
+    Raises:
+        UserError: if there are none.
+    """
+    # The name of a thing (digits), or a heading (components of a registry: decoders, decoder).
     lower = wanted.lower()
     whole = [each for each in listed if lower in (each.name.lower(), *_headings(each.heading))]
     if whole:
         return [(each, "") for each in whole]
-    # A key of a section or of a command's options; where its first part is a component's section, of its components.
-    keyed = [
-        (each, wanted)
-        for each in listed
-        if any(f"{each.prefix}{doc.name}.".startswith(f"{wanted}.") for doc in each.fields)
-    ]
+
+    # A key of a section or an option of commands (training.steps, seed).
+    keyed = []
+    for each in listed:
+        if any(each.has(doc, wanted) for doc in each.fields):
+            keyed.append((each, wanted))
     if keyed:
         return keyed
+
+    # A setting of the components that a section chooses from (decoder.temperature).
     section, _, key = wanted.partition(".")
-    below = [
-        (each, key)
-        for each in listed
-        if key
-        and section.lower() in _headings(each.heading)
-        and any(f"{doc.name}.".startswith(f"{key}.") for doc in each.fields)
-    ]
+    below = []
+    for each in listed:
+        of_section = key and section.lower() in _headings(each.heading)
+        if of_section and any(f"{doc.name}.".startswith(f"{key}.") for doc in each.fields):
+            below.append((each, key))
     if below:
         return below
-    known = {each.name for each in listed} | {each.heading.lower() for each in listed}
-    known |= {f"{each.prefix}{doc.name}" for each in listed for doc in each.fields}
+
+    known = set()
+    for each in listed:
+        known |= {each.name, each.heading.lower()}
+        known.update(f"{each.prefix}{doc.name}" for doc in each.fields)
     near = nearest(wanted, known)
     hint = f"did you mean {near}? " if near else ""
     headings = ", ".join(dict.fromkeys(each.heading.lower() for each in listed))
@@ -97,7 +121,8 @@ def _found(wanted: str, listed: Sequence[Listed]) -> list[tuple[Listed, str]]:
 
 
 def _headings(heading: str) -> tuple[str, str]:
-    """A heading as it is written and in the singular, also with the underscore of a section."""
+    """A heading as a user may write it: IMAGE TOKENIZERS as image tokenizers, or
+    image_tokenizer."""
     plural = heading.lower()
     return plural, plural.removesuffix("s").replace(" ", "_")
 
@@ -124,10 +149,11 @@ def _commands() -> Iterator[Listed]:
 
 
 def _sections() -> Iterator[Listed]:
-    """The sections of an experiment, those of a sweep and those of a study, each with its keys."""
-    for doc in describe(Experiment):
+    """The sections of an experiment, the keys of a sweep and the sections of a study."""
+    docs = describe(Experiment)
+    for doc in docs:
         if "." not in doc.name:
-            below = [each for each in describe(Experiment) if each.name.startswith(f"{doc.name}.")]
+            below = [each for each in docs if each.name.startswith(f"{doc.name}.")]
             title = f"{doc.name}: {doc.type}{default_of(doc)}"
             yield Listed("SECTIONS", doc.name, title, [doc.sentence], below)
     about = "Keys of an experiment that is run at several points."
@@ -143,13 +169,16 @@ def _components() -> Iterator[Listed]:
 
 
 def _component(registry: Registry[Any], name: str) -> Listed:
-    base = registry.preset_of(name)
-    known = registry.describe(base) if base else []
-    fields = [doc for doc in registry.describe(name) if doc not in known]
-    about = registry.summary(name) + (":" if base else "")
-    return Listed(
-        registry.plural.upper(), name, f"{name}  ({registry.origin(name)})", [about], fields
-    )
+    fields = registry.describe(name)
+    about = registry.summary(name)
+
+    # A preset is listed with the settings in which it differs from its component.
+    if base := registry.preset_of(name):
+        known = registry.describe(base)
+        fields = [doc for doc in fields if doc not in known]
+        about += ":"
+    title = f"{name}  ({registry.origin(name)})"
+    return Listed(registry.plural.upper(), name, title, [about], fields)
 
 
 def _experiments() -> Iterator[Listed]:

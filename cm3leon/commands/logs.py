@@ -1,4 +1,4 @@
-"""Print the end of what a job of a run printed, and what it goes on to print.
+"""Print the end of a job's log, and with follow=true what is added to it.
 
 python -m cm3leon.run logs run=runs/corpus follow=true
 python -m cm3leon.run logs run=runs/corpus job=pretraining lines=200
@@ -29,16 +29,16 @@ class Options(RunOptions):
     number: NonNegativeInt | None = None
     """Which element of an array; null = the one that runs, or ran last."""
     lines: PositiveInt = 40
-    """How many of the last lines."""
+    """How many of the last lines are printed."""
     follow: bool = False
-    """Whether to go on as it grows, until the job has ended."""
+    """Whether to print what is added, until the job has ended."""
 
 
 def main(options: Options) -> None:
-    """Prints the end of a job's log.
+    """Print the end of a job's log.
 
     Raises:
-        UserError: for a job that there is not, or that has printed nothing.
+        UserError: for a job that was not launched, or has printed nothing yet.
     """
     launch = newest_launch(options.run.absolute())
     found = states(launch)
@@ -49,7 +49,9 @@ def main(options: Options) -> None:
             f"job {job.job} has printed nothing yet, it is {state.word} {state.more}".rstrip()
         )
 
-    texts = followed(job, launch, options.lines) if options.follow else _end(job, options.lines)
+    texts = _end(job, options.lines)
+    if options.follow:
+        texts = followed(job, launch, options.lines)
     for text in texts:
         # A progress bar's carriage returns stay: each begins a write of its own.
         for part in re.split(r"(?=\r)", text):
@@ -57,18 +59,23 @@ def main(options: Options) -> None:
 
 
 def _chosen(found: Sequence[tuple[Submitted, State]], options: Options) -> Submitted:
+    """The job that the options name; of several, one that runs, else the last one with a log.
+
+    Raises:
+        UserError: for a name or a number that no job has.
+    """
     names = list(dict.fromkeys(each.job for each, _ in found))
     if options.job is not None and options.job not in names:
         raise UserError(
             f"job is {options.job}, which was not launched; {choices(options.job, names)}"
         )
-    fit = [
-        (each, state)
-        for each, state in found
-        if options.job in (None, each.job) and options.number in (None, each.number)
-    ]
+    fit = []
+    for each, state in found:
+        if options.job in (None, each.job) and options.number in (None, each.number):
+            fit.append((each, state))
     if not fit:
         raise UserError(f"number is {options.number}, which no job has")
+
     running = [each for each, state in fit if state.word in ("running", "ending")]
     printed = [each for each, _ in fit if each.log and each.log.is_file()]
     return [*running, *reversed(printed), fit[0][0]][0]
@@ -81,11 +88,17 @@ def _end(each: Submitted, lines: int) -> Iterator[str]:
 
 
 def followed(each: Submitted, launch: Launch, lines: int, seconds: float = 1.0) -> Iterator[str]:
-    """The end of a log, then what is added to it, until the command has ended."""
+    """The last lines of a log, then what is added to it, until the job has ended.
+
+    Args:
+        seconds: between two looks at the file.
+    """
+    # A job that waits has no log yet.
     while each.log is None or not each.log.is_file():
         if dict(states(launch))[each].word not in WAITING:
             return
         time.sleep(seconds)
+
     yield from _end(each, lines)
     with each.log.open(errors="replace", newline="") as file:
         file.seek(0, os.SEEK_END)
@@ -97,5 +110,7 @@ def followed(each: Submitted, launch: Launch, lines: int, seconds: float = 1.0) 
             elif ended:
                 return
             else:
+                # Read once more after the end was seen: the job may have printed in between.
                 ended = dict(states(launch))[each].word not in WAITING
-                time.sleep(0.0 if ended else seconds)
+                if not ended:
+                    time.sleep(seconds)

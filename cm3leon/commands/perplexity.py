@@ -1,4 +1,4 @@
-"""Draw the paper's figure 3, validation perplexity against updates, of several runs in one plot.
+"""Draw the validation perplexity of runs against their updates, as the paper's figure 3.
 
 python -m cm3leon.run perplexity runs=[runs/short,runs/long] out=perplexity.png
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -26,27 +26,28 @@ class Options:
     """Options of the command perplexity."""
 
     runs: list[str]
-    """A list of run folders with validation figures; one that goes on from another (training.start_with=everything) is
-    drawn as its continuation."""
+    """A list of run folders with validation figures; a run that goes on from another one
+    (training.start_with=everything) is drawn as its continuation."""
     out: Path = Path("perplexity.png")
-    """File of the picture, .png, .svg or .pdf; the numbers go beside it as .csv."""
+    """File of the plot, .png, .svg or .pdf; the numbers go beside it as .csv."""
     of: str = "loss"
-    """Whose perplexity is drawn: loss, loss_text, loss_image, or that of a corpus of a mixture, as loss/NAME."""
+    """The loss whose perplexity is drawn: loss, loss_text, loss_image, or loss/NAME for a corpus of
+    a mixture."""
     by: Literal["updates", "tokens", "epochs"] = "updates"
-    """What is on the horizontal axis."""
+    """The horizontal axis."""
     width: PositiveInt = 1000
-    """Pixels of the picture's width."""
+    """Width of the plot in pixels."""
 
     def check(self) -> None:
         if not self.runs:
-            raise UserError("runs is empty; write runs=[DIR,DIR]")
+            raise UserError("runs is empty; write runs=[DIR,DIR], for example runs=[runs/digits]")
         if self.out.suffix not in SUFFIXES:
             raise UserError(f"out is {self.out}; its name must end in one of {', '.join(SUFFIXES)}")
 
 
 @dataclass(frozen=True)
-class Point:
-    """One validation."""
+class Validation:
+    """One validation of a run: a point of its curve."""
 
     run: str
     updates: int
@@ -58,26 +59,26 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The validations of a run, after those of the runs that it goes on from."""
+    """The validations of a run, after those of the runs that it continues."""
 
     name: str
-    points: tuple[Point, ...]
+    points: tuple[Validation, ...]
 
-    def junctions(self) -> Iterator[tuple[Point, Point]]:
-        """The last point of each run that was gone on from, and the first one after it."""
-        return ((one, other) for one, other in pairwise(self.points) if one.run != other.run)
+    def junctions(self) -> Iterator[tuple[Validation, Validation]]:
+        """Where a run continues another: the last point before, and the first one after."""
+        for one, other in pairwise(self.points):
+            if one.run != other.run:
+                yield one, other
 
-    def epoch_ends(self) -> Iterator[tuple[Point, Point]]:
-        """The points around the end of the first epoch, and of every one after it."""
-        return (
-            (one, other)
-            for one, other in pairwise(self.points)
-            if math.floor(other.epochs) > one.epochs // 1
-        )
+    def epoch_ends(self) -> Iterator[tuple[Validation, Validation]]:
+        """Where an epoch ends: the last point before, and the first one after."""
+        for one, other in pairwise(self.points):
+            if math.floor(other.epochs) > math.floor(one.epochs):
+                yield one, other
 
 
 def main(options: Options) -> None:
-    """Draws the runs' validation perplexity, writes the numbers beside the picture, and prints where it ended.
+    """Draw the runs' validation perplexity, write the numbers beside it, and print the last ones.
 
     Raises:
         UserError: for runs without validation figures, or a mistake in the options.
@@ -85,89 +86,103 @@ def main(options: Options) -> None:
     curves = curves_of([path_of(run, "runs") for run in options.runs], options.of)
     make_folder(options.out.parent, "out")
     draw(curves, options)
+
     numbers = options.out.with_suffix(".csv")
     with numbers.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["curve", "run", "updates", "tokens", "epochs", "perplexity"])
+        columns = ["curve", "run", "updates", "tokens", "epochs", "perplexity"]
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
         for curve in curves:
-            writer.writerows(
-                [
-                    curve.name,
-                    point.run,
-                    point.updates,
-                    point.tokens,
-                    f"{point.epochs:.4f}",
-                    point.perplexity,
-                ]
-                for point in curve.points
-            )
+            for point in curve.points:
+                row = asdict(point) | {"curve": curve.name, "epochs": f"{point.epochs:.4f}"}
+                writer.writerow(row)
+
     for curve in curves:
         last = curve.points[-1]
         print(
-            f"{curve.name}: {last.perplexity:.4g} after {last.updates:,} updates, {last.epochs:.3g} epochs"
+            f"{curve.name}: {last.perplexity:.4g} after {last.updates:,} updates, "
+            f"{last.epochs:.3g} epochs"
         )
     print(f"picture: {options.out}\nnumbers: {numbers}")
 
 
 def curves_of(folders: Sequence[Path], of: str) -> list[Curve]:
-    """A curve for each run, but none of its own for one that another of them goes on from.
+    """A curve for each run, except for runs that another of the given runs continues.
+
+    Of runs A, B and C, where B continues A, there are two curves: A then B, and C.
 
     Raises:
-        UserError: for a folder that is no run, or has no such figure.
+        UserError: for a folder that is not a run, or does not have this loss.
     """
     chains = [_chain(folder) for folder in folders]
-    earlier = {folder.resolve() for chain in chains for folder in chain[:-1]}
+    continued: set[Path] = set()
+    for chain in chains:
+        continued.update(folder.resolve() for folder in chain[:-1])
+
     names = _names(folders)
-    return [
-        Curve(names[chain[-1]], _points(chain, of))
-        for chain in chains
-        if chain[-1].resolve() not in earlier
-    ]
+    curves = []
+    for chain in chains:
+        if chain[-1].resolve() not in continued:
+            curves.append(Curve(names[chain[-1]], _points(chain, of)))
+    return curves
 
 
 def _chain(folder: Path) -> list[Path]:
-    """The run and those that it goes on from, the first one first."""
+    """The run and the runs that it continues, the first one first."""
     chain = [folder]
-    while start := _goes_on_from(chain[0]):
+    while start := _continued_by(chain[0]):
         chain.insert(0, start)
     return chain
 
 
-def _goes_on_from(folder: Path) -> Path | None:
+def _continued_by(folder: Path) -> Path | None:
+    """The run that a run continues; None if it starts anew, or with the weights alone."""
     training = _settings(folder).get("training", {})
-    return Path(training["start"]) if training.get("start_with") == "everything" else None
+    if training.get("start_with") != "everything":
+        return None
+    return Path(training["start"])
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
-    """The folders' names, or their whole paths where two have the same."""
+    """The folders' names, or their whole paths where two have the same name."""
     last = [folder.resolve().name for folder in folders]
-    return {
-        folder: name if last.count(name) == 1 else str(folder)
-        for folder, name in zip(folders, last, strict=True)
-    }
+    names = {}
+    for folder, name in zip(folders, last, strict=True):
+        names[folder] = name
+        if last.count(name) > 1:
+            names[folder] = str(folder)
+    return names
 
 
-def _points(chain: Sequence[Path], of: str) -> tuple[Point, ...]:
-    """The validations of a run after those of the ones that it goes on from; each has tokens of its own a step."""
+def _points(chain: Sequence[Path], of: str) -> tuple[Validation, ...]:
+    """The validations of a run, after those of the runs that it continues.
+
+    Tokens are summed run by run, as each may have another batch.
+    """
     points, updates, tokens = [], 0, 0
     for folder in chain:
-        of_a_step = _tokens_of_a_step(folder)
+        tokens_per_step = _tokens_per_step(folder)
         for line in _validations(folder, of):
-            tokens += (line["step"] - updates) * of_a_step
+            tokens += (line["step"] - updates) * tokens_per_step
             updates = line["step"]
-            points.append(
-                Point(str(folder), updates, tokens, line["epoch"], math.exp(min(line[of], 700)))
-            )
+            perplexity = math.exp(min(line[of], 700))  # beyond 709, exp overflows
+            points.append(Validation(str(folder), updates, tokens, line["epoch"], perplexity))
     return tuple(points)
 
 
 def _validations(folder: Path, of: str) -> list[dict[str, Any]]:
+    """The lines of a run's validations that have this loss.
+
+    Raises:
+        UserError: if there are none.
+    """
     file = _existing(folder / "pretraining" / "validation.jsonl", folder)
     lines = read_json_lines(file, {"step": int, "epoch": (int, float)})
     if not lines:
         raise UserError(
             f"runs: {file} is empty; the first validation is at step training.callback_every"
         )
+
     found = [line for line in lines if of in line]
     if not found:
         known = [name for name in lines[0] if name.startswith("loss")]
@@ -175,18 +190,16 @@ def _validations(folder: Path, of: str) -> list[dict[str, Any]]:
     return found
 
 
-def _tokens_of_a_step(folder: Path) -> int:
+def _tokens_per_step(folder: Path) -> int:
     config = _settings(folder)
     shape = {"training": {"batch_tokens?": int, "batch_size": int}, "model": {"seq_len": int}}
     check_shape(config, shape, str(folder / "config.yaml"))
-    return (
-        config["training"].get("batch_tokens")
-        or config["training"]["batch_size"] * config["model"]["seq_len"]
-    )
+    training = config["training"]
+    return training.get("batch_tokens") or training["batch_size"] * config["model"]["seq_len"]
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The sections of a run as what is finished of it was made with them."""
+    """The sections of a run; of a finished stage, as it was made."""
     from cm3leon.stages.generations import finished_settings
 
     return {**load_yaml(_existing(folder / "config.yaml", folder)), **finished_settings(folder)}
@@ -195,13 +208,13 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _existing(file: Path, folder: Path) -> Path:
     if not file.is_file():
         raise UserError(
-            f"runs: {folder} is no run folder with validation figures, {file} is missing"
+            f"runs: {folder} is not a run folder with validation figures, {file} is missing"
         )
     return file
 
 
 def draw(curves: Sequence[Curve], options: Options) -> None:
-    """The picture: a curve for each run, a ring where it begins another epoch, a break where it was gone on from."""
+    """Draw a curve for each run: a ring where an epoch begins, a bar where a run continues."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -213,13 +226,10 @@ def draw(curves: Sequence[Curve], options: Options) -> None:
     for number, curve in enumerate(curves):
         color = f"C{number % 10}"
         at = [getattr(point, options.by) for point in curve.points]
-        axes.plot(
-            at,
-            [point.perplexity for point in curve.points],
-            color=color,
-            label=curve.name,
-            linewidth=1.6,
-        )
+        perplexities = [point.perplexity for point in curve.points]
+        axes.plot(at, perplexities, color=color, label=curve.name, linewidth=1.6)
+
+        # A dotted line and a ring where an epoch begins, labelled a row lower for each curve.
         for _, point in curve.epoch_ends():
             x = getattr(point, options.by)
             axes.axvline(x, color=color, linestyle=":", linewidth=1)
@@ -233,6 +243,8 @@ def draw(curves: Sequence[Curve], options: Options) -> None:
                 color=color,
                 fontsize=8,
             )
+
+        # A bar where a run continues another.
         for _, point in curve.junctions():
             axes.plot(
                 getattr(point, options.by),
@@ -242,20 +254,22 @@ def draw(curves: Sequence[Curve], options: Options) -> None:
                 markersize=14,
                 markeredgewidth=1.6,
             )
+
+    # Perplexities fall fast, then slowly: a logarithmic axis, with plain numbers on it.
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(
         mpl.ticker.LogFormatter(minor_thresholds=(2, 0.8), labelOnlyBase=False)
     )
-    axes.set_xlabel(
-        {"updates": "updates", "tokens": "tokens (padding counted)", "epochs": "epochs"}[options.by]
-    )
-    of = {"loss": "", "loss_text": " of text", "loss_image": " of images"}.get(
-        options.of, f", {options.of}"
-    )
-    axes.set_ylabel(f"validation perplexity{of}")
+
+    across = {"updates": "updates", "tokens": "tokens (padding counted)", "epochs": "epochs"}
+    axes.set_xlabel(across[options.by])
+    what = {"loss": "", "loss_text": " of text", "loss_image": " of images"}
+    axes.set_ylabel(f"validation perplexity{what.get(options.of, f', {options.of}')}")
     axes.grid(which="both", linewidth=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+    # An empty line explains the bars in the legend.
     if any(list(curve.junctions()) for curve in curves):
         axes.plot(
             [],
@@ -266,5 +280,6 @@ def draw(curves: Sequence[Curve], options: Options) -> None:
             label="continued, with the learning rate raised again",
         )
     axes.legend(framealpha=0.9, edgecolor="none")
+
     figure.savefig(options.out)
     plt.close(figure)

@@ -1,8 +1,9 @@
-"""Say what a training takes: memory of each GPU by part, time and disk.
+"""Compute what a training takes: memory of each GPU by part, time and disk.
 
     python -m cm3leon.run plan experiment=pretrain_7b launcher.nodes=64 gpu=h200
 
-Nothing is run, and no data need be there. docs/planning.md has the arithmetic, and what it was checked against.
+Nothing is run, and no data is needed. docs/planning.md has the arithmetic, and what it was checked
+against.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 PAPER_TOKENS = {"cm3leon_350m": 1.4e12, "cm3leon_760m": 1.9e12, "cm3leon_7b": 2.4e12}
 """Training tokens of the paper's models (Table 3)."""
 BYTES_PER_DOCUMENT = {"tokens": 2145, "vectors": 2048, "index": 72, "neighbours": 65}
-"""On disk, of a pair of a caption and 1,024 codes: docs/scale.md."""
+"""On disk, for a caption and an image of 1,024 codes: docs/scale.md."""
 PAPER_DOCUMENTS = 340_000_000
 
 
@@ -37,17 +38,18 @@ class Options(ExperimentOptions):
     """Options of the command plan."""
 
     gpu: str = "h100"
-    """Name of the GPU that is counted with."""
+    """Name of the GPU to plan for."""
     mfu: PositiveFloat = 0.4
-    """Share of its peak that is counted on: model FLOPs utilisation."""
+    """Share of the GPU's peak that the training reaches: model FLOPs utilisation."""
     across: PositiveFloat = 50.0
-    """GB (1e9 bytes) a second that a GPU sends to other nodes, one way: 50 is a network card of 400 Gbit/s for each."""
+    """GB (1e9 bytes) a second that a GPU sends to other nodes, one way; 50 is one network card of
+    400 Gbit/s for each GPU."""
     inside: PositiveFloat | None = None
-    """GB a second that it sends to the others of its node, one way; null = as the datasheet of the GPU says."""
+    """GB a second that a GPU sends to others of its node, one way; null = as its datasheet says."""
     documents: PositiveInt = PAPER_DOCUMENTS
     """Documents of the corpus, for the disk."""
     format: Literal["text", "json"] = "text"
-    """For people, or for programs."""
+    """Text for people, or JSON for programs."""
 
     def check(self) -> None:
         from cm3leon.training.costs import GPUS
@@ -59,7 +61,7 @@ class Options(ExperimentOptions):
 
 
 def main(options: Options) -> None:
-    """Prints the plan. Raises UserError as `plan` does."""
+    """Print the plan. Raises UserError as `plan` does."""
     from cm3leon.experiment import load_experiment
 
     made = plan(load_experiment(options.experiment, options.overrides), options)
@@ -71,7 +73,7 @@ def main(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a plan; bytes, seconds, and numbers of things."""
+    """The figures of a plan, in bytes, seconds and counts."""
 
     model: str
     vocabulary: int
@@ -99,11 +101,11 @@ class Plan:
     tokens_per_second: float
     links: Links
     compute_seconds: float
-    """Of a step, at that MFU."""
+    """Computation of a step, at this MFU."""
     layouts: list[ModelLayout]
-    """Ways to lay the model out that the GPUs allow, by replicas; empty on one GPU."""
+    """Ways to split the model over the GPUs, by replicas; empty on one GPU."""
     best_replicas: int
-    """Of the best layout that fits (`training/traffic.py`); 1 where none does."""
+    """Replicas of the best layout that fits (`training/traffic.py`); 1 if none fits."""
     steps: int
     tokens: float
     days: float
@@ -117,15 +119,15 @@ class Plan:
     documents: int
     data_bytes: dict[str, float]
     drawing: Footprint
-    """Of the trained model, when one such GPU draws images."""
+    """What drawing images with the trained model takes, on one such GPU."""
 
 
 def plan(experiment: Experiment, options: Options) -> Plan:
     """The plan of an experiment's training.
 
     Raises:
-        UserError: for a model that does not say what its layers hold, a training in float32, or settings that GPUs and
-            batches do not divide into.
+        UserError: for a model that does not say what its layers hold, a training in float32, or a
+            batch or replicas that the GPUs cannot share evenly.
     """
     import torch
 
@@ -142,31 +144,40 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     )
     from cm3leon.training.traffic import Links, best, layout, possible_replicas, traffic
 
+    # The model without memory for its weights: only shapes are counted.
     run = RunFolder(experiment, Path(), torch.device("cpu"))
     with torch.device("meta"):
         model = run.empty_model()
     if model.layer_bytes(sharded=False, frozen=False) is None:
         raise UserError(
-            f"model {experiment.model.name} cannot be planned for: it does not say what its layers hold in a training"
+            f"model {experiment.model.name} cannot be planned for: it does not say what its layers "
+            "hold in a training"
         )
+
     launcher = LAUNCHERS.build(experiment.launcher)
     training, gpus, nodes = experiment.training, launcher.gpus, launcher.nodes
     gpu = GPUS[options.gpu]
     replicas = training.copies(nodes)
     if gpus % replicas:
         raise UserError(
-            f"launcher has {gpus} GPUs, which training.replicas {replicas} does not divide"
+            f"launcher has {gpus} GPUs, which training.replicas {replicas} does not divide; choose "
+            "a divisor of the number of GPUs"
         )
     if training.precision == "float32":
         raise UserError("training.precision is float32, which cannot be planned for; only bf16 can")
     if gpus > 1 and training.optimizer == "adamw_8bit":
-        raise UserError("training.optimizer is adamw_8bit, which is for one GPU")
+        raise UserError(
+            "training.optimizer is adamw_8bit, which is for one GPU; choose another, such as "
+            "training.optimizer=adamw"
+        )
     blocks = training.blocks(model.seq_len)
     if blocks % gpus:
         raise UserError(
-            f"a step has {blocks} blocks of {model.seq_len} tokens, which the {gpus} GPUs of launcher do not divide; "
-            "change training.batch_tokens"
+            f"a step has {blocks} blocks of {model.seq_len} tokens, which the {gpus} GPUs of "
+            "launcher do not divide; change training.batch_tokens"
         )
+
+    # Memory: with the settings as they are, and the most blocks at a time by checkpointing.
     share = blocks // gpus
     micro_batch = training.blocks_at_once(model.seq_len, share)
 
@@ -177,22 +188,25 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         return training_memory(model, settings, gpus=gpus, micro_batch=blocks_at_once)
 
     held = memory(training.activation_checkpointing, micro_batch)
-    largest = {
-        choice: max(
-            (size for size in range(1, share + 1) if memory(choice, size).fits(gpu.memory)),
-            default=0,
-        )
-        for choice in get_args(ActivationCheckpointing)
-    }
+    largest = {}
+    for choice in get_args(ActivationCheckpointing):
+        fitting = (size for size in range(1, share + 1) if memory(choice, size).fits(gpu.memory))
+        largest[choice] = max(fitting, default=0)
+
+    # With LoRA, only its matrices are trained, all of which lie in the layers.
     count = parameters(model)
-    trained = lora_parameters(model, training.lora_rank) if training.lora_rank else count.total
-    in_layers = trained if training.lora_rank else count.blocks
+    trained, in_layers = count.total, count.blocks
+    if training.lora_rank:
+        trained = in_layers = lora_parameters(model, training.lora_rank)
+
+    # Time: computation at the given MFU, and the traffic of each way to split the model.
     flops = flops_per_token(model)
     rate = gpus * gpu.peak * options.mfu / flops
     links = Links((options.inside or gpu.link / 1e9) * 1e9, options.across * 1e9)
     compute_seconds = blocks * model.seq_len / rate
     layouts = []
-    for copies in possible_replicas(gpus, nodes) if gpus > 1 else []:
+    possible = possible_replicas(gpus, nodes) if gpus > 1 else []
+    for copies in possible:
         settings = replace(training, replicas=copies)
         made = traffic(
             model,
@@ -214,9 +228,24 @@ def plan(experiment: Experiment, options: Options) -> Plan:
             )
         )
     best_layout = best(layouts)
+
     tokens = float(training.steps) * blocks * model.seq_len
-    paper = PAPER_TOKENS.get(experiment.model.name) if training.start is None else None
-    kept_for_good = training.steps // training.keep_every if training.keep_every else 0
+    paper = None
+    if training.start is None:
+        paper = PAPER_TOKENS.get(experiment.model.name)
+
+    # Disk: a checkpoint has the weights in float32, their average if there is one, and the
+    # optimizer's state.
+    weight_bytes = 8 if training.average_decay else 4
+    state_bytes = optimizer_bytes(training, in_layers, trained - in_layers)
+    checkpoint_bytes = weight_bytes * trained + state_bytes
+    kept_for_good = 0
+    if training.keep_every:
+        kept_for_good = training.steps // training.keep_every
+    data_bytes = {}
+    for name, size in BYTES_PER_DOCUMENT.items():
+        data_bytes[name] = float(size * options.documents)
+
     return Plan(
         model=experiment.model.name,
         vocabulary=model.vocab_size,
@@ -250,80 +279,99 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         paper_tokens=paper,
         paper_days=paper and paper / rate / 86_400,
         paper_gpu_hours=paper and gpus * paper / rate / 3600,
-        checkpoint_bytes=(8 if training.average_decay else 4) * trained
-        + optimizer_bytes(training, in_layers, trained - in_layers),
+        checkpoint_bytes=checkpoint_bytes,
         checkpoints=training.keep_checkpoints + kept_for_good,
         documents=options.documents,
-        data_bytes={
-            name: float(size * options.documents) for name, size in BYTES_PER_DOCUMENT.items()
-        },
+        data_bytes=data_bytes,
         drawing=footprint(model, run.vocab.layout.image_length(run.grid), gpu.bandwidth),
     )
 
 
 def as_text(plan: Plan) -> Iterator[str]:
-    """Lines for a terminal."""
-    held = plan.memory
+    """The plan as lines for a terminal, by the part that they are about."""
     yield f"{plan.model}, vocabulary {plan.vocabulary:,}"
-    yield f"  parameters                {plan.parameters:,} ({plan.parameters_without_embeddings:,} without embeddings)"
-    if plan.trained_parameters != plan.parameters:
-        yield f"  trained                   {plan.trained_parameters:,} (LoRA)"
-    yield ""
-    gpus = f"each of {plan.gpus} {plan.gpu}" if plan.gpus > 1 else f"one {plan.gpu}"
-    at_a_time = f"{plan.micro_batch} block{'s' if plan.micro_batch > 1 else ''} at a time"
-    yield f"memory of {gpus}, {at_a_time}, activation checkpointing {plan.activation_checkpointing}"
-    for name, size in asdict(held).items():
-        if name != "total":
-            yield f"  {name:<24}  {_gb(size)}"
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    usable = f"{_gb(plan.usable_bytes).strip()} of {_gb(plan.gpu_bytes).strip()} can be used"
-    yield f"  {'at the fullest moment':<24}  {_gb(held.total)}   {verdict}: {usable}"
-    sizes = ", ".join(
-        f"{choice} {size or 'none'}" for choice, size in plan.largest_micro_batch.items()
+    yield _row(
+        "parameters",
+        f"{plan.parameters:,} ({plan.parameters_without_embeddings:,} without embeddings)",
     )
-    share = plan.blocks_per_step // plan.gpus
-    yield f"  largest micro-batch       {sizes} (of {share} blocks that a GPU has in a step)"
-    if not plan.fits:
-        yield f"  {_advice(plan)}"
+    if plan.trained_parameters != plan.parameters:
+        yield _row("trained", f"{plan.trained_parameters:,} (LoRA)")
     yield ""
+
+    yield from _memory_as_text(plan)
+    yield ""
+
     yield f"time, at {plan.mfu:.0%} of the peak (a run writes down what it reaches, as mfu)"
-    yield f"  FLOPs a token             {plan.flops_per_token:.4g}"
-    yield f"  tokens a second           {plan.tokens_per_second:,.0f} ({plan.tokens_per_second / plan.gpus:,.0f} a GPU)"
-    yield f"  {plan.steps:,} steps".ljust(28) + f"{_span(plan.tokens, plan.days, plan.gpu_hours)}"
+    yield _row("FLOPs a token", f"{plan.flops_per_token:.4g}")
+    rate = plan.tokens_per_second
+    yield _row("tokens a second", f"{rate:,.0f} ({rate / plan.gpus:,.0f} a GPU)")
+    yield _row(f"{plan.steps:,} steps", _span(plan.tokens, plan.days, plan.gpu_hours))
     if plan.paper_tokens and plan.paper_days and plan.paper_gpu_hours:
-        yield f"  the paper's tokens        {_span(plan.paper_tokens, plan.paper_days, plan.paper_gpu_hours)}"
+        span = _span(plan.paper_tokens, plan.paper_days, plan.paper_gpu_hours)
+        yield _row("the paper's tokens", span)
     yield ""
+
     if plan.layouts:
         yield from _traffic_as_text(plan)
         yield ""
+
     yield "disk"
-    one, all_of_them = (
-        _gb(count * plan.checkpoint_bytes).strip() for count in (1, plan.checkpoints)
+    one, kept = plan.checkpoint_bytes, plan.checkpoints * plan.checkpoint_bytes
+    yield _row(
+        "checkpoints",
+        f"{_gb(one)} each, {_gb(kept)} for the {plan.checkpoints} that are kept",
     )
-    yield f"  checkpoints               {one} each, {all_of_them} for the {plan.checkpoints} that are kept"
-    parts = ", ".join(f"{name} {_gb(size).strip()}" for name, size in plan.data_bytes.items())
-    yield (
-        f"  {plan.documents:,} pairs".ljust(28)
-        + f"{_gb(sum(plan.data_bytes.values())).strip()}: {parts}"
-    )
+    parts = ", ".join(f"{name} {_gb(size)}" for name, size in plan.data_bytes.items())
+    yield _row(f"{plan.documents:,} pairs", f"{_gb(sum(plan.data_bytes.values()))}: {parts}")
     yield ""
+
     yield from _drawing_as_text(plan)
 
 
+def _row(name: str, value: str) -> str:
+    """A line with its value from column 28."""
+    return f"  {name}".ljust(28) + value
+
+
+def _memory_as_text(plan: Plan) -> Iterator[str]:
+    """The memory of a GPU by what holds it, and whether the training fits."""
+    held = plan.memory
+    gpus = f"each of {plan.gpus} {plan.gpu}" if plan.gpus > 1 else f"one {plan.gpu}"
+    blocks = "1 block" if plan.micro_batch == 1 else f"{plan.micro_batch} blocks"
+    yield (
+        f"memory of {gpus}, {blocks} at a time, "
+        f"activation checkpointing {plan.activation_checkpointing}"
+    )
+    for name, size in asdict(held).items():
+        if name != "total":
+            yield _row(name, _aligned_gb(size))
+
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    usable = f"{_gb(plan.usable_bytes)} of {_gb(plan.gpu_bytes)} can be used"
+    yield _row("at the fullest moment", f"{_aligned_gb(held.total)}   {verdict}: {usable}")
+
+    by_choice = plan.largest_micro_batch.items()
+    sizes = ", ".join(f"{choice} {size or 'none'}" for choice, size in by_choice)
+    share = plan.blocks_per_step // plan.gpus
+    yield _row("largest micro-batch", f"{sizes} (of {share} blocks that a GPU has in a step)")
+    if not plan.fits:
+        yield f"  {_advice(plan)}"
+
+
 def _drawing_as_text(plan: Plan) -> Iterator[str]:
-    """What one of the GPUs takes to draw images with guidance."""
+    """What one of the GPUs needs to draw images with guidance."""
     drawing = plan.drawing
     yield f"drawing an image of {drawing.ids:,} ids with guidance, on one {plan.gpu}"
-    weights = ", ".join(f"{kind} {_gb(size).strip()}" for kind, size in drawing.weights.items())
-    yield f"  weights                   {weights}"
-    cache, full = (_gb(size).strip() for size in (drawing.cache, drawing.full_cache))
-    yield f"  keys and values           {cache}, with documents that fill the context {full}"
+    weights = ", ".join(f"{kind} {_gb(size)}" for kind, size in drawing.weights.items())
+    yield _row("weights", weights)
+    cache, full = _gb(drawing.cache), _gb(drawing.full_cache)
+    yield _row("keys and values", f"{cache}, with documents that fill the context {full}")
     seconds = ", ".join(f"{kind} {size:.1f} s" for kind, size in drawing.seconds.items())
-    yield f"  at least, one code a step {seconds}"
+    yield _row("at least, one code a step", seconds)
 
 
 def _traffic_as_text(plan: Plan) -> Iterator[str]:
-    """A row for each layout; the one of the settings is marked, and the best one named."""
+    """A row for each layout; that of the settings has a star, and the best one is named below."""
     inside, across = plan.links.inside / 1e9, plan.links.across / 1e9
     yield (
         f"traffic of a GPU and step, beside {plan.compute_seconds:.2f} s of computation; "
@@ -334,10 +382,12 @@ def _traffic_as_text(plan: Plan) -> Iterator[str]:
         mark = "*" if each.replicas == plan.replicas else " "
         room = "" if each.fits else "  does not fit"
         yield (
-            f"{mark} {each.replicas:8,}  {each.shards:6,}  {_gb(each.inside_bytes).strip():>8}  "
-            f"{_gb(each.across_bytes).strip():>8}  {each.traffic_seconds:6.3f} s  {each.exposed_seconds:12.3f} s  "
-            f"{each.step_seconds:6.3f} s  {_gb(each.memory).strip():>8}{room}"
+            f"{mark} {each.replicas:8,}  {each.shards:6,}  "
+            f"{_gb(each.inside_bytes):>8}  {_gb(each.across_bytes):>8}  "
+            f"{each.traffic_seconds:6.3f} s  {each.exposed_seconds:12.3f} s  "
+            f"{each.step_seconds:6.3f} s  {_gb(each.memory):>8}{room}"
         )
+
     if not any(each.fits for each in plan.layouts):
         yield "  none of them fits"
     elif plan.best_replicas == plan.replicas:
@@ -348,12 +398,13 @@ def _traffic_as_text(plan: Plan) -> Iterator[str]:
 
 
 def _advice(plan: Plan) -> str:
+    """What to change for a training that does not fit."""
     if any(plan.largest_micro_batch.values()):
         return "take a smaller training.micro_batch, or another training.activation_checkpointing"
-    least, usable = _gb(plan.least_memory).strip(), _gb(plan.usable_bytes).strip()
     return (
-        f"one block at a time with full checkpointing takes {least}, of {usable} that can be used: take more GPUs, "
-        "larger ones, or training.lora_rank"
+        f"one block at a time with full checkpointing takes {_gb(plan.least_memory)}, of "
+        f"{_gb(plan.usable_bytes)} that can be used: take more GPUs, larger ones, or "
+        "training.lora_rank"
     )
 
 
@@ -362,4 +413,11 @@ def _span(tokens: float, days: float, gpu_hours: float) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e12:8.2f} TB" if size >= 1e12 else f"{size / 1e9:8.2f} GB"
+    return _aligned_gb(size).strip()
+
+
+def _aligned_gb(size: float) -> str:
+    """Bytes in GB or TB (powers of ten), in a column of 11 characters."""
+    if size >= 1e12:
+        return f"{size / 1e12:8.2f} TB"
+    return f"{size / 1e9:8.2f} GB"

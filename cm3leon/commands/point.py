@@ -1,4 +1,4 @@
-"""Run a point of a sweep or a study, which stands ready in its folder.
+"""Run one point of a sweep or a study, whose folder the launcher has prepared.
 
 python -m cm3leon.run point run=runs/digits-sweep/seed=0
 """
@@ -19,11 +19,11 @@ class Options(Trust, RedoOptions):
     run: Path
     """A folder of a point."""
     shared: Path | None = None
-    """Folder of what it shares with other points; null = nothing."""
+    """Folder of the stages that it shares with other points; null = it shares none."""
 
 
 def main(options: Options) -> None:
-    """Runs the experiment of the point, and writes down how it ended."""
+    """Run the experiment of the point, and write down how it ended."""
     from cm3leon.studies.point import run_point
 
     run_point(options.run, options.shared, options.trusted_plugins, options.stages_to_redo)

@@ -1,9 +1,10 @@
-"""Copy a run or an export from an address of a store into a new folder.
+"""Copy a run or an export from an object store into a new folder.
 
     python -m cm3leon.run pull address=s3://bucket/runs/tars folder=runs/tars
 
-What `push folder=runs/tars to=s3://bucket/runs/tars` has copied there appears here whole, each file compared with its
-SHA-256; the run's own command then goes on from its newest checkpoint. The same command goes on where it was stopped.
+The address is one that `push folder=runs/tars to=s3://bucket/runs/tars` has copied to. Each file is
+compared with its SHA-256. The run's own command then goes on from its newest checkpoint. A copy
+that was interrupted goes on with the same command.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Copies, and prints what was copied.
+    """Copy the files, and print how many there were.
 
     Raises:
-        UserError: for an address without a copy or that cannot be read, or a folder that holds something.
+        UserError: for an address that cannot be read or has no copy, or a folder that is not empty.
     """
     from cm3leon.hub.copies import pull_copy
 

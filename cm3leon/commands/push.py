@@ -1,16 +1,17 @@
 """Upload an exported folder to the Hugging Face Hub, or a run or an export to an object store.
 
-    python -m cm3leon.run push folder=exported to=org/name dry_run=true    # what would be uploaded
+    python -m cm3leon.run push folder=exported to=org/name dry_run=true    # lists the files
     python -m cm3leon.run push folder=exported to=org/name
-    python -m cm3leon.run push folder=runs/tars to=s3://bucket/runs/tars            # what is finished of a run
-    python -m cm3leon.run push folder=runs/tars to=s3://bucket/runs/tars every=300  # and again every five minutes
+    python -m cm3leon.run push folder=runs/tars to=s3://bucket/runs/tars
+    python -m cm3leon.run push folder=runs/tars to=s3://bucket/runs/tars every=300    # seconds
 
-The folder is one that `export to=hf` or `export to=peft` wrote. A model that is not there yet is made, private unless
-private=false; one that is there stays as visible as it is. The token is the one of HF_TOKEN or of `hf auth login`: it
-is never written nor shown. CM3Leon.load("org/name") reads the model again.
+For the Hub, the folder is one that `export to=hf` or `export to=peft` wrote. A new model is private
+unless private=false; a model that exists keeps its visibility. The token comes from HF_TOKEN or
+`hf auth login`, and is neither written nor printed. CM3Leon.load("org/name") reads the model again.
 
-An address takes any folder of a run, a sweep, a study or an export; what is there already is not copied again. `pull`
-makes a folder of it on another machine, where the run goes on (docs/data.md).
+An address of an object store takes the folder of any run, sweep, study or export. Finished files
+are copied, and what is there already is not copied again. `pull` makes a folder of the copy on
+another machine, where the run can go on (docs/data.md).
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class Options:
     folder: Path
     """A folder to upload, made by export; for an address also that of a run."""
     every: PositiveInt | None = None
-    """Seconds between two copies to an address, until it is stopped (Ctrl-C); null = once."""
+    """Seconds between two copies to an address, until Ctrl-C; null = a single copy."""
     to: str
     """A name on the Hub, as org/name, or an address of a store, such as s3://bucket/runs/tars."""
     private: bool = True
-    """Whether a model that is made is private."""
+    """Whether a new model on the Hub is private."""
     revision: str | None = None
-    """A branch to upload to, made where it is not there; null = the main one."""
+    """A branch to upload to, created if it does not exist; null = the main one."""
     message: str = "Upload a CM3Leon model"
     """A text for the commit."""
     dry_run: bool = False
@@ -45,20 +46,25 @@ class Options:
 
     def check(self) -> None:
         if self.every is not None and "://" not in self.to:
-            raise UserError(f"every is given, which is for an address; to is {self.to}")
+            raise UserError(
+                "every is given, which is for an address such as s3://bucket/runs/tars; "
+                f"to is {self.to}"
+            )
         if self.revision is not None and "://" in self.to:
             raise UserError(f"revision is given, which only the Hub has; to is {self.to}")
 
 
 def main(options: Options) -> None:
-    """Prints the files with their sizes, and uploads them.
+    """Print the files with their sizes, and upload them.
 
     Raises:
-        UserError: for a folder that no export wrote, or a Hub that refuses it or cannot be reached.
+        UserError: for a folder that no export wrote, or a Hub or a store that refuses the upload or
+            cannot be reached.
     """
     if "://" in options.to:
         _push_to_address(options)
         return
+
     from cm3leon.hub.repository import Upload, push
 
     print("\n".join(Upload(options.folder).listed()))
@@ -76,10 +82,10 @@ def main(options: Options) -> None:
 
 
 def _push_to_address(options: Options) -> None:
-    """Copy a folder to a store, once or every so often."""
+    """Copy a folder to a store, once or every `every` seconds."""
     from cm3leon.hub.copies import ForeignCopy, kept_sizes, push_copy
 
-    # It may hold a password, as in sftp://me:password@host/runs.
+    # An address may hold a password, as in sftp://me:password@host/runs.
     address = masked(options.to)
     if options.dry_run:
         sizes = kept_sizes(options.folder)
@@ -96,7 +102,7 @@ def _push_to_address(options: Options) -> None:
         except UserError as error:
             if options.every is None:
                 raise
-            # The network may be back the next time, and the training have made its folder.
+            # Next time the network may be back, or the training have made its folder.
             print(masked(f"{error}; tried again in {options.every} s"), flush=True)
         if options.every is None:
             return

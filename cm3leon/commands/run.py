@@ -2,14 +2,15 @@
 
     python -m cm3leon.run run experiment=digits
     python -m cm3leon.run experiment=digits run=runs/short training.steps=200
-    python -m cm3leon.run experiment=corpus data.path=tars launcher=slurm launcher.nodes=4 launcher.gpus_per_node=8
-    python -m cm3leon.run experiment=digits_smoke sweep.training.learning_rate=1e-3,3e-3 'sweep.seed=range(3)'
+    python -m cm3leon.run experiment=corpus data.path=tars launcher=slurm launcher.nodes=4
+    python -m cm3leon.run experiment=digits_smoke sweep.training.learning_rate=1e-3,3e-3
 
-Of a study, those of its runs, then its evaluations. A launcher other than `here` is given them as jobs, unless this
-process is one of those that train together already: launcher=torchrun, local (jobs of this machine) or slurm.
+A study runs the stages of all its runs, then its evaluations. With launcher=torchrun, local (jobs
+on this machine) or slurm, the work is launched as jobs; inside such a job it is done there.
 
-`sweep.KEY=VALUES` makes a run at each value: 1e-4,3e-4 or range(3); at sweep_trials=N draws: uniform(a,b),
-loguniform(a,b). A run, a sweep and a study need a folder each; a sweep's is runs/NAME-sweep by default.
+`sweep.KEY=VALUES` makes a run at each value, 1e-4,3e-4 or 'range(3)', or, with sweep_trials=N, at N
+values drawn from uniform(a,b) or loguniform(a,b). Each run, sweep and study needs a folder of its
+own; a sweep's is runs/NAME-sweep by default.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ class Options(ExperimentRunOptions, RedoOptions):
     """Options of the command run."""
 
     until: str | None = None
-    """Name of the stage, or of a study's run, after which to stop; null = none."""
+    """Name of the stage, or of a study's run, after which to stop; null = at the end."""
 
     @property
     def sweep_folder(self) -> Path:
-        """The run folder of a sweep: one of its own, where the command line makes a sweep of an experiment."""
+        """The folder of a sweep: runs/NAME-sweep if the command line makes a sweep of NAME.
+
+        An experiment that is a sweep by its file has the folder runs/NAME for itself.
+        """
         from cm3leon.experiment import is_sweep
 
-        own = self.run or is_sweep(self.experiment)
-        return self.folder if own else self.folder.with_name(f"{self.folder.name}-sweep")
+        if self.run or is_sweep(self.experiment):
+            return self.folder
+        return self.folder.with_name(f"{self.folder.name}-sweep")
 
     @property
     def is_sweep(self) -> bool:
@@ -51,10 +56,10 @@ class Options(ExperimentRunOptions, RedoOptions):
 
 
 def main(options: Options) -> int | None:
-    """Runs what is not done yet of an experiment, a sweep or a study, or gives it to a launcher.
+    """Run what is not done yet of an experiment, a sweep or a study, or launch it as jobs.
 
     Raises:
-        UserError: for a mistake in the settings, or a folder that is of another kind.
+        UserError: for a mistake in the settings, or a folder that holds another kind of run.
     """
     if options.is_study or options.is_sweep:
         return _run_study(options)
@@ -62,14 +67,15 @@ def main(options: Options) -> int | None:
 
 
 def _run_study(options: Options) -> int | None:
-    """Runs a study, or a sweep, which is a study of one run."""
+    """Run a study, or a sweep, which is a study of one run at several points."""
     from cm3leon.records import refuse_other_kind
     from cm3leon.studies import run_study
     from cm3leon.studies.run import is_made_here, launch_study
 
     study, redo = _study(options), options.stages_to_redo
     refuse_other_kind(study.folder, study.kind)
-    # What is to be run of a sweep ends with a stage; of a study with a run or an evaluation.
+
+    # `until` of a sweep names a stage, which its points know already; of a study, a run.
     until = options.until if options.is_study else None
     if _is_launched(study.config.launcher) and not is_made_here(study):
         return launch_study(study, until=until, redo=redo)
@@ -90,6 +96,7 @@ def _run_experiment(options: Options) -> int | None:
     from cm3leon.experiment import load_experiment
     from cm3leon.records import refuse_other_kind
 
+    # All mistakes of the settings are reported together, before anything is written.
     mistakes: list[str] = []
     folder, redo = options.folder, options.stages_to_redo
     experiment = load_experiment(options.experiment, options.overrides, unfit=mistakes)
@@ -97,6 +104,7 @@ def _run_experiment(options: Options) -> int | None:
     from cm3leon.stages.running import check_before_stages, run_experiment
 
     check_before_stages(experiment, folder, until=options.until, found=mistakes)
+
     if _is_launched(experiment.launcher):
         from cm3leon.launch.runs import launch_experiment
 
@@ -108,7 +116,7 @@ def _run_experiment(options: Options) -> int | None:
 
 
 def _record(folder: Path) -> None:
-    """Writes down in the run folder what runs, once for all processes."""
+    """Write down the code and the machine in the run folder, once for all processes."""
     from cm3leon.provenance import record
 
     if speaks_for_all():
@@ -117,6 +125,7 @@ def _record(folder: Path) -> None:
 
 
 def _is_launched(launcher: Component) -> bool:
+    """Whether the work is launched as jobs; not inside a process that a launcher started."""
     from cm3leon.training.distributed import current_rank
 
     return launcher.name != "here" and current_rank() is None

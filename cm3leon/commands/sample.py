@@ -1,10 +1,20 @@
-"""One training sample, drawn again by the objects that training uses: printed, and as a page with its images."""
+"""One training sample as training draws it, printed and as a page with its images.
+
+A sample is drawn again by the objects that training uses, and each of them is asked what it did:
+
+    draw       documents from the neighbours of the query         which variant and half found them
+    lay out    <eos> retrieved <eos> query <eos>                  documents left out or cut to fit
+    corrupt    spans move to the end, behind their sentinels      the spans, found from the ids
+    pack       pieces of samples fill blocks of seq_len           step, row, position and neighbours
+
+The model plays no part in it.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -52,7 +62,7 @@ from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
 
 LOOKED_AT = 32
-"""Samples among which one with a moved span is looked for, where none was asked for."""
+"""How many samples are searched for one with a moved span, if no number is given."""
 
 
 def show(
@@ -64,34 +74,39 @@ def show(
     out: Path | None = None,
     again: Sequence[str] = (),
 ) -> None:
-    """Prints a training sample, and writes its page to `out`, `show/sample-N.html` in the run folder by default.
+    """Print a training sample, and write its page.
 
     Args:
         sample: its number in the epoch; None = the first one with a moved span.
-        epoch: number of the epoch from 0, which is the default.
-        again: the words of the command line that name the experiment, for the message that tells how to go on.
+        epoch: number of the epoch, from 0.
+        out: file for the page; None = `show/sample-N.html` in the run folder.
+        again: words of a command line that name the experiment, for the message about a stage that
+            is not finished.
 
     Raises:
         UserError: for a number out of range, or a stage before pretraining that is not finished.
     """
-    # On the CPU: training may be using the GPU, and there are only some images to decode.
+    # On the CPU: training may be using the GPU, and there are only a few images to decode.
     run = RunFolder(experiment, folder, torch.device("cpu"))
     require_finished(run, again)
     samples = training_samples(run)
+
     first = epoch * samples.epoch
     if sample is None:
         number, shown = _first_with_spans(run, samples, first)
     else:
         if sample >= samples.epoch:
             raise UserError(
-                f"sample is {sample}; write sample=N with a whole number N from 0 to {samples.epoch - 1}"
+                f"sample is {sample}; write sample=N with a whole number N from 0 to "
+                f"{samples.epoch - 1}"
             )
         number, shown = sample, shown_sample(run, samples, first + sample)
-    position = first + number
-    facts = facts_of(run, samples, position, shown)
-    name = f"sample-{number}.html" if epoch == 0 else f"sample-{number}-epoch-{epoch}.html"
-    path = out or folder / "show" / name
+
+    facts = facts_of(run, samples, first + number, shown)
     print("\n".join(printed(shown, facts, width=min(shutil.get_terminal_size().columns, 120))))
+
+    of_epoch = f"-epoch-{epoch}" if epoch else ""
+    path = out or folder / "show" / f"sample-{number}{of_epoch}.html"
     try:
         write_sample_page(path, shown, facts, attribution([experiment]))
     except OSError as error:
@@ -102,9 +117,12 @@ def show(
 def _first_with_spans(
     run: RunFolder, samples: TrainingSamples, first: int
 ) -> tuple[int, ShownSample]:
-    """The first sample of an epoch that shows what the objective does, a moved span, and its number.
+    """The first sample of an epoch with a moved span, which shows what the objective does.
 
-    The first of all where none of the first `LOOKED_AT` has one, as with an objective that moves none.
+    If none of the first `LOOKED_AT` has one, as with an objective that moves none, the first one.
+
+    Returns:
+        Its number, and the sample.
     """
     for number in range(min(LOOKED_AT, samples.epoch)):
         shown = shown_sample(run, samples, first + number)
@@ -114,24 +132,31 @@ def _first_with_spans(
 
 
 def require_finished(run: RunFolder, again: Sequence[str]) -> None:
-    """Raises UserError if a stage that the training samples depend on is not finished with these settings."""
+    """Check that the stages before pretraining are finished with these settings.
+
+    Raises:
+        UserError: if one is not; it says the command that makes it.
+    """
     stages = stages_of(run.experiment)
     needed = stages[: [stage.name for stage in stages].index("pretraining")]
     missing, _ = first_unfinished(needed, run, run.folder)
     if missing:
         command = command_line(*again, f"until={needed[-1].name}")
         raise UserError(
-            f"run: {run.folder} has no finished stage {missing} made with these settings; make it with: {command}"
+            f"run: {run.folder} has no finished stage {missing} made with these settings; "
+            f"make it with: {command}"
         )
 
 
-# ------------------------------------------------------------------------------------------------ what training does
+# ----------------------------------------------------------------------------- what training does
 
 
 class TracedSamples(Samples):
-    """The samples of training, which remember what each piece was made of: (position, start, end)."""
+    """The samples of training, which remember the origin of each piece that was made."""
 
     made: WeakKeyDictionary[Corrupted, tuple[int, int, int]]
+    """Piece -> (position of its sample, start, end) in the sample's tokens; end is -1 for a whole
+    sample."""
 
     def __init__(self, run: RunFolder, samples: TrainingSamples) -> None:
         super().__init__(samples, run.objective, seq_len=run.seq_len, seed=run.experiment.seed)
@@ -148,7 +173,7 @@ class TracedSamples(Samples):
         return self._draw(position, self.generator(position))
 
     def trained_on(self, position: int) -> tuple[Sample, bool]:
-        """The sample at a position as blocks have it, and whether its first document is cut."""
+        """The sample at a position as blocks hold it, and whether its first document is cut."""
         drawn = self.drawn(position)
         if self._method == "whole":
             return fit(drawn, self.seq_len, self.layout), False
@@ -177,7 +202,7 @@ class TracedSamples(Samples):
 
 
 def shown_sample(run: RunFolder, samples: TrainingSamples, position: int) -> ShownSample:
-    """The sample at a position of the stream as it is drawn, laid out, corrupted and packed in training.
+    """The sample at a position of the stream as training draws, lays out, corrupts and packs it.
 
     Raises:
         UserError: for a document that does not fit a block.
@@ -187,6 +212,9 @@ def shown_sample(run: RunFolder, samples: TrainingSamples, position: int) -> Sho
     pieces = list(_pieces(run, traced, samples.epoch, position))
     fitted, is_cut = traced.trained_on(position)
     laid_out = lay_out(fitted, run.vocab)
+
+    # Retrieved documents that do not fit are dropped from the front, where the least close ones
+    # are.
     notes = _how_found(run, samples, traced, position)
     dropped = len(sample.retrieved) - len(fitted.retrieved)
     if is_cut:
@@ -195,6 +223,7 @@ def shown_sample(run: RunFolder, samples: TrainingSamples, position: int) -> Sho
         notes[dropped] += (
             f"; its first {lost:,} tokens are cut off, and it is context without a loss"
         )
+
     epoch, number = divmod(position, samples.epoch)
     return ShownSample(
         title=f"Sample {number:,} of epoch {epoch:,}",
@@ -210,7 +239,13 @@ def shown_sample(run: RunFolder, samples: TrainingSamples, position: int) -> Sho
 def _pieces(
     run: RunFolder, traced: TracedSamples, epoch: int, position: int
 ) -> Iterator[ShownPiece]:
-    """The pieces of a sample. Its lane is made from the start: what a block has room for depends on those before."""
+    """The pieces of a sample, each in its block.
+
+    The lane is made from its first block on, as the room in a block depends on those before it.
+
+    Args:
+        epoch: samples of an epoch.
+    """
     packing, lanes = run.experiment.packing, run.experiment.training.batch_size
     lane = new_lane(traced, packing, position % lanes, lanes)
     for step in tqdm(
@@ -222,8 +257,21 @@ def _pieces(
         for number, (origin, start, end) in enumerate(origins):
             if origin != position:
                 continue
-            end = len(laid_out_T) if end < 0 else end
+            if end < 0:
+                end = len(laid_out_T)
+
+            # Spans and sources are found in the piece, and shown by their place in the sample.
+            spans, source_T = None, None
             moved = moved_spans(made[number].ids_T, laid_out_T[start:end], run.vocab)
+            if moved is not None:
+                spans = [(start + first, start + last) for first, last in moved[0]]
+                source_T = np.where(moved[1] >= 0, start + moved[1], -1)
+
+            companions = []
+            for (other, _, _), corrupted in zip(origins, made, strict=True):
+                query = traced.drawn(other).query
+                name = _name(other, epoch, position)
+                companions.append(Companion(name, query.id, len(corrupted.ids_T)))
             yield ShownPiece(
                 start=start,
                 end=end,
@@ -231,108 +279,121 @@ def _pieces(
                 lane=position % lanes,
                 block=pack(made, run.seq_len, run.vocab.pad, run_on=packing.run_on),
                 number=number,
-                samples=[
-                    Companion(
-                        _name(other, epoch, position),
-                        traced.drawn(other).query.id,
-                        len(corrupted.ids_T),
-                    )
-                    for (other, _, _), corrupted in zip(origins, made, strict=True)
-                ],
-                spans=None if moved is None else [(start + s, start + e) for s, e in moved[0]],
-                source_T=None if moved is None else np.where(moved[1] >= 0, start + moved[1], -1),
+                samples=companions,
+                spans=spans,
+                source_T=source_T,
             )
             if end == len(laid_out_T):
                 return
 
 
 def _name(position: int, epoch: int, beside: int) -> str:
-    """The number of a sample, with its epoch where that is not the shown sample's."""
-    return f"{position % epoch}" + (
-        f" of epoch {position // epoch}" if position // epoch != beside // epoch else ""
-    )
+    """The number of a sample, with its epoch if that is not the shown sample's."""
+    if position // epoch == beside // epoch:
+        return f"{position % epoch}"
+    return f"{position % epoch} of epoch {position // epoch}"
 
 
 def moved_spans(
     ids_T: np.ndarray, laid_out_T: np.ndarray, vocab: Vocab
 ) -> tuple[list[Span], np.ndarray] | None:
-    """The spans that make the trained ids of the laid-out ones, and `source_T` of `rotate`; None if none do."""
+    """The spans whose moving makes the trained ids of the laid-out ones; None if there are none.
+
+    Each moved span leaves a sentinel in its place and stands behind a second one at the end:
+
+        laid out      <eos>  a   red  dog    <break>  I4  I9  <eos>
+        trained on    <eos>  a   <mask:0>    <break>  I4  I9  <eos>  <mask:0>  red  dog  <eos>
+                                 |--- the first half of the sentinels       |--- the second half
+
+    so the lengths behind the second half give back the spans, here (2, 4). The spans are right if
+    `rotate` makes the same ids of them.
+
+    Returns:
+        The spans, and `source_T` of `rotate`.
+    """
     sentinels = np.flatnonzero(vocab.is_sentinel(ids_T)).tolist()
-    places, tails = (
-        sentinels[: len(sentinels) // 2],
-        [*sentinels[len(sentinels) // 2 :], len(ids_T)],
-    )
+    half = len(sentinels) // 2
+    holes, tails = sentinels[:half], [*sentinels[half:], len(ids_T)]
+
     spans: list[Span] = []
     before = 0  # tokens of earlier spans, each of which one sentinel stands for
-    for number, place in enumerate(places):
+    for number, hole in enumerate(holes):
         length = tails[number + 1] - tails[number] - 2
-        start = place - number + before
+        start = hole - number + before
         if not 0 <= start <= start + length <= len(laid_out_T):
             return None
         spans.append((start, start + length))
         before += length
-    rotated_T, source_T = (
-        rotate(laid_out_T, spans, vocab) if spans else (laid_out_T, np.arange(len(laid_out_T)))
-    )
-    return (spans, source_T) if np.array_equal(rotated_T, ids_T) else None
+
+    rotated_T, source_T = laid_out_T, np.arange(len(laid_out_T))
+    if spans:
+        rotated_T, source_T = rotate(laid_out_T, spans, vocab)
+    if not np.array_equal(rotated_T, ids_T):
+        return None
+    return spans, source_T
 
 
-# ------------------------------------------------------------------------------------------------ retrieval
+# -------------------------------------------------------------------------------------- retrieval
 
 
 def _how_found(
     run: RunFolder, samples: TrainingSamples, traced: TracedSamples, position: int
 ) -> list[str]:
-    """For each retrieved document of a sample, by which part of the query it was found, and its score."""
+    """For each retrieved document of a sample, which part of the query found it, and its score."""
     source, row = samples.at(position)
     corpus = samples.corpora[source]
     rows_VK, config = corpus.neighbours_VK(row), run.experiment.retriever.config
-    # Drawn once more with the same generator, not rows but where they stand: which variant, which half.
-    places_VK = _places(rows_VK)
-    most, random_count = config.max_documents, config.random_count
-    drawn = draw(places_VK, most=most, random_count=random_count, rng=traced.generator(position))
+
+    # The documents are drawn again with the same generator, but as indices into `rows_VK` instead
+    # of rows of the bank: an index tells which variant of the query found the document.
+    drawn = draw(
+        _indices(rows_VK),
+        most=config.max_documents,
+        random_count=config.random_count,
+        rng=traced.generator(position),
+    )
+
+    # A variant's neighbours by text stand before those by image; a document may be in both halves.
     parts_of = _vectors(run, corpus)
     notes = []
-    for variant, k in (divmod(place, rows_VK.shape[1]) for place in drawn):
+    for index in drawn:
+        variant, k = divmod(index, rows_VK.shape[1])
+        found = int(rows_VK[variant, k])
         halves_2K = rows_VK[variant].reshape(len(MODALITIES), -1)
-        found_by = [
-            m
-            for m, half_K in zip(MODALITIES, halves_2K, strict=True)
-            if rows_VK[variant, k] in half_K
-        ]
-        scores = [
-            _score(parts_of, row, int(rows_VK[variant, k]), modality) for modality in found_by
-        ]
-        notes.append(
-            "found by " + " and ".join(f"its {m}{s}" for m, s in zip(found_by, scores, strict=True))
-        )
-    return [note.replace("its", "the query's", 1) for note in notes]
+        found_by = []
+        for modality, half_K in zip(MODALITIES, halves_2K, strict=True):
+            if found in half_K:
+                found_by.append(f"its {modality}{_score(parts_of, row, found, modality)}")
+        note = "found by " + " and ".join(found_by)
+        notes.append(note.replace("its", "the query's", 1))
+    return notes
 
 
-def _places(rows_VK: np.ndarray) -> np.ndarray:
-    """The place of each row in the array, counted through; -1 for what `draw` leaves out: no row, or one once more."""
+def _indices(rows_VK: np.ndarray) -> np.ndarray:
+    """The index of each entry in the flat array, and NONE for what `draw` leaves out.
+
+    It leaves out missing rows and repetitions in a variant: [[7, 9, 7]] becomes [[0, 1, NONE]].
+    """
     repeated_VK = np.triu(rows_VK[:, :, None] == rows_VK[:, None, :], k=1).any(axis=1)
-    return np.where(
-        (rows_VK == NONE) | repeated_VK, NONE, np.arange(rows_VK.size).reshape(rows_VK.shape)
-    )
+    index_VK = np.arange(rows_VK.size).reshape(rows_VK.shape)
+    return np.where((rows_VK == NONE) | repeated_VK, NONE, index_VK)
 
 
 def _vectors(run: RunFolder, corpus: TrainingCorpus) -> Callable[[np.ndarray], Parts] | None:
-    """Rows of the bank -> their vectors; None where the query itself has none there."""
+    """A function from rows of the bank to their vectors; None if the query has no row there."""
     if bank_of(corpus.folder / "neighbours") != corpus.folder:
         return None
     try:
         return VectorShards(corpus.folder / "vectors", run.encoder_header).parts
-    except (
-        UserError
-    ):  # they are not needed any more once the neighbours are found, and may have been deleted
+    except UserError:
+        # Vectors are not needed once the neighbours are found, and may have been deleted.
         return None
 
 
 def _score(
     parts_of: Callable[[np.ndarray], Parts] | None, row: int, other: int, modality: Modality
 ) -> str:
-    """What the search ranks by, but of the query without dropout, as ` (score 0.83)`."""
+    """The score that the search ranks by, of the query without dropout, as ` (score 0.83)`."""
     if parts_of is None:
         return ""
     parts = parts_of(np.array([row, other]))
@@ -340,22 +401,21 @@ def _score(
     return f" (score {float(query_D @ parts.mean()[1]):.2f})"
 
 
-# ------------------------------------------------------------------------------------------------ documents
+# -------------------------------------------------------------------------------------- documents
 
 
 def _documents(
     run: RunFolder, sample: Sample, laid_out: LaidOut, notes: Sequence[str]
 ) -> list[ShownDocument]:
+    """The documents of a sample with their segments and images, the query last."""
     spans = iter(laid_out.segments)
     shown = []
-    roles = [*(f"retrieved {number}" for number in range(1, len(sample.retrieved) + 1)), "query"]
-    for role, note, document in zip(
-        roles, [*notes, ""], (*sample.retrieved, sample.query), strict=True
-    ):
-        segments = [
-            ShownSegment(next(spans), _pictures(run, document, segment))
-            for segment in document.segments
-        ]
+    documents = (*sample.retrieved, sample.query)
+    for number, (document, note) in enumerate(zip(documents, [*notes, ""], strict=True), 1):
+        segments = []
+        for segment in document.segments:
+            segments.append(ShownSegment(next(spans), _pictures(run, document, segment)))
+        role = "query" if number == len(documents) else f"retrieved {number}"
         shown.append(ShownDocument(role, document.id, note, segments))
     return shown
 
@@ -363,17 +423,23 @@ def _documents(
 def _pictures(
     run: RunFolder, document: TokenDocument, segment: TokenSegment
 ) -> list[tuple[str, np.ndarray]]:
-    """An image as decoded from its codes; of the sample also what was encoded, and what that was made of."""
+    """The images of a segment with their titles: decoded from its codes, as encoded, the original.
+
+    Only documents of the run's sample of the corpus have kept their original.
+    """
     if segment.modality == "text":
         return []
     codes_N = run.vocab.image_codes(segment.ids_T)
     grid = run.vocab.layout.grid_of(segment.ids_T)
-    if grid not in run.grids:  # cut off by packing, and so no whole image
+    if grid not in run.grids:  # cut by packing, so not a whole image
         return []
+
     pictures = [("from its codes", run.image_tokenizer.decode(codes_N[None], grid=grid)[0])]
     row = sampled_rows(run).get(document.id)
     if row is None:
         return pictures
+
+    # Version 0 is the original, the others are its variations; this one is found by its codes.
     versions = range(run.tokens.versions + 1)
     encoded = [run.tokenizer.codes(run.tokens.document(row, version)) for version in versions]
     version = next((v for v in versions if np.array_equal(encoded[v], codes_N)), None)
@@ -390,11 +456,12 @@ def _pictures(
 
 
 def _names(run: RunFolder) -> Names:
+    """How ids are written: special tokens by name, images by codes, text as it was."""
     tokenizer = Tokenizer.from_file(str(run.folder / TEXT_TOKENIZER))
-    # All bytes that UTF-8 has, and the characters that byte-level BPE writes for them.
-    probe = "".join(
-        map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)])
-    )
+
+    # Byte-level BPE writes a character for each byte. These texts have every byte that UTF-8 uses.
+    ranges = (range(0x800), range(0x800, 0xD800, 0x800), range(0xE000, 0x110000, 0x1000))
+    probe = "".join(map(chr, chain.from_iterable(ranges)))
     [(written, _)] = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(probe)
     byte_of = dict(zip(written, probe.encode(), strict=True))
 

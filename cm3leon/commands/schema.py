@@ -1,4 +1,4 @@
-"""What `--schema` prints: experiments and studies as a JSON Schema, by which editors complete and check YAML."""
+"""What `--schema` prints: the JSON Schema of experiments and studies, for editors of YAML."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cm3leon.studies.points import ExperimentSweep
 
 
 def schema(words: Sequence[str]) -> str:
-    """The schema as JSON: of experiments and studies; its definitions have those of other files.
+    """The schema as JSON.
 
     Args:
-        words: `plugins=` with paths of plugins whose components are known too.
+        words: `plugins=` with paths of plugins whose components are included.
     """
     discover(plugins_of(words))
     return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
@@ -28,10 +28,13 @@ def schema(words: Sequence[str]) -> str:
 def document() -> dict[str, Any]:
     """The schema with all components that are loaded.
 
-    `#/definitions/overrides` is that of files of dotted keys, `#/definitions/list` that of experiments.yaml.
+    A file is a study if it has `runs`, or asks without data; else it is an experiment. Two more
+    files have a definition: `#/definitions/overrides` is for files of dotted keys, and
+    `#/definitions/list` for experiments.yaml.
     """
     schemas = Schemas()
     study = schemas.section(StudyConfig)
+
     # A sweep's keys stand beside the sections of an experiment, and beside their dotted keys.
     swept = schemas.properties(ExperimentSweep)
     experiment = {
@@ -53,7 +56,8 @@ def document() -> dict[str, Any]:
         "overrides": overrides,
         "list": {"type": "object", "additionalProperties": schemas.section(Entry)},
     }
-    # As `experiment.files` tells them apart.
+
+    # `experiment.files` tells experiments and studies apart in the same way.
     asks_alone = {"required": ["evaluations"], "not": {"required": ["data"]}}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",

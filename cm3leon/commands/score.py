@@ -1,11 +1,11 @@
 """Score texts for images by their log-likelihoods, in nats.
 
     python -m cm3leon.run score run=runs/digits image=seven.png texts='[a seven, a two]'
-    python -m cm3leon.run score run=runs/digits image=photos text="a handwritten seven" out=scores.jsonl
+    python -m cm3leon.run score run=runs/digits image=photos text="a seven" out=scores.jsonl
 
-Images of a folder are all asked, those below it too. Each gets a line of JSON, printed or in `out`. An image that has
-its line is not asked again by the same command, and one that cannot be used is named at the end, which then has exit
-code 3.
+With a folder, all images in it and below it are scored. Each image gets a line of JSON, printed or
+written to `out`. The same command given again skips the images that have their line. Images that
+cannot be used are named at the end, and the exit code is then 3.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Options(LineOptions):
     text: str | None = None
     """A text that each image is scored for, in place of `texts`."""
     question: str | None = None
-    """Question about the image that `texts` answer; null = they are captions."""
+    """Question about the image that `texts` answer; null = `texts` are captions."""
 
     def check(self) -> None:
         if not self.texts and self.text is None:
@@ -41,11 +41,14 @@ class Options(LineOptions):
         if self.texts and self.text is not None:
             raise UserError("text and texts are both given; give one of them")
         if self.question is not None and not self.texts:
-            raise UserError("question is given without texts; give the answers that are scored")
+            raise UserError(
+                "question is given without texts; give the answers to score, for example "
+                "texts='[yes, no]'"
+            )
 
 
 def main(options: Options) -> None:
-    """Scores texts for each image, or each image for a text. Raises as `ask` does."""
+    """Score texts for each image, or each image for a text. Raises as `ask` does."""
 
     def answer(model: CM3Leon, image: Path, save: Save) -> dict[str, Any]:
         if options.text is not None:

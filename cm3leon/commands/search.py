@@ -1,4 +1,6 @@
-"""Ask a run's memory bank by a text or an image, and print the best documents: score, id and text.
+"""Search a run's memory bank by a text or an image, and print the best documents.
+
+Each has a line: its score, its id, and its text.
 
 python -m cm3leon.run search run=runs/corpus text="a red dog"
 python -m cm3leon.run search run=runs/corpus image=dog.jpg count=10
@@ -24,7 +26,7 @@ class Options(Opening):
     """Options of the command search."""
 
     run: Path
-    """A run folder whose memory bank is asked."""
+    """A run folder whose memory bank is searched."""
     text: str | None = None
     """Text to find documents for."""
     image: Path | None = None
@@ -35,12 +37,13 @@ class Options(Opening):
     def check(self) -> None:
         if self.text is None and self.image is None:
             raise UserError(
-                "`search` needs what to search for: text=TEXT, for example text='a red dog', or image=FILE"
+                "`search` needs what to search for: text=TEXT, for example text='a red dog', or "
+                "image=FILE"
             )
 
 
 def main(options: Options) -> None:
-    """Prints the best documents by inner product: score, id and text.
+    """Print the best documents by inner product: score, id and text.
 
     Raises:
         UserError: for a mistake in the options, or a run without a finished bank.
@@ -60,9 +63,11 @@ def main(options: Options) -> None:
 
 
 def shown(run: RunFolder, document: TokenDocument) -> str:
-    """A document on one line: its text, with <image> where its images stand."""
-    runs = (
-        run.text_tokenizer.decode(segment.ids_T) if segment.modality == "text" else "<image>"
-        for segment in document.segments
-    )
-    return " ".join(" ".join(runs).split())
+    """A document on one line: its text, with <image> in place of its images."""
+    words = []
+    for segment in document.segments:
+        text = "<image>"
+        if segment.modality == "text":
+            text = run.text_tokenizer.decode(segment.ids_T)
+        words += text.split()
+    return " ".join(words)

@@ -3,8 +3,9 @@
     python -m cm3leon.run serve run=runs/digits port=8000
     CM3LEON_API_KEY=... python -m cm3leon.run serve run=runs/digits host=0.0.0.0
 
-Texts to images, edits, conversations with images, and the memory bank (docs/serving.md). Ctrl-C and SIGTERM end it when
-what was accepted is finished. Needs the packages of cm3leon[serve].
+The endpoints make images from texts, edit images, hold conversations with images, and search the
+memory bank (docs/serving.md). After Ctrl-C or SIGTERM, accepted requests are finished first. It
+needs the packages of cm3leon[serve].
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ class Options(ListeningOptions):
     port: Port = 8000
     """Number of the port; 0 = any that is free, which is printed."""
     rows: PositiveInt | None = None
-    """Number of rows of a sample, for guidance or beams; null = as many as the run's own decoders need."""
+    """Number of rows of the batch for a sample, for guidance or beams; null = as many as the run's
+    own decoders need."""
     tokens: PositiveInt | None = None
     """Number of tokens that a prompt and its answer may have together; null = model.seq_len."""
     queue: PositiveInt = 256
     """Samples that may wait, of all clients; more are refused with the status 429."""
     requests: PositiveInt = 256
-    """Requests in work at a time; more are refused with the status 429."""
+    """Requests that are open at a time; more are refused with the status 429."""
     max_samples: PositiveInt = 16
     """Images that a request may ask for."""
     grace: PositiveInt = 120
-    """Seconds that accepted requests have to be finished in, when the server is stopped."""
+    """Seconds in which accepted requests can finish when the server is stopped."""
 
 
 def main(options: Options) -> None:
-    """Serves until it is stopped.
+    """Serve until stopped.
 
     Raises:
-        UserError: for packages that are missing, a mistake in the options, or a run that cannot be served.
+        UserError: for missing packages, a mistake in the options, or a run that cannot be served.
     """
     with packages_of("serve"):
         from cm3leon.serve.listening import listen
@@ -49,6 +51,7 @@ def main(options: Options) -> None:
     from cm3leon.serve.service import Service
     from cm3leon.serve.setting import Limits
 
+    # Without a key the model is not even loaded, unless only this machine can ask.
     key = key_to_listen(options.host, options.key_file, "API key")
     service = Service(
         load_model(options),

@@ -1,11 +1,11 @@
-"""Print a training sample as the paper's figures 8 and 9 draw it, and write a page of it with its images.
+"""Print a training sample as the paper's figures 8 and 9 do, and write a page with its images.
 
     python -m cm3leon.run show experiment=digits
-    python -m cm3leon.run show experiment=digits sample=17 epoch=2 packing.method=stream out=sample.html
+    python -m cm3leon.run show experiment=digits sample=17 epoch=2 packing.method=stream
 
-`sample` counts the samples of an epoch in the order of the stream: in a batch of B blocks, block l is made of samples
-l, l + B, l + 2B ... What is shown is drawn, corrupted and packed by the objects that training uses, from the same
-seeds; the model plays no part in it, and need not be trained.
+`sample` counts the samples of an epoch in the order of the stream: in a batch of B blocks, block l
+holds samples l, l + B, l + 2B ... The sample is drawn, corrupted and packed by the objects that
+training uses, from the same seeds. The model plays no part in it, and need not be trained.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Options(ExperimentRunOptions):
 
 
 def main(options: Options) -> None:
-    """Prints the sample, and writes its page.
+    """Print the sample, and write its page.
 
     Raises:
         UserError: for a number out of range, or a stage before pretraining that is not finished.

@@ -1,9 +1,9 @@
-"""Say where a run stands: its stages, or its jobs.
+"""Say how far a run is: its stages, or its jobs.
 
     python -m cm3leon.run status run=runs/corpus
 
-Of jobs, it reads the journals that they keep in the run folder, and asks squeue and scontrol for those that cannot
-speak; sacct is not needed.
+Jobs keep journals in the run folder. squeue and scontrol are asked about jobs that could not write
+theirs; sacct is not needed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Options(RunOptions):
 
 
 def main(options: Options) -> None:
-    """Prints where the jobs of a run stand, or, of one that was made without jobs, its stages.
+    """Print the state of a run's jobs or, if it was started without jobs, of its stages.
 
     Raises:
-        UserError: for a folder in which nothing was begun.
+        UserError: for a folder in which nothing was started.
     """
     folder = options.run.absolute()
     jobs = launches(folder)

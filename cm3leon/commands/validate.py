@@ -1,9 +1,9 @@
-"""Read a corpus, say what it holds, what is broken in it, and what tokenising it will cost.
+"""Read a corpus, and print what it holds, what is broken in it, and what tokenising it will cost.
 
     python -m cm3leon.run validate data.path=tars
-    python -m cm3leon.run validate data.name=parquet data.path='tables/**/*.parquet' experiment=corpus limit=100
+    python -m cm3leon.run validate data.name=parquet data.path='t/**/*.parquet' experiment=corpus
 
-Everything is read once, as training would read it; Ctrl-C prints what was seen until then.
+Everything is read once, as training would read it; Ctrl-C prints what was read until then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PAPER_CODES = 1024
 """Codes of an image of 256 x 256 pixels (paper section 2.1)."""
 BYTES_A_TEXT_TOKEN = 4.0
-"""Of English text, about, with a vocabulary of tens of thousands of pieces."""
+"""Rough figure for English text and a vocabulary of tens of thousands of pieces."""
 CLIP_WIDTH = 512
 """Width of the vectors of CLIP ViT-B/32 (paper section 2.2)."""
 TIMED_IMAGES = 16
@@ -40,14 +40,14 @@ class Options(DataOptions):
     """Options of the command validate."""
 
     experiment: str | None = None
-    """Name or .yaml file of an experiment whose tokenizers and encoder the cost is stated for, and whose section data
-    is read."""
+    """Name or .yaml file of an experiment. Its section data is the default of `data`, and the cost
+    is that of its tokenizers and encoder."""
     limit: PositiveInt = 5
-    """Files named for each reason."""
+    """How many files are named for each reason."""
 
     @classmethod
     def completed(cls, mapping: Mapping[str, Any]) -> dict[str, Any]:
-        """The options with the name of the source, and the rest of its section by the experiment, if one is named."""
+        """The options with the name of the source, and an experiment's other settings of it."""
         completed = super().completed(mapping)
         if not mapping.get("experiment"):
             return completed
@@ -59,10 +59,13 @@ class Options(DataOptions):
 
 
 def main(options: Options) -> int | None:
-    """Reads the corpus and prints the report.
+    """Read the corpus and print the report.
+
+    Returns:
+        130 if Ctrl-C stopped it.
 
     Raises:
-        UserError: for a corpus that is missing, or one without a usable document.
+        UserError: for a corpus that does not exist or has no usable document.
     """
     from cm3leon.data.survey import Seen, read
     from cm3leon.experiment import load_experiment
@@ -71,11 +74,14 @@ def main(options: Options) -> int | None:
     if options.experiment:
         data = to_mapping(options.data)
         experiment = load_experiment(options.experiment, sections={"data": data})
+
+    # What was read until Ctrl-C is reported too, with another exit code.
     source = SOURCES.build(options.data)
     seen = Seen(options.limit)
     finished = read(source, seen)
     print(f"source     {options.data.name}")
     print("\n".join([*seen.report(), *cost(seen, experiment)]))
+
     if not finished:
         print("stopped before the end: the figures are of what was read until then")
         return 130
@@ -85,25 +91,35 @@ def main(options: Options) -> int | None:
 
 
 def _settings(data: Any) -> dict[str, Any]:
-    """The section as dotted keys: another name replaces an experiment's section, other keys are added."""
-    section = {"name": data} if isinstance(data, str) else dict(data or {})
-    name = {"data": section.pop("name")} if "name" in section else {}
-    return {**name, **{f"data.{key}": value for key, value in section.items()}}
+    """The section data as settings of an experiment: `data` for its name, `data.KEY` for the rest.
+
+    Another name replaces the experiment's whole section; other keys are added to it.
+    """
+    if isinstance(data, str):
+        return {"data": data}
+    settings = {}
+    for key, value in (data or {}).items():
+        settings["data" if key == "name" else f"data.{key}"] = value
+    return settings
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a document costs: codes of an image, bytes of a token, width of a vector, images encoded a second."""
+    """What a document costs."""
 
     whose: str = "the paper's"
+    """Whose tokenizers and encoder the figures are for."""
     codes: int = PAPER_CODES
+    """Codes of an image."""
     token_bytes: int = 2
     width: int = CLIP_WIDTH
+    """Width of a vector."""
     rate: float | None = None
+    """Images that this machine encodes in a second; None if that was not measured."""
 
     @classmethod
     def of(cls, experiment: Experiment) -> Cost:
-        """The cost with an experiment's tokenizers and encoder; its image tokenizer is timed on this machine."""
+        """The cost with an experiment's tokenizers, of which this times the image tokenizer."""
         from cm3leon.tokenizers.vocab import Vocab
         from cm3leon.training.device import best_device
 
@@ -111,13 +127,12 @@ class Cost:
         vocab = Vocab(
             experiment.text_tokenizer.vocab_size, tokenizer.codebook_size, experiment.sentinels
         )
+        retriever = experiment.retriever
         return cls(
             whose="the experiment's",
             codes=tokenizer.grid**2,
             token_bytes=np.dtype(vocab.id_dtype).itemsize,
-            width=RETRIEVERS.get(experiment.retriever.name).vector_width(
-                experiment.retriever.config
-            ),
+            width=RETRIEVERS.get(retriever.name).vector_width(retriever.config),
             rate=_images_per_second(tokenizer),
         )
 
@@ -126,34 +141,33 @@ def cost(seen: Seen, experiment: Experiment | None) -> list[str]:
     """What tokenising the documents will take, as the report's last lines."""
     from cm3leon.data.formats import in_bytes
 
-    each = Cost.of(experiment) if experiment else Cost()
+    each = Cost()
+    if experiment is not None:
+        each = Cost.of(experiment)
     tokens = seen.images * each.codes + seen.text_bytes / BYTES_A_TEXT_TOKEN
-    vectors = 2 * each.width * 2 * seen.documents
+    vectors = 2 * each.width * 2 * seen.documents  # of text and of image, in float16
     lines = [
-        f"tokens     about {tokens:,.0f} by {each.whose} tokenizers: {each.codes:,} an image, one for "
-        f"{BYTES_A_TEXT_TOKEN:g} bytes of text",
-        f"disk       tokens {in_bytes(each.token_bytes * tokens)} ({each.token_bytes} bytes each), vectors "
-        f"{in_bytes(vectors)} (text and image, {each.width} x 2 bytes each)",
+        f"tokens     about {tokens:,.0f} by {each.whose} tokenizers: {each.codes:,} an image, "
+        f"one for {BYTES_A_TEXT_TOKEN:g} bytes of text",
+        f"disk       tokens {in_bytes(each.token_bytes * tokens)} ({each.token_bytes} bytes each), "
+        f"vectors {in_bytes(vectors)} (text and image, {each.width} x 2 bytes each)",
         f"time       reading and decoding took {seen.seconds:.1f} s in one process, "
         f"{seen.documents / max(seen.seconds, 1e-9):,.0f} documents/s",
     ]
+
     if each.rate is None:
-        lines.append(
-            "           encoding images is not timed; give experiment=NAME to time its image tokenizer here"
-        )
-    else:
-        took = _duration(seen.images / each.rate)
-        lines.append(
-            f"           encoding images: {each.rate:,.0f} images/s on this machine's {_device()}, {took} in all"
-        )
-    return lines
+        encoding = "is not timed; give experiment=NAME to time its image tokenizer here"
+        return [*lines, f"           encoding images {encoding}"]
+    took = _duration(seen.images / each.rate)
+    encoding = f"{each.rate:,.0f} images/s on this machine's {_device()}, {took} in all"
+    return [*lines, f"           encoding images: {encoding}"]
 
 
 def _images_per_second(tokenizer: ImageTokenizer) -> float:
-    """Speed of encoding, which does not depend on the weights."""
+    """Speed of encoding; it does not depend on the weights, which need not be trained."""
     size = tokenizer.image_size
     images_BHWC = np.zeros((TIMED_IMAGES, size, size, 3), np.uint8)
-    tokenizer.encode(images_BHWC)
+    tokenizer.encode(images_BHWC)  # the first pass is slower
     start, batches = time.perf_counter(), 0
     while (seconds := time.perf_counter() - start) < 0.5:
         tokenizer.encode(images_BHWC)
@@ -168,4 +182,6 @@ def _device() -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:,.1f} hours"
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 3600:,.1f} hours"

@@ -1,4 +1,14 @@
-"""The words behind a command, read as its options; and the options that several commands have in common."""
+"""The words behind a command, read as its options, and options that several commands share.
+
+For example, the words of `caption run=runs/digits image=seven.png decoder=cd_k decoder.k=3`:
+
+    key=value words        run=runs/digits ... decoder.k=3
+    nested mapping         {run: runs/digits, image: seven.png, decoder: {name: cd_k, k: 3}}
+    checked options        Options(run=Path("runs/digits"), ..., decoder=Component("cd_k", ...))
+
+Of a command that takes an experiment, words that are not its options are settings of the
+experiment.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +38,18 @@ from cm3leon.stages.trust import Opening, Trust
 from cm3leon.types import Execution, Precision, UserError, Weights, refuse, sentences_of
 
 PLACEHOLDERS = {"folder": "DIR", "file": "FILE", "name": "NAME", "number": "N"}
-"""What stands for a value in `key=VALUE`, by the first of these words in the sentence about the option."""
+"""What help writes for the value of an option whose sentence has one of these words first."""
 
 
 @dataclass(kw_only=True)
 class ExperimentOptions:
-    """Options of a command that takes an experiment, and with it every setting of one."""
+    """Options of a command that takes an experiment and all of its settings."""
 
     experiment: str
     """An experiment, by a name that --list shows or as the path of a .yaml file."""
 
     overrides = tuple[str, ...]()
-    """The words that are settings of the experiment; no option."""
+    """The words that are settings of the experiment; not an option itself."""
 
 
 @dataclass(kw_only=True)
@@ -47,14 +57,15 @@ class ExperimentRunOptions(ExperimentOptions):
     """Options of a command that takes an experiment and the folder of its run."""
 
     run: Path | None = None
-    """Run folder; null = runs/NAME. Run again with the same folder to go on."""
+    """Run folder; null = runs/NAME. The same command with the same folder continues a run."""
 
     @property
     def folder(self) -> Path:
-        """The run folder, also where none is given.
+        """The run folder, given or by the experiment's name.
 
         Raises:
-            UserError: for one that can be none, and an experiment that there is not.
+            UserError: for a path that cannot be a run folder, and an experiment that does not
+                exist.
         """
         from cm3leon.experiment import experiment_name
 
@@ -62,7 +73,8 @@ class ExperimentRunOptions(ExperimentOptions):
         check_folder(folder, "run")
         if folder.resolve() == Path(folder.anchor or "/"):
             raise UserError(
-                f"run is {folder}, the root of the file system; choose a folder of its own"
+                f"run is {folder}, the root of the file system; choose a folder, "
+                "for example run=runs/digits"
             )
         return folder
 
@@ -84,11 +96,11 @@ class RunOptions:
 
 @dataclass(kw_only=True)
 class RedoOptions:
-    """Options of a command that makes stages."""
+    """Options of a command that runs stages."""
 
     redo: str = ""
-    """Names of finished stages that take long, with commas between them, that are made anew, with those that depend on
-    them, where settings differ."""
+    """Names of finished stages to run again where their settings have changed, separated by commas;
+    the stages that depend on them are run again too. Only expensive stages must be named."""
 
     @property
     def stages_to_redo(self) -> list[str]:
@@ -103,13 +115,14 @@ class AskingOptions(Opening):
     run: Path
     """A run folder with a finished pretraining."""
     precision: Precision = "auto"
-    """Of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
+    """Precision of matrix products: bf16, float32, or auto = bf16 if the processor supports it."""
     weights: Weights | None = None
-    """What the decoder's matrices are kept in: float32, bf16, int8, fp8; null = as the precision."""
+    """Data type of the model's matrices: float32, bf16, int8, fp8; null = as the precision."""
     window: PositiveInt | None = None
-    """Image codes that a step computes, the next one and drafts behind it; null = 4 for a single image, 1 for more."""
+    """Image codes that a step computes, the next one and drafts of those behind it; null = 4 for a
+    single image, 1 for several."""
     execution: Execution = "eager"
-    """How steps are run: eager, compiled, and on CUDA graph or compiled graph."""
+    """How steps are run: eager, compiled, and on CUDA also graph or compiled graph."""
 
 
 @dataclass(kw_only=True)
@@ -117,8 +130,8 @@ class OwnDocuments:
     """Options of a command that retrieves documents."""
 
     own: Path | None = None
-    """File or folder of documents that stand behind those of the memory bank for this command alone, such as a .jsonl
-    file with an image and a text a line."""
+    """File or folder of documents that this command alone adds to the memory bank, such as a .jsonl
+    file with an image and a text in each line."""
 
 
 @dataclass(kw_only=True)
@@ -126,14 +139,15 @@ class DataOptions:
     """Options of a command that reads a source."""
 
     data: Annotated[Component, SOURCES]
-    """A corpus, as the section data of an experiment; without data.name it is told by the files under data.path."""
+    """A corpus, as the section data of an experiment; without data.name, its format is recognised
+    by the files under data.path."""
 
     @classmethod
     def completed(cls, mapping: Mapping[str, Any]) -> dict[str, Any]:
-        """The options with the name of the source, where its files tell it.
+        """The options with the name of the source, recognised by its files if it is not given.
 
         Raises:
-            UserError: for files that do not tell it.
+            UserError: for files of no known or of several formats.
         """
         from cm3leon.data.formats import with_source_name
 
@@ -143,10 +157,10 @@ class DataOptions:
 
 
 def read_options(command: Command, words: Sequence[str]) -> Any:
-    """The words as the options of a command.
+    """Read the words as the options of a command.
 
     Raises:
-        UserError: for an option that is missing, unknown or not as it should be.
+        UserError: for an option that is missing or unknown, or has a value that it does not allow.
     """
     _check_paths(words)
     cls = command.options
@@ -158,11 +172,13 @@ def read_options(command: Command, words: Sequence[str]) -> Any:
     known = [key_of(field) for field in fields(cls)]
     mapping = {current_name(name, known): value for name, value in mapping.items()}
 
-    # A component may be that of a plugin named with it.
+    # A component may come from a plugin that the options name.
     if sections:
         discover(_plugins(cls, mapping))
     if issubclass(cls, DataOptions):
         mapping = cls.completed(mapping)
+
+    # A missing option is reported with what the command needs and an example.
     try:
         options = from_mapping(cls, mapping)
     except UserError as error:
@@ -174,7 +190,10 @@ def read_options(command: Command, words: Sequence[str]) -> Any:
 
 
 def _split(words: Sequence[str], cls: type[ExperimentOptions]) -> tuple[list[str], list[str]]:
-    """The words that are options of the command, those without a value left out, and those of the experiment."""
+    """The words that are options of the command, and those that are settings of the experiment.
+
+    Options without a value, such as run=, are left out.
+    """
     names = {field.name for field in fields(cls)}
     own, overrides = [], []
     for word in words:
@@ -194,7 +213,7 @@ def _plugins(cls: type, mapping: Mapping[str, Any]) -> list[str]:
 
 
 def _told(command: Command, sentence: str) -> str:
-    """A sentence about an option; of one that is missing, what the command needs, with an example."""
+    """A sentence about an option; for a missing one, what the command needs, with an example."""
     for doc in describe(command.options):
         if re.match(rf"{doc.name}(\.path)? is missing;", sentence):
             return need(command, doc)
@@ -202,12 +221,15 @@ def _told(command: Command, sentence: str) -> str:
 
 
 def need(command: Command, doc: FieldDoc) -> str:
-    """What a command needs: `generate` needs a run folder: run=DIR, for example run=runs/digits."""
+    """The sentence about a missing option, from the option's own and the command's first example.
+
+    `generate` needs a run folder: run=DIR, for example run=runs/digits
+    """
     what = re.split(r"[,;:(]|\.$", doc.sentence)[0].strip()
-    given = next(
-        (word for word in command.example if re.match(rf"{doc.name}[.=]", word)),
-        f"{doc.name}={placeholder(doc)}",
-    )
+    given = f"{doc.name}={placeholder(doc)}"
+    for word in reversed(command.example):
+        if re.match(rf"{doc.name}[.=]", word):
+            given = word
     key, _, value = given.partition("=")
     wanted = "PATH" if key.endswith(".path") else placeholder(doc)
     return (
@@ -217,19 +239,24 @@ def need(command: Command, doc: FieldDoc) -> str:
 
 
 def placeholder(doc: FieldDoc) -> str:
-    """What stands for the value of an option: DIR, FILE, NAME, N, TEXT, hf|cm3leon; [DIR,DIR] for a list."""
+    """What help writes for a value: DIR, FILE, NAME, N, TEXT, hf|cm3leon; [DIR,DIR] for a list."""
     if doc.type.startswith("one of "):
         return doc.type.removeprefix("one of ").replace(", ", "|")
-    found = re.search("|".join(PLACEHOLDERS), doc.sentence.lower())
-    one = PLACEHOLDERS[found[0]] if found else "TEXT"
-    return f"[{one},{one}]" if doc.type.startswith("a list") else one
+    one = "TEXT"
+    if found := re.search("|".join(PLACEHOLDERS), doc.sentence.lower()):
+        one = PLACEHOLDERS[found[0]]
+    if doc.type.startswith("a list"):
+        return f"[{one},{one}]"
+    return one
 
 
 def _check_paths(words: Sequence[str]) -> None:
-    """Check that a path is given once: of data.path=tars/{0,1}.tar the shell makes two words, the last of which counts.
+    """Check that each path is given once.
+
+    The shell makes two words of data.path=tars/{0,1}.tar, and only the last one would count.
 
     Raises:
-        UserError: for a path that is given with different values.
+        UserError: for a path that is given with several values.
     """
     values: dict[str, dict[str, None]] = {}
     for key, _, value in (word.partition("=") for word in words):
@@ -239,5 +266,6 @@ def _check_paths(words: Sequence[str]) -> None:
         if len(given) > 1:
             raise UserError(
                 f"{key} is given {len(given)} times; several paths are one word, in quotes so that "
-                f"the shell leaves its braces: '{key}={{a,b}}.tar', or a list: '{key}=[a.tar, b.tar]'"
+                f"the shell leaves its braces: '{key}={{a,b}}.tar', or a list: "
+                f"'{key}=[a.tar, b.tar]'"
             )
