@@ -1,13 +1,18 @@
-"""What `python -m cm3leon.run doctor` looks at and measures.
+"""What `python -m cm3leon.run doctor` checks and measures.
 
-findings.py     a line of its report: good, warning or wrong, and what to do
-machine.py      software, GPUs and their links, SLURM, the disk
-files.py        whether a file system keeps what checkpoints and locks need
-nccl.py         sums between the GPUs of this machine
-figures.py      what is measured, beside its goal and what others reach
-parts.py        the table of measurements; each runs in a process of its own, so that none takes the rest with it
-page.py         findings and figures as a page and as JSON
+findings.py     a line of its report: good, warning or wrong, and what to do machine.py
+software, GPUs and their links, SLURM, cores and memory files.py        whether a file system does
+what checkpoints and locks rely on nccl.py         sums between the GPUs of this machine figures.py
+a measured number, its goal, and what other projects reach parts.py        the table of
+measurements; each runs in its own process, so that a crash ends one alone page.py         findings
+and figures as a page and as JSON
 
-The measurements are files of their own (hardware, attention, training, images, data). What they time is called by
-`benchmarks/`, too.
+The findings are lines such as
+
+    good     files, locked: a second process is refused a lock (flock)
+    warning  faiss: 1.13.0 is built without GPUs: search and index training run on the CPU
+             -> install faiss-gpu or its cuVS build in place of faiss-cpu
+
+The measurements are files of their own (hardware, attention, training, images, data). `benchmarks/`
+times the same functions.
 """

@@ -1,4 +1,5 @@
-"""What makes a corpus ready: images embedded and tokenised, and the index over their vectors trained."""
+"""Time what makes a corpus ready: embedding and tokenising images, and the index of their
+vectors."""
 
 from __future__ import annotations
 
@@ -29,10 +30,11 @@ SMALL_VQGAN = {"name": "vqgan", "image_size": 32, "codebook_size": 64, "channels
 
 
 def write_vectors(folder: Path, documents: int) -> VectorShards:
-    """Vectors of simulated documents in shards.
+    """Write the vectors of simulated documents in shards.
 
-    They are points of a 64-dimensional mixture of 2,000 broad, overlapping clusters, turned into a text and an image
-    vector each with noise of its own.
+    A document is a point of a 64-dimensional mixture of 2,000 broad, overlapping clusters, mapped
+    to 512 dimensions. Its text and its image vector are this point with noise of their own, so that
+    an index has to tell near from very near, as with real captions.
     """
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CENTRES, LATENT), dtype=np.float32)
@@ -42,13 +44,14 @@ def write_vectors(folder: Path, documents: int) -> VectorShards:
     for number in range(count):
         rng = np.random.default_rng([1, number])
         rows = min(SHARD, documents - number * SHARD)
-        points = centres[rng.integers(CENTRES, size=rows)] + 0.7 * rng.standard_normal(
-            (rows, LATENT), dtype=np.float32
-        )
+
+        # The order of the draws is part of the data: centres, spread, then the noise of each part.
+        chosen = centres[rng.integers(CENTRES, size=rows)]
+        points = chosen + 0.7 * rng.standard_normal((rows, LATENT), dtype=np.float32)
         near = unit(points @ turn)
-        text, image = (
-            unit(near + 0.03 * rng.standard_normal(near.shape, dtype=np.float32)) for _ in range(2)
-        )
+        text = unit(near + 0.03 * rng.standard_normal(near.shape, dtype=np.float32))
+        image = unit(near + 0.03 * rng.standard_normal(near.shape, dtype=np.float32))
+
         ids = [str(number * SHARD + row) for row in range(rows)]
         write_vector_shard(shard_path(folder, number, count), ids, Parts(text, image), HEADER)
     finish_vectors(folder, count)
@@ -69,7 +72,7 @@ class IndexTimes(NamedTuple):
 
 
 def timed_index(vectors: VectorShards, folder: Path, config: IndexConfig) -> IndexTimes:
-    """Makes the index of all vectors in a folder that is there."""
+    """Make the index of all vectors in a folder that exists, step by step."""
     start = time.perf_counter()
     train(vectors, folder, config, seed=0)
     trained = time.perf_counter()
@@ -81,20 +84,22 @@ def timed_index(vectors: VectorShards, folder: Path, config: IndexConfig) -> Ind
 
 
 def measure(device: torch.device, full: bool) -> Iterator[Figure]:
-    """Embedding, tokenising, and decoding codes to pixels, then the index."""
-    batch, side = (256, 256) if full else (4, 32)
+    """Embedding and tokenising images, and decoding codes to images."""
+    batch, side, repeats, settings = 4, 32, 2, SMALL_VQGAN
+    config = EncoderConfig(architecture=None)
+    if full:
+        batch, side, repeats, settings = 256, 256, 5, LARGE_VQGAN
+        config = EncoderConfig()
     images_BHWC = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
-    repeats = 5 if full else 2
 
     def embedding() -> tuple[float, str]:
-        config = EncoderConfig() if full else EncoderConfig(architecture=None)
         encoder = ClipEncoder(config).to(device).eval()
         taken = median_seconds(lambda: encoder.encode_images(images_BHWC), device, repeats)
         return batch / taken, f"{config.architecture or 'a small CLIP'}, random weights"
 
     yield from attempted(PART, "embedding images", "images/s", embedding)
 
-    settings = LARGE_VQGAN if full else SMALL_VQGAN
+    # Each measurement builds its own tokenizer: one that fails takes no other with it.
     how = f"VQGAN of {side} x {side} pixels, random weights, float32"
 
     def tokenizing() -> tuple[float, str]:
@@ -116,18 +121,20 @@ def measure(device: torch.device, full: bool) -> Iterator[Figure]:
 
 
 def measure_index(device: torch.device, full: bool) -> Iterator[Figure]:
-    """Training, filling and merging an index; FAISS takes the GPUs itself where it has them."""
-    documents, code_bytes = (500_000, 64) if full else (600, 4)
-    config = IndexConfig(exact_below=0, code_bytes=code_bytes, recall_queries=1000 if full else 50)
-    with TemporaryDirectory() as place:
-        vectors = write_vectors(Path(place) / "vectors", documents)
-        (Path(place) / "index").mkdir()
+    """Training, filling and merging an index; FAISS uses the GPUs by itself if it is built for
+    them."""
+    documents, code_bytes, queries = (500_000, 64, 1000) if full else (600, 4, 50)
+    config = IndexConfig(exact_below=0, code_bytes=code_bytes, recall_queries=queries)
+    with TemporaryDirectory() as folder:
+        vectors = write_vectors(Path(folder) / "vectors", documents)
+        (Path(folder) / "index").mkdir()
         found: list[IndexTimes] = []
 
         def training() -> tuple[float, str]:
-            found.append(timed_index(vectors, Path(place) / "index", config))
+            found.append(timed_index(vectors, Path(folder) / "index", config))
             return found[0].train, f"{documents:,} documents of {WIDTH} dimensions"
 
+        # One call makes all three figures; if it fails, the first one says why.
         yield from attempted("index", "index: training", "s", training)
         for times in found:
             yield Figure("index", "index: adding", documents / times.add, "documents/s")

@@ -1,4 +1,4 @@
-"""What is measured, beside its goal and what others reach."""
+"""A measured number, its goal, and what other projects reach."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, or the reason why it is not there."""
+    """One measured number, or the reason why there is none."""
 
     part: str
-    """The measurement that it is of."""
+    """The measurement that it belongs to."""
     name: str
     value: float | None
     unit: str
     note: str = ""
-    """With what it was measured; the reason, where there is no value."""
+    """What it was measured with; without a value, the reason."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A number to be reached on a device, and what others reach."""
+    """A number to reach on a device, and what other projects reach."""
 
     gpu: str
     """A word of the device's name by CUDA."""
     name: str
-    """That of the figure."""
+    """The figure's name."""
     bound: float
     lowest: bool
-    """Whether the figure is to be at least this; at most otherwise."""
+    """Whether the figure should be at least `bound`; else at most."""
     anchor: str
-    """What others reach, with its source."""
+    """What other projects reach, with the source."""
 
     def is_met(self, value: float) -> bool:
-        """Whether a figure reaches it."""
-        return value >= self.bound if self.lowest else value <= self.bound
+        """Whether a figure reaches the goal."""
+        if self.lowest:
+            return value >= self.bound
+        return value <= self.bound
 
     @property
     def text(self) -> str:
-        """For a table."""
+        """The goal for a table: ≥ 0.5."""
         return f"{'≥' if self.lowest else '≤'} {self.bound:g}"
 
 
@@ -48,7 +50,10 @@ FLOAT8_GAIN = "float8 over bf16, layers of the 7B"
 ONE_IMAGE = {kind: f"one image, 7B, {kind}" for kind in ("bf16", "int8", "fp8")}
 MANY_IMAGES = {kind: f"64 images at once, 7B, {kind}" for kind in ("bf16", "int8", "fp8")}
 
-_PAPER = "the paper: 11.8 s in bf16, 9.1 s in int8, on its hardware; floor of the bandwidth: 4.1 s in bf16"
+_PAPER = (
+    "the paper: 11.8 s in bf16, 9.1 s in int8, on its hardware; "
+    "floor of the bandwidth: 4.1 s in bf16"
+)
 _TENSORRT = "2.6: what TensorRT-LLM's published rate comes to"
 GOALS = (
     Goal("H100", MFU_7B, 0.5, True, "llm-foundry 7B: 0.404; torchtitan 8B: 0.33 to 0.39"),
@@ -67,16 +72,20 @@ GOALS = (
 
 
 def goal_of(name: str, device: str) -> tuple[Goal | None, bool]:
-    """The goal of a figure, and whether it is one for this device; the H100's stands beside the figures of others."""
+    """The goal of a figure, and whether it is for this device; on other devices, the H100's
+    goal."""
     goals = [goal for goal in GOALS if goal.name == name]
-    own = next((goal for goal in goals if goal.gpu in device), None)
-    return own or next(iter(goals), None), own is not None
+    for goal in goals:
+        if goal.gpu in device:
+            return goal, True
+    return next(iter(goals), None), False
 
 
 def attempted(
     part: str, name: str, unit: str, measure: Callable[[], tuple[float, str]]
 ) -> Iterator[Figure]:
-    """The figure of `measure`, which gives value and note; what it raises becomes the reason of a figure without."""
+    """The figure of a function that returns value and note; if it raises, a figure with the
+    reason."""
     try:
         value, note = measure()
     except Exception as error:  # of any kernel and library: the next figure may still be there
@@ -86,6 +95,8 @@ def attempted(
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line."""
+    """An error in one line."""
     first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    if not first:
+        return type(error).__name__
+    return f"{type(error).__name__}: {first}"

@@ -1,5 +1,11 @@
-"""Whether a file system keeps what this project relies on, by doing it: `io.py` (files that are whole or not there),
-`locks.py` (one process at a time), and the checkpoints, folders that get their name when all is on the disk."""
+"""Whether a file system does what this project relies on, by trying it.
+
+io.py          a file is replaced by rename: readers see the old one or the new one, whole
+locks.py       a lock keeps out a second process: flock, or files where there is none
+checkpoints    a folder gets its name by rename, when all of its files are on the disk
+sweeps         runs share finished stages by symbolic links
+shards         large files are read through memory maps
+"""
 
 from __future__ import annotations
 
@@ -21,11 +27,13 @@ from cm3leon.types import UserError
 
 ANOTHER_DISK = "put run= on another file system: a local disk, NFS, Lustre or GPFS"
 LITTLE, VERY_LITTLE = 50e9, 2e9
-"""Bytes of free disk below which a warning is due, and nothing can be made: a 350M's three checkpoints take 16 GB."""
+"""Free bytes below which there is a warning, and below which nothing can be done. For comparison,
+the three checkpoints of a 350M model take 16 GB."""
 REPLACEMENTS = 200
 SPEED_BYTES = 2**26
 SKEW = 30.0
-"""Seconds between the clocks of this machine and of the file system; a lock's file is stale after 180."""
+"""Seconds between the clocks of this machine and of the file system; a lock's file is stale after
+180."""
 
 SECOND_PROCESS = """
 import fcntl, sys
@@ -38,25 +46,28 @@ with open(sys.argv[1], "a") as file:
 
 
 def look_at_files(folder: Path) -> Iterator[Finding]:
-    """Everything about the file system of a folder, or of the first folder above it that is there."""
+    """Check the file system of a folder, or of the nearest folder above it that exists."""
     folder = folder.absolute()
     while not folder.is_dir():
         folder = folder.parent
     yield _space(folder)
+
+    # All checks write into a hidden folder beside the runs, which is removed at the end.
+    checks = (
+        _replaced,
+        _renamed_folder,
+        _synced,
+        _locked,
+        _linked,
+        _symlinked,
+        _mapped,
+        _clock,
+        _speed,
+    )
     try:
-        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as place:
-            for check in (
-                _replaced,
-                _renamed_folder,
-                _synced,
-                _locked,
-                _linked,
-                _symlinked,
-                _mapped,
-                _clock,
-            ):
-                yield _attempted(check, Path(place))
-            yield _attempted(_speed, Path(place))
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as hidden:
+            for check in checks:
+                yield _attempted(check, Path(hidden))
     except OSError as error:
         yield wrong(
             "files",
@@ -66,7 +77,7 @@ def look_at_files(folder: Path) -> Iterator[Finding]:
 
 
 def _attempted(check: Callable[[Path], Finding], place: Path) -> Finding:
-    """What a check finds, or what the system answered in its place."""
+    """What a check finds, or the error that the system gave instead."""
     try:
         return check(place)
     except OSError as error:
@@ -80,15 +91,18 @@ def _space(folder: Path) -> Finding:
     advice = "make room, or name another folder with folder=DIR; `plan` says what a training takes"
     if free < VERY_LITTLE:
         return wrong("disk", text, advice)
-    return warning("disk", text, advice) if free < LITTLE else good("disk", text)
+    if free < LITTLE:
+        return warning("disk", text, advice)
+    return good("disk", text)
 
 
 def _replaced(place: Path) -> Finding:
-    """A reader sees the old file or the new one, never half of either, however often it is replaced."""
+    """A reader sees the old file or the new one, never half of either, while it is replaced."""
     path, content = place / "replaced", "whole " * 2000
     write_text(path, content)
     done, faults = threading.Event(), 0
 
+    # One thread replaces the file, again and again; this one reads it all the while.
     def replace() -> None:
         for _ in range(REPLACEMENTS):
             write_text(path, content)
@@ -102,6 +116,7 @@ def _replaced(place: Path) -> Finding:
         except FileNotFoundError:
             faults += 1
     writer.join()
+
     if not done.is_set():
         return wrong("files, replaced", "a file cannot be replaced by rename", ANOTHER_DISK)
     if faults:
@@ -111,7 +126,7 @@ def _replaced(place: Path) -> Finding:
 
 
 def _renamed_folder(place: Path) -> Finding:
-    """As a checkpoint gets its name."""
+    """A checkpoint's folder gets its name by rename, and loses the old one."""
     partial, final = place / ".partial_1", place / "step_1"
     partial.mkdir()
     (partial / "file").write_text("x")
@@ -122,7 +137,7 @@ def _renamed_folder(place: Path) -> Finding:
 
 
 def _synced(place: Path) -> Finding:
-    """Content and names are on the disk before a checkpoint counts."""
+    """Content and names can be forced to the disk, as a checkpoint does before it counts."""
     path = place / "synced"
     path.write_text("x")
     sync_to_disk(path)
@@ -131,7 +146,10 @@ def _synced(place: Path) -> Finding:
 
 
 def _locked(place: Path) -> Finding:
-    """A second process is refused the lock of the first; that hosts see each other's is not seen from one host."""
+    """A second process is refused the lock of the first.
+
+    Whether other hosts see the lock cannot be checked from one host.
+    """
     with locked(place):
         done = subprocess.run(
             [sys.executable, "-c", SECOND_PROCESS, str(place / ".lock")],
@@ -141,6 +159,8 @@ def _locked(place: Path) -> Finding:
         )
         if "refused" in done.stdout:
             return good("files, locked", "a second process is refused a lock (flock)")
+
+        # Some file systems have no flock at all; `locked` has then used a file instead.
         if any(f"[Errno {number}]" in done.stderr for number in WITHOUT_FLOCK):
             return _locked_by_files(place)
     return wrong(
@@ -149,7 +169,8 @@ def _locked(place: Path) -> Finding:
 
 
 def _locked_by_files(place: Path) -> Finding:
-    """Without flock: this process holds the folder already, and may not have it twice."""
+    """Without flock, by files: this process holds the folder, and must be refused it a second
+    time."""
     try:
         with locked(place):
             pass
@@ -157,13 +178,14 @@ def _locked_by_files(place: Path) -> Finding:
         return warning(
             "files, locked",
             "there is no flock; files that name their process lock instead",
-            "a killed run's lock is free again after 3 minutes for other hosts; mount with flock if you can",
+            "a killed run's lock is free again after 3 minutes for other hosts; mount with flock "
+            "if you can",
         )
     return wrong("files, locked", "there is no flock, and files do not lock either", ANOTHER_DISK)
 
 
 def _linked(place: Path) -> Finding:
-    """A lock that was taken by mistake is put back by a hard link."""
+    """Hard links exist: by one, a lock's file that was taken away by mistake is put back."""
     path = place / "linked"
     path.write_text("x")
     try:
@@ -178,7 +200,7 @@ def _linked(place: Path) -> Finding:
 
 
 def _symlinked(place: Path) -> Finding:
-    """Runs of a sweep share stages by symbolic links."""
+    """Symbolic links exist: by them, the runs of a sweep share stages."""
     (place / "symlinked").write_text("x")
     (place / "symlink").symlink_to("symlinked")
     assert (place / "symlink").read_text() == "x"
@@ -186,7 +208,7 @@ def _symlinked(place: Path) -> Finding:
 
 
 def _mapped(place: Path) -> Finding:
-    """Tokens, vectors and the index are read through a memory map."""
+    """Files can be memory-mapped, as tokens, vectors and the index are."""
     path = place / "mapped"
     path.write_bytes(b"x" * mmap.PAGESIZE)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -195,7 +217,7 @@ def _mapped(place: Path) -> Finding:
 
 
 def _clock(place: Path) -> Finding:
-    """Files' times are compared with this machine's clock."""
+    """The file system's clock is near this machine's: locks without flock compare the two."""
     path = place / "clock"
     path.write_text("x")
     apart = path.stat().st_mtime - time.time()
@@ -209,7 +231,7 @@ def _clock(place: Path) -> Finding:
 
 
 def _speed(place: Path) -> Finding:
-    """How fast a checkpoint can be written at most; nothing is judged by it."""
+    """How fast a checkpoint can be written at most; this is printed, not judged."""
     path, block = place / "speed", os.urandom(2**20)
     start = time.perf_counter()
     with path.open("wb") as file:

@@ -11,13 +11,13 @@ Verdict = Literal["good", "warning", "wrong"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one thing. `wrong` keeps something that was asked for from working; a warning does not."""
+    """The result of one check. `wrong` keeps something from working; a warning does not."""
 
     verdict: Verdict
     name: str
     text: str
     advice: str = ""
-    """What to do about it; "" where all is good."""
+    """What to do about it; "" if it is good."""
 
 
 def good(name: str, text: str) -> Finding:
@@ -33,7 +33,7 @@ def wrong(name: str, text: str, advice: str) -> Finding:
 
 
 def lines(finding: Finding) -> Iterator[str]:
-    """The finding for a terminal."""
+    """The finding as lines for a terminal."""
     yield f"{finding.verdict:<8} {finding.name}: {finding.text}"
     if finding.advice:
         yield f"         -> {finding.advice}"

@@ -1,4 +1,9 @@
-"""Images drawn by decoders with random weights: seconds a batch, beside the floor that reading the weights sets."""
+"""Time the drawing of images by models with random weights.
+
+Each step reads all weights once, however many images it draws, so that the memory's bandwidth sets
+a floor for a single image. For the 7B in bf16 on a GPU that reads 3.3 TB a second it is 14 GB / 3.3
+TB/s = 4 ms a step, and 4 s for 1,024 codes.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +33,21 @@ PAPER = Vocab(56_320, 8192)
 
 @dataclass(frozen=True)
 class Size:
-    """Which images are drawn by what, and how."""
+    """Which images are drawn, by which model, and how."""
 
     name: str
     settings: Any
+    """Of the model, by its registered name or as a section."""
     vocab: Vocab
     codes: int
+    """Codes of an image."""
     batches: tuple[int, ...]
+    """Numbers of images that are drawn at once."""
     execution: Execution
 
 
 FULL = Size("7B", "cm3leon_7b", PAPER, 1024, (1, 64, 256, 16, 4), "compiled graph")
-"""The batches that have goals come first: a limit of time takes the others."""
+"""The batches that have goals come first, as the time limit may cut the others off."""
 SMALL = Size(
     "small",
     {"name": "cm3leon", "layers": 2, "width": 128, "head_size": 32, "seq_len": 256},
@@ -51,7 +59,7 @@ SMALL = Size(
 
 
 def new_decoder(settings: Any, vocab: Vocab, weights: Weights, device: torch.device) -> Model:
-    """Random weights, large enough to choose by."""
+    """A model with random weights; those of the head are large enough that codes differ."""
     torch.manual_seed(0)
     with torch.device(device):
         model: Model = MODELS.build(MODELS.check(settings), vocab_size=vocab.size)
@@ -61,32 +69,30 @@ def new_decoder(settings: Any, vocab: Vocab, weights: Weights, device: torch.dev
 
 
 def read_bytes(model: Model, vocab: Vocab) -> int:
-    """Bytes of the weights that a step reads: all layers, and the codes' rows of the head."""
+    """Bytes of the weights that a step reads: all layers, and the rows of the head for codes."""
     layers = 0
     for parameter in model.blocks.parameters():
-        kept: Any = getattr(parameter, "qdata", parameter)
+        kept: Any = getattr(parameter, "qdata", parameter)  # of int8 and fp8 weights
         layers += kept.nbytes
     return layers + model.head.weight[: vocab.image_size].nbytes
 
 
 def requests_of(batch: int, codes: int, vocab: Vocab) -> list[Request]:
-    """As many random prompts, each for an image under guidance."""
+    """Requests with random prompts, each for an image drawn with guidance."""
     rng = np.random.default_rng(0)
     image = DECODERS.build({"name": "top_p", "cfg": 3.0, "top_p": 0.9})
     new = partial(grammar.image, vocab, codes)
-    other_T = np.array([vocab.eos, vocab.sentinel(0), vocab.brk])
-    streams = [
-        (np.array([vocab.eos, *rng.integers(4, vocab.text_size, PROMPT - 2), vocab.brk]), other_T)
-        for _ in range(batch)
-    ]
-    return [
-        Request(each, new, codes, [{"image": image}], [number])
-        for number, each in enumerate(streams)
-    ]
+    unconditional_T = np.array([vocab.eos, vocab.sentinel(0), vocab.brk])
+    requests = []
+    for number in range(batch):
+        text = rng.integers(4, vocab.text_size, PROMPT - 2)
+        streams = (np.array([vocab.eos, *text, vocab.brk]), unconditional_T)
+        requests.append(Request(streams, new, codes, [{"image": image}], [number]))
+    return requests
 
 
 def answer_seconds(answerer: Answerer, requests: list[Request]) -> float:
-    """Seconds for all of them, under bf16 autocast."""
+    """Seconds to answer all requests, under bf16 autocast."""
     device = answerer.model.embedding.weight.device
 
     def answer() -> None:
@@ -97,12 +103,12 @@ def answer_seconds(answerer: Answerer, requests: list[Request]) -> float:
 
 
 def has_room(model: Model, requests: list[Request]) -> bool:
-    """Whether all of them are in the making at a time."""
+    """Whether all requests can be drawn at a time."""
     return shape_for(model, requests).groups >= len(requests)
 
 
 def measure(device: torch.device, full: bool, *, weights: Weights) -> Iterator[Figure]:
-    """Batches of images; in bf16 also one image with other windows."""
+    """Batches of images; in bf16 also a single image with wider windows."""
     size = FULL if full else SMALL
     part = f"images, {weights}"
     try:
@@ -111,23 +117,28 @@ def measure(device: torch.device, full: bool, *, weights: Weights) -> Iterator[F
     except Exception as error:  # no room, no torchao, or a device that does not have it
         yield Figure(part, _name(size, 1, weights), None, "s", reason(error))
         return
-    single = 0.0
+
     for batch in size.batches:
         requests = requests_of(batch, size.codes, size.vocab)
         answerer = Answerer(model, size.vocab, window=1, execution=size.execution)
         found, taken = _timed(part, size, batch, weights, answerer, requests, floor)
-        single = taken if batch == 1 else single
         yield from found
+
+        # A single image has the most to gain from drafts, as its steps wait for the weights.
         if batch == 1 and weights == "bf16" and taken:
-            yield from _windows(part, size, model, requests, single)
+            yield from _windows(part, size, model, requests, taken)
 
 
 def _timed(
     part: str, size: Size, batch: int, weights: Weights, answerer: Answerer,
     requests: list[Request], floor: float,
 ) -> tuple[list[Figure], float]:  # fmt: skip
-    """Figures of a batch, timed once after one that is not counted, and its seconds; 0 where it does not run."""
-    name, unit = _name(size, batch, weights), "s" if batch == 1 else "images/s"
+    """The figures of a batch, and its seconds; 0 if it cannot run.
+
+    It is timed once, after a run that is not counted.
+    """
+    name = _name(size, batch, weights)
+    unit = "s" if batch == 1 else "images/s"
     try:
         if not has_room(answerer.model, requests):
             return [Figure(part, name, None, unit, "no room in memory for all at a time")], 0.0
@@ -135,6 +146,7 @@ def _timed(
         taken = answer_seconds(answerer, requests)
     except Exception as error:
         return [Figure(part, name, None, unit, reason(error))], 0.0
+
     step = taken / size.codes
     note = f"{1e3 * step:.3g} ms a step, of which reading the weights takes {floor / step:.0%}"
     value = taken if batch == 1 else batch / taken
@@ -144,7 +156,11 @@ def _timed(
 def _windows(
     part: str, size: Size, model: Model, requests: list[Request], plain: float
 ) -> Iterator[Figure]:
-    """How much faster a single image is where a step computes drafts behind the next code."""
+    """How many times faster a single image is if steps also compute drafts.
+
+    Args:
+        plain: seconds without drafts.
+    """
     for window in (2, 4):
         name = f"one image with a window of {window}, {size.name}"
         try:
@@ -160,7 +176,10 @@ def _windows(
 
 
 def _name(size: Size, batch: int, weights: Weights) -> str:
-    if size is FULL and batch in (1, 64):
-        return (ONE_IMAGE if batch == 1 else MANY_IMAGES)[weights]
+    """The name of a figure; those with goals have theirs in figures.py."""
+    if size is FULL and batch == 1:
+        return ONE_IMAGE[weights]
+    if size is FULL and batch == 64:
+        return MANY_IMAGES[weights]
     what = "one image" if batch == 1 else f"{batch} images at once"
     return f"{what}, {size.name}, {weights}"

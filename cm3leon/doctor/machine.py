@@ -1,4 +1,4 @@
-"""What a machine has: software, GPUs and their links, what computes on them, SLURM, cores and memory."""
+"""Check what a machine has: software, GPUs and their links, kernels, SLURM, cores and memory."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ OPTIONAL = {
 }
 """Packages that may be missing, and what needs them."""
 OPEN_FILES = 4096
-"""Files that a process with many shards has open at a time."""
+"""How many files a process with many shards has open at a time."""
 
 
 def look_at_machine(device: torch.device) -> Iterator[Finding]:
-    """All but the file system and NCCL."""
+    """Every check but those of the file system and NCCL."""
     yield from look_at_software(device)
     yield from look_at_gpus(device)
     yield from look_at_precisions(device)
@@ -44,16 +44,18 @@ def look_at_machine(device: torch.device) -> Iterator[Finding]:
     yield from look_at_limits()
 
 
-# ------------------------------------------------------------------------------------------------ software and GPUs
+# ------------------------------------------------------------------------------ software and GPUs
 
 
 def look_at_software(device: torch.device) -> Iterator[Finding]:
-    """Versions, and packages that are missing."""
+    """Check versions, and which optional packages are missing."""
     yield good(
         "cm3leon", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     yield good("torch", f"{torch.__version__}, {cuda}")
+
+    # xformers is for GPUs only; a CPU does not lack it.
     for package, needed_for in OPTIONAL.items():
         try:
             yield good(package, importlib.metadata.version(package))
@@ -65,25 +67,32 @@ def look_at_software(device: torch.device) -> Iterator[Finding]:
 
 
 def look_at_gpus(device: torch.device) -> Iterator[Finding]:
-    """Driver, each GPU, and the links between them."""
+    """Check the driver, each GPU, and the links between them."""
     rows = smi("driver_version", "name", "ecc.errors.uncorrected.volatile.total", "power.limit",
                "power.default_limit")  # fmt: skip
+
+    # A driver that lists GPUs which torch cannot use is a broken installation, not a machine
+    # without GPUs.
     if device.type != "cuda":
         if rows:
             yield wrong(
                 "GPUs",
                 f"the driver {rows[0][0]} has {len(rows)}, and torch {torch.__version__} sees none",
-                "install a torch built for this driver's CUDA (https://pytorch.org), or check CUDA_VISIBLE_DEVICES",
+                "install a torch built for this driver's CUDA (https://pytorch.org), or check "
+                "CUDA_VISIBLE_DEVICES",
             )
         else:
             yield warning(
                 "GPUs", "none: everything runs on the CPU", "fine for experiment=digits and tests"
             )
         return
+
     if rows:
         yield good("driver", rows[0][0])
     for number in range(torch.cuda.device_count()):
         yield look_at_gpu(number)
+
+    # What only the driver knows: memory errors, and a power limit below the usual one.
     for number, (_, name, errors, limit, usual) in enumerate(rows):
         if errors.isdigit() and int(errors):
             yield wrong(
@@ -101,10 +110,12 @@ def look_at_gpus(device: torch.device) -> Iterator[Finding]:
 
 
 def look_at_gpu(number: int) -> Finding:
-    """One GPU by torch: whether torch has kernels for it, its memory, and whether others use it."""
+    """Check one GPU: whether torch has kernels for it, its memory, and whether others use it."""
     of = torch.cuda.get_device_properties(number)
     name = f"GPU {number}"
     text = f"{of.name}, {of.total_memory / 1e9:,.0f} GB, capability {of.major}.{of.minor}"
+
+    # Kernels of sm_90 run on capabilities 9.0 and later ones of 9, not on 8 or 10.
     built = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
     if not any(each // 10 == of.major and each % 10 <= of.minor for each in built):
         return wrong(
@@ -112,6 +123,7 @@ def look_at_gpu(number: int) -> Finding:
             f"{text}; torch {torch.__version__} has no kernels for it",
             "install a torch built for it (https://pytorch.org)",
         )
+
     free, total = torch.cuda.mem_get_info(number)
     if free < 0.95 * total:
         return warning(
@@ -129,9 +141,13 @@ def look_at_gpu(number: int) -> Finding:
 
 
 def look_at_links(gpus: int) -> Iterator[Finding]:
-    """How GPUs are connected, from `nvidia-smi topo -m`: NV18 is 18 NVLinks, PIX to SYS are ways over PCIe."""
+    """Check how GPUs are connected, by `nvidia-smi topo -m`.
+
+    There, NV18 stands for 18 NVLinks; PIX, PXB, PHB, NODE and SYS are routes over PCIe.
+    """
     if gpus < 2:
         return
+
     kinds = links(ask("nvidia-smi", "topo", "-m"))
     if not kinds:
         yield warning("links", "nvidia-smi topo -m says nothing", "check it by hand")
@@ -146,22 +162,39 @@ def look_at_links(gpus: int) -> Iterator[Finding]:
 
 
 def links(matrix: str) -> list[str]:
-    """The kinds of links between different GPUs in the matrix that nvidia-smi prints."""
+    """The kinds of links between different GPUs in the matrix that nvidia-smi prints.
+
+    For two GPUs and a network card it is
+
+                GPU0    GPU1    NIC0    CPU Affinity
+        GPU0     X      NV18    PIX     0-31
+        GPU1    NV18     X      SYS     0-31
+        NIC0    PIX     SYS      X
+
+    and the result is [NV18, NV18].
+    """
     rows = []
     for line in matrix.splitlines():
         cells = re.sub(r"\x1b\[[0-9;]*m", "", line).split()
         if cells and re.fullmatch(r"GPU\d+", cells[0]) and "X" in cells:
             rows.append(cells)
 
-    # The columns of the GPUs come first; those of network cards and of cores stand behind them.
-    return [cell for row in rows for cell in row[1 : 1 + len(rows)] if cell != "X"]
+    # The columns of the GPUs come first, before those of network cards and cores.
+    kinds = []
+    for row in rows:
+        kinds += row[1 : 1 + len(rows)]
+    return [kind for kind in kinds if kind != "X"]
 
 
 def smi(*fields: str) -> list[list[str]]:
-    """Fields of each GPU by nvidia-smi; none where it is not there or fails."""
+    """Fields of each GPU by nvidia-smi; empty if it is missing or fails."""
     printed = ask("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
-    rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines()]
-    return [row for row in rows if len(row) == len(fields)]
+    rows = []
+    for line in printed.splitlines():
+        row = [cell.strip() for cell in line.split(",")]
+        if len(row) == len(fields):
+            rows.append(row)
+    return rows
 
 
 def _number(text: str) -> float:
@@ -172,17 +205,18 @@ def _number(text: str) -> float:
         return 0.0
 
 
-# ------------------------------------------------------------------------------------------------ what computes
+# ---------------------------------------------------------------------------------- what computes
 
 
 def look_at_precisions(device: torch.device) -> Iterator[Finding]:
-    """bf16 and float8."""
+    """Check whether the device computes in bf16 and float8."""
     if uses_bf16(device, "auto"):
         yield good("bf16", f"{device.type} computes in it")
     else:
         yield warning(
             "bf16", f"{device.type} does not compute in it", "precision=auto takes float32 here"
         )
+
     lacks = float8.missing(device)
     if not lacks:
         yield good("float8", "training.precision=float8 can be used")
@@ -193,7 +227,7 @@ def look_at_precisions(device: torch.device) -> Iterator[Finding]:
 
 
 def look_at_attention(device: torch.device) -> Iterator[Finding]:
-    """Every backend: whether it loads, and computes what the formula does."""
+    """Check for every backend whether it loads, and computes the same as the formula."""
     chosen = choose("auto", device)
     yield good("attention", f"auto takes {chosen.name}")
     for name in ATTENTIONS.names():
@@ -208,9 +242,11 @@ def look_at_attention(device: torch.device) -> Iterator[Finding]:
 
 
 def _tried(title: str, name: str, device: torch.device) -> Finding:
-    """Two samples in a block, forward and backward, against the formula in float32."""
+    """Try a backend on two samples in a block, forward and backward, and compare with float32."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype, bound = torch.float32, 1e-3
+    if device.type == "cuda":
+        dtype, bound = torch.bfloat16, 0.1
     given = torch.randn(3, 1, 2, 256, 64, device=device)
     sample_1T = (torch.arange(256, device=device) >= 100).long()[None]
     results = []
@@ -223,8 +259,10 @@ def _tried(title: str, name: str, device: torch.device) -> Finding:
     except Exception as error:  # whatever a kernel raises on a device that it was not made for
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return wrong(title, f"it does not run ({reason})", "set model.attention to another one")
+
+    # Not a number must be wrong too, so the comparison is this way round.
     apart = (results[0].float() - results[1]).abs().max().item()
-    if not apart < (0.1 if dtype == torch.bfloat16 else 1e-3):
+    if not apart < bound:
         return wrong(
             title, f"it is {apart:.2g} from the formula", "set model.attention to another one"
         )
@@ -232,7 +270,7 @@ def _tried(title: str, name: str, device: torch.device) -> Finding:
 
 
 def look_at_faiss(device: torch.device) -> Finding:
-    """The library, and whether it has the GPUs."""
+    """Check the library, and whether it can use the GPUs."""
     try:
         faiss = import_faiss()
     except UserError as error:
@@ -244,45 +282,49 @@ def look_at_faiss(device: torch.device) -> Finding:
             f"{faiss.__version__} is built without GPUs: search and index training run on the CPU",
             "install faiss-gpu or its cuVS build in place of faiss-cpu",
         )
-    return good(
-        "faiss", f"{faiss.__version__}, {gpus} GPUs" if gpus else f"{faiss.__version__}, CPU"
-    )
+    where = f"{gpus} GPUs" if gpus else "CPU"
+    return good("faiss", f"{faiss.__version__}, {where}")
 
 
-# ------------------------------------------------------------------------------------------------ around them
+# ------------------------------------------------------------------------------------ around them
 
 
 def look_at_slurm() -> Finding:
-    """Whether there is a cluster, and its partitions."""
+    """Check whether there is a cluster, and which partitions it has."""
     if shutil.which("sbatch") is None:
         return good("SLURM", "sbatch is not on the PATH: launcher=slurm is not for this machine")
     nodes = partitions()
     if not nodes:
         return warning("SLURM", "sinfo does not answer", "ask whether the controller is up")
-    described = ", ".join(
-        f"{each.partition}{'*' if each.default else ''} ({each.count} nodes, {each.gpus} GPUs each)"
-        for each in nodes
-    )
+
+    described = []
+    for each in nodes:
+        star = "*" if each.default else ""
+        described.append(f"{each.partition}{star} ({each.count} nodes, {each.gpus} GPUs each)")
+    text = ", ".join(described)
     if not any(each.gpus for each in nodes):
         return warning(
             "SLURM",
-            f"{described}; no partition names GPUs",
+            f"{text}; no partition names GPUs",
             "launcher.gpus_per_node may be refused",
         )
-    return good("SLURM", described)
+    return good("SLURM", text)
 
 
 def look_at_limits() -> Iterator[Finding]:
-    """Cores, memory, and how many files a process may open."""
+    """Check cores, memory, and how many files a process may open."""
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield good("cores", f"{cores} of {os.cpu_count()}, {memory / 1e9:,.0f} GB of memory")
+
+    # A user may raise the soft limit up to the hard one; -1 stands for no hard limit.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < OPEN_FILES:
+        possible = min(hard, 65_536) if hard > 0 else 65_536
         yield warning(
             "open files",
             f"a process may open {soft}",
-            f"ulimit -n {min(hard, 65_536) if hard > 0 else 65_536}, before a run over many shards",
+            f"ulimit -n {possible}, before a run over many shards",
         )
     else:
         yield good("open files", f"a process may open {soft:,}")

@@ -17,14 +17,14 @@ from cm3leon.io import write_json
 
 PAGE, JSON = "doctor.html", "doctor.json"
 HOW_TO_READ = (
-    "Figures are medians after calls that are not counted; a batch of images is timed once. Weights are random, which "
-    "changes the factor of a window alone. A goal is judged only on the GPU that it is for; beside figures of other "
-    "GPUs stands the H100's."
+    "Figures are medians after calls that are not counted; a batch of images is timed once. "
+    "Weights are random, which changes the factor of a window alone. A goal is judged only on the "
+    "GPU that it is for; beside figures of other GPUs stands the H100's."
 )
 
 
 def device_name(device: torch.device) -> str:
-    """As CUDA calls it; a CPU by its threads."""
+    """The device's name by CUDA; of a CPU, its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
@@ -33,14 +33,17 @@ def device_name(device: torch.device) -> str:
 def write(
     folder: Path, findings: Sequence[Finding], figures: Sequence[Figure], device: torch.device
 ) -> None:
-    """Both files, in a folder that is made."""
+    """Write the page and the JSON file into the folder, which is made if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     name, now = device_name(device), datetime.now(UTC).isoformat(timespec="seconds")
     rows = []
     for figure in figures:
         goal, is_own = goal_of(figure.name, name)
-        met = goal.is_met(figure.value) if goal and is_own and figure.value is not None else None
+        met = None
+        if goal and is_own and figure.value is not None:
+            met = goal.is_met(figure.value)
         rows.append({**asdict(figure), "goal": goal and asdict(goal), "met": met})
+
     write_json(
         folder / JSON,
         {
@@ -55,11 +58,15 @@ def write(
 
 
 def report(findings: Sequence[Finding], figures: Sequence[Figure], device: str, now: str) -> Report:
-    """The page: what is wrong comes first, then goals, then every figure by its part."""
-    counts = {verdict: [f for f in findings if f.verdict == verdict] for verdict in VERDICTS}
-    facts = [_fact(verdict, counts[verdict]) for verdict in VERDICTS]
-    ordered = [finding for verdict in VERDICTS for finding in counts[verdict]]
+    """The page: first the findings, what is wrong on top, then goals, then all figures by part."""
+    facts, ordered = [], []
+    for verdict in VERDICTS:
+        found = [finding for finding in findings if finding.verdict == verdict]
+        facts.append(_fact(verdict, found))
+        ordered += found
     sections = [Section("The machine", blocks=[findings_table(ordered)])]
+
+    # Without measure=true there are no figures.
     if figures:
         facts.append(_goals_fact(figures, device))
         aimed = [figure for figure in figures if goal_of(figure.name, device)[0]]
@@ -80,13 +87,19 @@ VERDICTS = ("wrong", "warning", "good")
 
 
 def _fact(verdict: str, found: Sequence[Finding]) -> Fact:
-    statuses: dict[str, Status] = {"wrong": "bad" if found else "good"}
-    names = ", ".join(f.name for f in found) if verdict != "good" else ""
-    return Fact(verdict, str(len(found)), names, statuses.get(verdict, "plain"))
+    """The number of findings of a verdict; those that need something done are named."""
+    status: Status = "plain"
+    if verdict == "wrong":
+        status = "bad" if found else "good"
+    names = ""
+    if verdict != "good":
+        names = ", ".join(finding.name for finding in found)
+    return Fact(verdict, str(len(found)), names, status)
 
 
 def _goals_fact(figures: Sequence[Figure], device: str) -> Fact:
-    """How many of the goals for this device are reached."""
+    """How many of the goals for this device are reached; a figure without a value misses its
+    goal."""
     met = []
     for figure in figures:
         goal, is_own = goal_of(figure.name, device)
@@ -99,7 +112,7 @@ def _goals_fact(figures: Sequence[Figure], device: str) -> Fact:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """A row for each."""
+    """A row for each finding; what is wrong is highlighted."""
     columns = ["", "verdict", "found", "what to do"]
     rows = [[f.name, f.verdict, f.text, f.advice or None] for f in findings]
     marked = [row for row, finding in enumerate(findings) if finding.verdict == "wrong"]
@@ -107,7 +120,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def goals_table(figures: Sequence[Figure], device: str) -> Table:
-    """Figures that have goals, beside them and what others reach."""
+    """The figures that have goals, with their goals and what other projects reach."""
     rows: list[list[Cell]] = []
     for figure in figures:
         goal, is_own = goal_of(figure.name, device)
@@ -122,10 +135,13 @@ def goals_table(figures: Sequence[Figure], device: str) -> Table:
 
 
 def figures_table(figures: Sequence[Figure]) -> Table:
-    """All figures of a part; a dash stands where one could not be measured, and the reason behind it."""
+    """All figures of a part; one that could not be measured has a dash, and the reason behind
+    it."""
     rows = [[f.name, _value(f), f.note or None] for f in figures]
     return Table(["", "measured", "with what, or why not"], rows)
 
 
 def _value(figure: Figure) -> str | None:
-    return None if figure.value is None else f"{column([figure.value])[0]} {figure.unit}"
+    if figure.value is None:
+        return None
+    return f"{column([figure.value])[0]} {figure.unit}"

@@ -1,8 +1,13 @@
-"""The measurements in their order, each in a process of its own with a limit of time.
+"""The measurements in their order, each in a process of its own with a time limit.
 
-Run as a module it is one of these processes: `python -m cm3leon.doctor.parts NAME SIZE FILE` adds a line of JSON to the
-file for each figure as soon as it is there. So an error, a kernel that leaves the GPU unusable, a lack of memory or the
-limit cost the figures that were not made yet, and no others.
+Run as a module, this file is one of these processes: `python -m cm3leon.doctor.parts NAME SIZE
+FILE` appends a line of JSON to the file for each figure, as soon as it is measured. So an error, a
+kernel that leaves the GPU unusable, a lack of memory or the limit costs the figures that were still
+to come, and no others:
+
+    doctor ─┬─ process "hardware"  60 s    4 lines, done
+            ├─ process "layers"   200 s    2 lines, killed at its limit
+            └─ ...                         starts with a GPU in order
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ from cm3leon.training.device import best_device
 
 TESTS = Path(__file__).parents[2] / "tests"
 TESTS_LIMIT = 170
-"""Seconds; below the limit of their part, which would end the part and leave its tests running."""
+"""Seconds. This is below the limit of their part: that one would end the part, but not its
+tests."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +41,22 @@ class Part:
 
     name: str
     measure: Callable[[torch.device, bool], Iterator[Figure]]
-    """(device, whether in full) -> its figures one after the other."""
+    """(device, whether at full size) -> its figures, each as soon as it is measured."""
     limit: int
     """Seconds that it may take."""
 
 
 def gpu_tests(device: torch.device, full: bool) -> Iterator[Figure]:
-    """The tests that are marked `gpu`, where tests lie beside the package, as in a clone."""
-    if device.type != "cuda" or not TESTS.is_dir():
-        lacks = "no tests beside the package" if device.type == "cuda" else "no GPU"
+    """Run the tests marked `gpu`, if the tests lie beside the package, as in a clone."""
+    lacks = ""
+    if device.type != "cuda":
+        lacks = "no GPU"
+    elif not TESTS.is_dir():
+        lacks = "no tests beside the package"
+    if lacks:
         yield Figure("tests", "pytest -m gpu", None, "failed", lacks)
         return
+
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=line", str(TESTS)],
@@ -58,9 +69,14 @@ def gpu_tests(device: torch.device, full: bool) -> Iterator[Figure]:
     except subprocess.TimeoutExpired:
         yield Figure("tests", "pytest -m gpu", None, "failed", f"not done after {TESTS_LIMIT} s")
         return
+
+    # The last line is pytest's summary. Codes above 1 mean that pytest itself did not work.
     lines = done.stdout.strip().splitlines()
     failed = [line.removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
-    note = "; ".join([lines[-1] if lines else done.stderr.strip()[-200:], *failed])
+    summary = done.stderr.strip()[-200:]
+    if lines:
+        summary = lines[-1]
+    note = "; ".join([summary, *failed])
     count = len(failed) if done.returncode in (0, 1) else None
     yield Figure("tests", "pytest -m gpu", count, "failed", note)
 
@@ -81,7 +97,7 @@ PARTS = (
 
 
 def measured(device: torch.device, *, full: bool) -> Iterator[Figure]:
-    """All figures; prints each part as it begins and ends."""
+    """All figures, part by part; prints each part as it begins and ends."""
     for number, part in enumerate(PARTS, 1):
         print(f"[{number}/{len(PARTS)}] {part.name} ...", flush=True)
         start = time.monotonic()
@@ -94,12 +110,15 @@ def measured(device: torch.device, *, full: bool) -> Iterator[Figure]:
 
 
 def in_process(part: Part, *, full: bool) -> list[Figure]:
-    """The figures of a part that runs as a process; what ended it early is a figure without a value."""
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "figures.jsonl"
+    """Run a part as a process, and return its figures.
+
+    If it ended early, the last figure has no value, and the reason as its note.
+    """
+    size = "full" if full else "small"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.jsonl"
         path.touch()
         ended = ""
-        size = "full" if full else "small"
         command = [sys.executable, "-m", "cm3leon.doctor.parts", part.name, size, str(path)]
         try:
             done = subprocess.run(
@@ -116,7 +135,8 @@ def in_process(part: Part, *, full: bool) -> list[Figure]:
         except subprocess.TimeoutExpired:
             ended = f"stopped at its limit of {part.limit} s"
         lines = path.read_text().splitlines()
-    # The last line may be half written where the process was killed.
+
+    # The last line may be half written if the process was killed.
     figures = [Figure(**json.loads(line)) for line in lines if line.endswith("}")]
     if ended:
         figures.append(Figure(part.name, f"{part.name}: the rest", None, "", ended))
@@ -124,7 +144,7 @@ def in_process(part: Part, *, full: bool) -> list[Figure]:
 
 
 def main(name: str, size: str, path: str) -> None:
-    """One part in this process."""
+    """Measure one part in this process."""
     discover()
     part = next(each for each in PARTS if each.name == name)
     device = best_device()
@@ -132,7 +152,7 @@ def main(name: str, size: str, path: str) -> None:
         try:
             for figure in part.measure(device, size == "full"):
                 print(json.dumps(asdict(figure)), file=file, flush=True)
-        except Exception as error:  # outside of what the part foresees; what is there stays
+        except Exception as error:  # that the part did not catch; the figures so far stay
             rest = Figure(part.name, f"{part.name}: the rest", None, "", reason(error))
             print(json.dumps(asdict(rest)), file=file, flush=True)
 

@@ -1,4 +1,10 @@
-"""Training steps of decoders with random weights, and the share of a device's peak that their model FLOPs are."""
+"""Time training steps of models with random weights, as a share of the device's peak (MFU).
+
+A model's FLOPs are those of its matrix products and its attention, forward and backward; those of
+recomputed activations do not count. A step of 32,768 tokens of a 7B takes about
+6 x 7e9 x 32,768 = 1.4e15 FLOPs; in 3 s, on a GPU whose peak is 989e12 FLOP/s, that is an MFU of
+1.4e15 / 3 / 989e12 = 0.47.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +29,7 @@ from cm3leon.training.optimizer import new_optimizer
 
 PART = "training"
 VOCABULARY, LENGTH = 65_536, 4096
-"""The paper's."""
+"""Those of the paper."""
 SMALL = {"name": "cm3leon", "layers": 2, "width": 128, "head_size": 32, "seq_len": 128}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -31,7 +37,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def new_model(settings: Any, vocab_size: int, device: torch.device) -> Model:
-    """A decoder with random numbers in the head too: a zero head would make all gradients zero."""
+    """A model with random numbers in the head too: a zero head would make all gradients zero."""
     torch.manual_seed(0)
     with torch.device(device):
         model = MODELS.build(settings, vocab_size=vocab_size)
@@ -40,18 +46,21 @@ def new_model(settings: Any, vocab_size: int, device: torch.device) -> Model:
 
 
 def packed_loss(model: Model) -> Loss:
-    """The mean loss of every next token of its document."""
+    """The mean loss over all tokens that have a next token in their document."""
 
     def loss(ids_BT: Tensor, sample_BT: Tensor) -> Tensor:
         target_BT = ids_BT.roll(-1, 1)
         weight_BT = ((sample_BT == sample_BT.roll(-1, 1)) & (sample_BT >= 0)).float()
         weight_BT[:, -1] = 0
-        alone = bool((sample_BT == 0).all())
         flat = (target_BT.flatten(), weight_BT.flatten())
+
+        # A block with one document needs no mask between documents, and has the faster attention.
+        packing: dict[str, Tensor] = {}
+        if not bool((sample_BT == 0).all()):
+            packing = {"position_BT": positions(sample_BT), "sample_BT": sample_BT}
         return model(
             ids_BT,
-            position_BT=None if alone else positions(sample_BT),
-            sample_BT=None if alone else sample_BT,
+            **packing,
             readout=lambda hidden_BTD, head: linear_cross_entropy(
                 hidden_BTD.flatten(0, 1), head.weight, *flat
             )[0],
@@ -61,7 +70,7 @@ def packed_loss(model: Model) -> Loss:
 
 
 def positions(sample_BT: Tensor) -> Tensor:
-    """Position numbers that begin anew in every document."""
+    """Positions that restart at 0 in every document: samples 0 0 0 1 1 have 0 1 2 0 1."""
     at_T = torch.arange(sample_BT.shape[1], device=sample_BT.device)
     begins_BT = torch.ones_like(sample_BT, dtype=torch.bool)
     begins_BT[:, 1:] = sample_BT[:, 1:] != sample_BT[:, :-1]
@@ -75,7 +84,10 @@ def stepper(
     config: DecoderTrainingConfig,
     device: torch.device,
 ) -> Callable[[Tensor], None]:
-    """One step on random ids with the given document numbers: both passes, clipping and the optimizer."""
+    """A function that makes one training step on random ids: both passes, clipping, the optimizer.
+
+    It takes the number of the document at each position.
+    """
     optimizer = new_optimizer(module, config)
 
     def step(sample_BT: Tensor) -> None:
@@ -98,13 +110,19 @@ class Step(NamedTuple):
     flops: float
     """Model FLOPs a second."""
     peak_bytes: int
-    """The most that is held on the GPU; 0 on a CPU."""
+    """The most bytes held on the GPU; 0 on a CPU."""
 
 
 def timed_step(
     model: Model, config: DecoderTrainingConfig, *, rows: int, length: int, repeats: int
 ) -> Step:
-    """A step on rows of three packed documents each, on the device of the model; the median of some."""
+    """Time a step on blocks of three packed documents each, on the model's device.
+
+    Args:
+        rows: blocks of a step.
+        repeats: steps, of which the median counts.
+    """
+    # Prepared in the order of the trainer: float8, recomputing, compiling.
     device = model.head.weight.device
     if config.precision == "float8":
         check_device(device)
@@ -112,17 +130,20 @@ def timed_step(
     recompute(model, config.activation_checkpointing)
     if config.compile:
         compile_blocks(model)
+
     step = stepper(model, packed_loss(model), model.vocab_size, config, device)
     sample_BT = (torch.arange(length) // (length // 3 + 1)).expand(rows, -1).contiguous()
     step(sample_BT)
     taken = median_seconds(partial(step, sample_BT), device, repeats)
-    held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    held = 0
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_allocated()
     flops = model_flops(model, sample_BT)
     return Step(sample_BT.numel(), taken, flops / taken, held)
 
 
 def measure(device: torch.device, full: bool) -> Iterator[Figure]:
-    """Whole trainings of the paper's smaller sizes in bf16; a small one on a CPU."""
+    """Whole models of the paper's smaller sizes in bf16; at small size, a small one."""
     sizes: tuple[tuple[str, Any, int], ...] = (("a small decoder", SMALL, 2),)
     if full:
         sizes = (("350M", "cm3leon_350m", 8), ("760M", "cm3leon_760m", 8))
@@ -131,10 +152,14 @@ def measure(device: torch.device, full: bool) -> Iterator[Figure]:
 
 
 def measure_layers(device: torch.device, full: bool) -> Iterator[Figure]:
-    """Some layers of the 7B with its vocabulary, as all of it with its moments fits on no single GPU of 80 GB."""
+    """Some layers of the 7B with its vocabulary, in bf16 and float8.
+
+    The whole 7B with its moments does not fit on a single GPU of 80 GB.
+    """
     part, settings, rows, what = "layers", SMALL, 2, "a small decoder"
     if full:
         settings, rows, what = {"name": "cm3leon_7b", "layers": 8}, 4, "layers of the 7B"
+
     found = {}
     for precision in ("bf16", "float8"):
         name = f"MFU, {what}, {precision}"
@@ -149,30 +174,37 @@ def _share(
     part: str, name: str, settings: Any, device: torch.device, full: bool, *, rows: int,
     precision: Any = "bf16",
 ) -> tuple[list[Figure], float]:  # fmt: skip
-    """Figures of a training step, and its tokens a second; 0 where it does not run.
+    """The figures of a training step, and its tokens a second; 0 if it cannot run.
 
-    On a device without a peak in the datasheets the share is of the rate of a matrix product that is measured.
+    On a device whose peak no datasheet gives, the share is of the measured rate of a matrix
+    product.
     """
-    vocab_size, length = (VOCABULARY, LENGTH) if full else (512, 128)
+    vocab_size, length, side, repeats, how = 512, 128, 512, 3, "eager"
+    if full:
+        vocab_size, length, side, repeats = VOCABULARY, LENGTH, 8192, 8
+        how = "compiled, selective"
     config = DecoderTrainingConfig(
         precision=precision,
         learning_rate=1e-4,
         compile=full,
         activation_checkpointing="selective" if full else "none",
     )
+
+    # The peak of memory is that of this model alone.
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
         model = new_model(settings, vocab_size, device)
-        step = timed_step(model, config, rows=rows, length=length, repeats=8 if full else 3)
-        side = 8192 if full else 512
+        step = timed_step(model, config, rows=rows, length=length, repeats=repeats)
         peak = peak_flops(device, 1) or product_rate(device, side, torch.bfloat16)
-    except Exception as error:  # out of memory, or what a compiler has to say
+    except Exception as error:  # out of memory, or an error of the compiler
         return [Figure(part, name, None, "of the peak", reason(error))], 0.0
+
     of = "datasheet" if peak_flops(device, 1) else "measured matrix product"
-    how = f"{rows} blocks of {length:,} tokens, {'compiled, selective' if full else 'eager'}"
-    memory = f"; {step.peak_bytes / 1e9:.1f} GB" if step.peak_bytes else ""
+    how = f"{rows} blocks of {length:,} tokens, {how}"
+    if step.peak_bytes:
+        how += f"; {step.peak_bytes / 1e9:.1f} GB"
     rate = step.tokens / step.seconds
-    tokens = Figure(part, f"{name.removeprefix('MFU, ')}: training", rate, "tokens/s", how + memory)
+    tokens = Figure(part, f"{name.removeprefix('MFU, ')}: training", rate, "tokens/s", how)
     return [Figure(part, name, step.flops / peak, "of the peak", of), tokens], rate
