@@ -14,7 +14,7 @@ from command_line import cm3leon
 
 from cm3leon.commands import push
 from cm3leon.hub.copies import Copied, pull_copy, push_copy
-from cm3leon.hub.store import FILES, UNLISTED, Store, Stored
+from cm3leon.hub.store import FILES, UNLISTED, Store, StoredFile
 from cm3leon.types import UserError
 
 ADDRESS = "memory://pushes/run"
@@ -59,7 +59,7 @@ def before_uploads(monkeypatch: pytest.MonkeyPatch, action: Callable[[Path], Non
     """Have something happen before each file is uploaded."""
     upload = Store.upload
 
-    def meanwhile(store: Store, path: Path, name: str) -> Stored:
+    def meanwhile(store: Store, path: Path, name: str) -> StoredFile:
         action(path)
         return upload(store, path, name)
 

@@ -1,1 +1,2 @@
-"""Models for people who do not have this project: folders as Hugging Face's libraries read them, and their Hub."""
+"""Models for people without this project: folders that Hugging Face's libraries read, and the
+Hub."""

@@ -1,7 +1,8 @@
-"""What LoRA has learned in a run, as an adapter of PEFT for the exported model that the run started from.
+"""A run's LoRA as an adapter of PEFT, for the exported model that the run started from.
 
-A matrix of ours whose rows are those of several matrices there has one pair A (r, in) and B (out, r). There, each of
-the several gets the same A, and its rows of B:
+Some matrices of ours are several matrices of transformers, one below the other: the queries, keys
+and values of a layer are one matrix `qkv`. LoRA has one pair A (r, in) and B (out, r) for it. In
+PEFT each of the three gets the same A, and its own rows of B:
 
     blocks.0.qkv.lora_b (3D, r)  ->  q_proj.lora_B, k_proj.lora_B, v_proj.lora_B (D, r)
 """
@@ -30,27 +31,31 @@ def write_adapter(exported: Exported, folder: Path, base_model: str | None) -> N
         base_model: the exported model that it is for, by its name on the Hub or as a folder.
 
     Raises:
-        UserError: for a run without adapters.
+        UserError: for a run that was not trained by LoRA.
     """
     run, form = exported.run, exported.form
     training = run.experiment.training
     if not training.lora_rank:
         raise UserError(
-            f"run: {run.folder} was trained whole, without adapters (training.lora_rank); export to=hf takes it"
+            f"run: {run.folder} was trained whole, without adapters (training.lora_rank); "
+            "export it with to=hf"
         )
     stage = run.stage("pretraining")
     if not (stage / ADAPTER).is_file():
         raise UserError(
-            f"run: {stage} has no {ADAPTER}, as it was trained by an older version; train it again, or take the merged "
-            "weights with export to=hf"
+            f"run: {stage} has no {ADAPTER}, as it was trained by an older version; train it "
+            "again, or export the merged weights with to=hf"
         )
     tensors = dict(_peft_tensors(exported, read_weights(stage / ADAPTER)))
-    matrices = {name for names in form.inner.values() for name in names}
-    adapted = {
-        name.removesuffix(".weight").rpartition(".")[2]
-        for name in matrices
-        if f"{PREFIX}{form.named(0, name.removesuffix('.weight'))}.lora_A.weight" in tensors
-    }
+
+    # PEFT finds adapted matrices by their short names, such as q_proj; all layers have the same.
+    adapted = set()
+    for names in form.inner.values():
+        for name in names:
+            matrix = name.removesuffix(".weight")
+            if f"{PREFIX}{form.named(0, matrix)}.lora_A.weight" in tensors:
+                adapted.add(matrix.rpartition(".")[2])
+
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,12 +74,15 @@ def write_adapter(exported: Exported, folder: Path, base_model: str | None) -> N
 def _peft_tensors(
     exported: Exported, adapter: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the adapter by PEFT's names: of each matrix, A and then B."""
     form, config = exported.form, exported.run.experiment.model.config
     for layer in range(config.layers):
         for ours, names in form.inner.items():
             prefix = f"blocks.{layer}.{ours.removesuffix('weight')}"
             if f"{prefix}lora_a" not in adapter:
                 continue
+
+            # Each tensor gets memory of its own, as safetensors stores none that share it.
             first, second = adapter[f"{prefix}lora_a"], adapter[f"{prefix}lora_b"]
             for name, rows in zip(names, split_rows(second, len(names), config), strict=True):
                 module = PREFIX + form.named(layer, name.removesuffix(".weight"))

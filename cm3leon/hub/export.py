@@ -1,14 +1,16 @@
 """A run as a folder that others can use without this project: `export to=hf`.
 
-    model.safetensors       the decoder as a class of transformers, in parts with an index where it is large
-    config.json             of that class
-    tokenizer.json          of its text, and tokenizer_config.json
+    model.safetensors       the model as a class of transformers; a large one in parts with an index
+    config.json             settings of this class
+    tokenizer.json          the text tokenizer, with tokenizer_config.json
     generation_config.json  what opens and ends a sample, and the ids of each modality
-    image_tokenizer/        diffusers' VQModel, or this project's own file where it has another form
-    cm3leon.json            what those have no place for: the experiment, the ranges of ids
+    image_tokenizer/        diffusers' VQModel, or this project's own file for other tokenizers
+    cm3leon.json            what the other files have no place for: the experiment, the ranges of
+        ids
     README.md               the model card, with sample images beside it
 
-Weights go from file to file, one after the other in their own precision, so that memory holds one file of the result.
+Weights are converted one tensor after the other in their own precision, so that memory holds one
+file of the result.
 """
 
 from __future__ import annotations
@@ -58,14 +60,17 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished run in the form of transformers: ids, names and settings, from which files are written."""
+    """A finished run in the form of transformers: the ids, names and settings for its files."""
 
     run: RunFolder
 
     @cached_property
     def form(self) -> Form:
-        """The class of its model. Raises UserError for a decoder that no class of transformers is,
-        by its name or by its settings."""
+        """The class of its model.
+
+        Raises:
+            UserError: for a model or settings that no class of transformers has.
+        """
         name, config = self.run.experiment.model.name, self.run.experiment.model.config
         form = FORMS.get(MODELS.get(name))
         if form is None:
@@ -78,18 +83,23 @@ class Exported:
 
     @cached_property
     def published(self) -> Mapping[str, str] | None:
-        """The family and the tokenizer.json of the public weights that the run began with; None if it did not."""
+        """The family and the tokenizer.json of the public weights that the run began with, if
+        any."""
         file = self.run.stage("text_tokenizer", TOKENIZER) / PUBLISHED
-        return read_json(file, {"family": str, "tokenizer.json": str}) if file.is_file() else None
+        if not file.is_file():
+            return None
+        return read_json(file, {"family": str, "tokenizer.json": str})
 
     @property
     def family(self) -> Family | None:
-        """The family of those weights."""
-        return FAMILIES[self.published["family"]] if self.published else None
+        """The family of the public weights that the run began with, if any."""
+        if not self.published:
+            return None
+        return FAMILIES[self.published["family"]]
 
     @cached_property
     def names(self) -> Mapping[int, str] | None:
-        """Names of the published ids; None where the ids are our own."""
+        """The names of published ids; None if the ids are our own."""
         if self.published is None:
             return None
         content = json.loads(self.published["tokenizer.json"])
@@ -106,8 +116,8 @@ class Exported:
         return has_processor(self.run.vocab.layout, self.names.values())
 
     def origin(self, licence: str | None, base_model: str | None) -> Origin:
-        """Whose weights they are: what is given, or else what the run has kept of the weights that
-        it began with."""
+        """Licence and base model: as given, or else as recorded for the weights that the run began
+        with."""
         kept = Origin()
         if (self.run.folder / "pretraining" / ORIGIN).is_file():
             kept = Origin.of(self.run.stage("pretraining", ORIGIN))
@@ -116,7 +126,7 @@ class Exported:
 
     @cached_property
     def vocab(self) -> PublishedVocab | None:
-        """Their vocabulary in our order."""
+        """The public weights' vocabulary in our order of ids, if the run began with any."""
         if self.published is None:
             return None
         family = FAMILIES[self.published["family"]]
@@ -124,15 +134,17 @@ class Exported:
 
     @cached_property
     def id_there_V(self) -> np.ndarray:
-        """The id in the exported model of each of our ids: the published one, or the same."""
-        return np.arange(self.run.vocab.size) if self.vocab is None else self.vocab.old_id_V
+        """For each of our ids, the id in the exported model: the published one, or the same."""
+        if self.vocab is None:
+            return np.arange(self.run.vocab.size)
+        return self.vocab.old_id_V
 
     def ids(self, ids: Any) -> list[int]:
-        """Ids of ours as the exported model has them."""
+        """Ids of the exported model for ids of ours."""
         return [int(id_) for id_ in self.id_there_V[np.asarray(ids, dtype=np.int64)]]
 
     def id_ranges(self) -> dict[str, list[list[int]]]:
-        """Ids of each modality, as [first, one past the last] of each run of them."""
+        """The ids of each modality, as [first, one past the last] of each range."""
         vocab = self.run.vocab
         kinds = {
             "text": range(*vocab.id_range("text")),
@@ -142,7 +154,7 @@ class Exported:
         return {name: _ranges(sorted(self.ids(ids))) for name, ids in kinds.items()}
 
     def special_ids(self) -> dict[str, Any]:
-        """What opens and ends a sample, and fills it up. A text ends at the first of its ends."""
+        """The ids that open, end and pad a sample. A text ends at the first of its ends."""
         vocab = self.run.vocab
         ends = dict.fromkeys(self.ids([vocab.end_of_span, vocab.layout.end]))
         return {
@@ -152,11 +164,12 @@ class Exported:
         }
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The decoder's tensors by our names, each read when it is asked for."""
+        """The model's tensors by our names, each read when it is used."""
         return open_weights(self.run.stage("pretraining", WEIGHTS) / WEIGHTS).read()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the exported model, one after the other."""
+        # Tables with a row for each id get the published order.
         tables = {self.form.outer[name] for name in TABLES}
         for name, tensor in self.form.to_state(self.weights(), self.run.experiment.model.config):
             if self.vocab is not None and name in tables:
@@ -167,20 +180,24 @@ class Exported:
             yield from self._image_encoder().items()
 
     def _image_encoder(self) -> dict[str, Tensor]:
-        """Tensors of the image tokenizer that a Chameleon carries; zeros where it cannot be this run's."""
+        """The image tokenizer that is part of a Chameleon; zeros if this run's is of another
+        form."""
         tokenizer: Any = self.run.image_tokenizer
         if not why_not_diffusers(tokenizer):
             return chameleon_state(tokenizer)
+
+        # transformers would fill missing tensors with random numbers.
         library = transformers()
         config = library.ChameleonConfig(**CHAMELEON.extra)
         with torch.device("meta"):
             state = library.ChameleonVQVAE(config.vq_config).state_dict()
-        return {
-            f"model.vqmodel.{name}": torch.zeros(tensor.shape) for name, tensor in state.items()
-        }
+        zeros = {}
+        for name, tensor in state.items():
+            zeros[f"model.vqmodel.{name}"] = torch.zeros(tensor.shape)
+        return zeros
 
     def config(self) -> dict[str, Any]:
-        """Settings of the class of the model."""
+        """config.json: the settings of the model's class."""
         config, vocab = self.run.experiment.model.config, self.run.vocab
         head = self.weights()["head.weight"]
         settings = {
@@ -193,7 +210,8 @@ class Exported:
         if self.form is not CHAMELEON:
             return settings
 
-        # Its forward pass closes what is named IMGIMG..., which public weights have and ours have not.
+        # Chameleon's forward pass forbids the tokens named IMGIMG..., which only public weights
+        # have.
         names = {"<image>": self.ids([vocab.pad])[0]}
         if self.names is not None:
             names = {name: id_ for id_, name in self.names.items()}
@@ -211,26 +229,27 @@ def write_hub_folder(
     *,
     part_bytes: int = PART_BYTES,
 ) -> None:
-    """Write everything but sample images, and compare what was written with the run.
+    """Write all files but the sample images, and compare the written weights with the run.
 
     Args:
         folder: an empty one.
         card: the text of README.md.
-        origin: whose weights they are, which is known again when the folder is imported.
+        origin: licence and base model, which an import of the folder records.
 
     Raises:
         UserError: for a run whose model or tokenizers have no such form.
-        RuntimeError: if the written weights are not those of the run, or compute something else.
+        RuntimeError: if the written weights are not those of the run, or compute other logits.
     """
     library, run, form = transformers(), exported.run, exported.form
     settings = exported.config()
     getattr(library, form.config_class)(**settings).save_pretrained(folder)
-    # Where the library's version 4 looks for it.
+
+    # Version 4 of the library reads this setting at the top.
     if "rope_parameters" in settings:
         kept = read_json(folder / "config.json")
-        write_json(
-            folder / "config.json", {"rope_theta": run.experiment.model.config.rope_theta, **kept}
-        )
+        rope_theta = run.experiment.model.config.rope_theta
+        write_json(folder / "config.json", {"rope_theta": rope_theta, **kept})
+
     progress = tqdm(exported.tensors(), "weights", unit="tensor", dynamic_ncols=True)
     save_in_parts(folder, progress, part_bytes)
     _write_text_tokenizer(exported, folder)
@@ -242,6 +261,8 @@ def write_hub_folder(
         "codes_per_image": run.grid[0] * run.grid[1],
     }
     write_json(folder / "generation_config.json", generation)
+
+    # What an import or `CM3Leon.load` needs beside all this.
     extras = {
         "cm3leon": __version__,
         **run.settings_of("model"),
@@ -260,15 +281,17 @@ def write_hub_folder(
 
 
 def _verify(exported: Exported, folder: Path) -> None:
-    """Compare every written tensor with the run's, and the logits of the first layers with transformers' own."""
+    """Compare the written tensors with the run's, and the first layers' logits with
+    transformers'."""
     ours, written = exported.weights(), HubFolder(folder)
     used = len(exported.id_there_V)
     for name, tensor in written.state():
         expected = ours[name]
-        if name in TABLES:  # ids that nobody has are not published
+        if name in TABLES:  # rows beyond the used ids are not exported
             tensor, expected = tensor[:used], expected[:used]
         if not torch.equal(tensor, expected):
             raise RuntimeError(f"the exported weights are not those of the run: {name} differs")
+
     with torch.device("meta"):
         model = exported.run.empty_model()
     settings = read_json(folder / "config.json")
@@ -277,7 +300,7 @@ def _verify(exported: Exported, folder: Path) -> None:
 
 
 def _write_text_tokenizer(exported: Exported, folder: Path) -> None:
-    """tokenizer.json and its settings. Text never becomes a special token, whatever it holds."""
+    """Write tokenizer.json and its settings. No text becomes a special token, whatever it holds."""
     run, special = exported.run, exported.special_ids()
     stage = run.stage("text_tokenizer", TOKENIZER)
     if exported.published is not None:
@@ -286,9 +309,10 @@ def _write_text_tokenizer(exported: Exported, folder: Path) -> None:
         shutil.copyfile(stage / TOKENIZER, folder / TOKENIZER)
         if (stage / LAYOUT).is_file():
             shutil.copyfile(stage / LAYOUT, folder / LAYOUT)
+
     names = exported.names or dict(enumerate(run.text_tokenizer.specials))
     settings: dict[str, Any] = {
-        # The plain class runs tokenizer.json as it is; the one that a model names would replace its pipeline.
+        # This class runs tokenizer.json as it is. The model's own class would change its pipeline.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
@@ -297,6 +321,8 @@ def _write_text_tokenizer(exported: Exported, folder: Path) -> None:
         "bos_token": names[special["bos_token_id"]],
         "eos_token": names[exported.ids([run.vocab.layout.end])[0]],
     }
+
+    # The processor turns images into ids by the names of the tokens around them.
     if exported.has_processor:
         layout = run.vocab.layout
         ids = exported.ids([*layout.image_open, *layout.image_close, *layout.turn])
@@ -308,7 +334,7 @@ def _write_text_tokenizer(exported: Exported, folder: Path) -> None:
 
 
 def _write_image_tokenizer(run: RunFolder, folder: Path) -> None:
-    """diffusers' VQModel, or this project's own file where the tokenizer is none."""
+    """Write the image tokenizer as diffusers' VQModel, or else as this project's own file."""
     folder.mkdir()
     tokenizer: Any = run.image_tokenizer
     if not why_not_diffusers(tokenizer):
@@ -322,7 +348,7 @@ def _write_image_tokenizer(run: RunFolder, folder: Path) -> None:
 
 
 def _ranges(ids: list[int]) -> list[list[int]]:
-    """Sorted ids as [first, one past the last] of each run of them.
+    """Sorted ids as [first, one past the last] of each range.
 
     >>> _ranges([3, 4, 5, 9])
     [[3, 6], [9, 10]]

@@ -1,8 +1,9 @@
-"""A folder that `export to=hf` wrote, read back: as weights, or as a run that can be asked without being copied.
+"""A folder that `export to=hf` wrote, read back as weights, or as a run that answers from where it
+is.
 
-The weights are those of a class of transformers. What that class has no place for (the experiment, the ranges of ids)
-stands beside them in `cm3leon.json`. Nothing in such a folder is believed before it is checked, as it may have come
-from anyone, and no code of it is run.
+The weights are those of a class of transformers. What transformers has no file for (the experiment,
+the ranges of ids) is in `cm3leon.json`. The folder may come from anyone: everything in it is
+checked before it is used, and no code of it is run.
 """
 
 from __future__ import annotations
@@ -48,52 +49,59 @@ EXTRAS_SHAPE = {
 IMAGE_TOKENIZER = "image_tokenizer"
 """The subfolder of the image tokenizer."""
 IMAGE_ENCODER = "model.vqmodel."
-"""Tensors of a Chameleon that are not the decoder's: the image tokenizer's folder has them as well."""
+"""Prefix of the tensors of a Chameleon's own image tokenizer, which is also in its own folder."""
 TABLES = ("embedding.weight", "head.weight")
 """Weights with a row for each id."""
 
 
 @dataclass(frozen=True)
 class HubFolder:
-    """A model of transformers that is a decoder of ours."""
+    """A model of transformers in a form that this project has."""
 
     folder: Path
     adapter: Path | None = None
-    """Folder of a LoRA adapter of PEFT that is merged into the weights; None = one in the folder, if there is one."""
+    """Folder of a LoRA adapter of PEFT that is merged into the weights; None = the one inside the
+    folder, if there is one."""
     where: str = "hf"
-    """The name of the argument that names the folder, for messages."""
+    """The option that names the folder, for messages."""
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """config.json. Raises UserError where there is none."""
+        """config.json. Raises UserError if it does not exist."""
         file = self.folder / "config.json"
         if not file.is_file():
             raise UserError(
-                f"{self.where}: {file} does not exist; {self.where} is a folder that transformers reads"
+                f"{self.where}: {file} does not exist; {self.where} is a folder that transformers "
+                "reads"
             )
         return read_json(file)
 
     @cached_property
     def extras(self) -> dict[str, Any]:
-        """cm3leon.json; empty where there is none."""
+        """cm3leon.json; empty if it does not exist."""
         file = self.folder / EXTRAS
-        return read_json(file, EXTRAS_SHAPE) if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        return read_json(file, EXTRAS_SHAPE)
 
     @cached_property
     def form(self) -> Form:
-        """The class of the model. Raises UserError for one that no decoder of ours is."""
+        """The class of the model. Raises UserError for one that this project has no counterpart
+        of."""
         given = self.settings.get("model_type")
         known = {form.model_type: form for form in FORMS.values()}
         if given not in known:
             names = " or ".join(json.dumps(name) for name in known)
             raise UserError(
-                f"{self.where}: {self.folder / 'config.json'}: model_type is {json.dumps(given)}; it must be {names}"
+                f"{self.where}: {self.folder / 'config.json'}: model_type is {json.dumps(given)}; "
+                f"it must be {names}"
             )
         return known[given]
 
     @cached_property
     def model(self) -> Component:
-        """The decoder: its shape by config.json, the rest by cm3leon.json or by default."""
+        """The model's settings: its shape by config.json, the rest by cm3leon.json or by
+        default."""
         form, settings = self.form, self.settings
         try:
             shape = form.read_config(settings)
@@ -105,7 +113,7 @@ class HubFolder:
 
     @cached_property
     def vocab(self) -> PublishedVocab | None:
-        """The vocabulary of public weights in our order; None where the ids are our own."""
+        """The vocabulary of public weights in our order of ids; None if the ids are our own."""
         family = self.extras.get("family")
         if family is None:
             return None
@@ -118,15 +126,17 @@ class HubFolder:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Ids of the decoder."""
-        given = (self.settings if self.vocab is None else self.extras).get("vocab_size")
+        """Ids of the model in our order; of public weights, with rows that they do not have."""
+        given = self.settings.get("vocab_size")
+        if self.vocab is not None:
+            given = self.extras.get("vocab_size")
         if type(given) is not int or given < 1:
             raise UserError(f"{self.where}: {self.folder}: vocab_size must be a positive number")
         return given
 
     @cached_property
     def weights(self) -> Weights:
-        """Its tensors by its names, read when they are asked for."""
+        """The tensors by transformers' names, each read when it is used."""
         check_folder_readable(self.folder)
         try:
             return open_weights(self.folder, adapter_allowed=True)
@@ -134,33 +144,40 @@ class HubFolder:
             raise UserError(f"{self.where}: {error}") from error
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The same with the adapter merged, in their own precision."""
-        adapter = self.adapter or (self.folder if has_adapter(self.folder) else None)
+        """The tensors by transformers' names with the adapter merged, in their own precision."""
+        adapter = self.adapter
+        if adapter is None and has_adapter(self.folder):
+            adapter = self.folder
         given = self.weights.read()
-        return given if adapter is None else merge_adapter(adapter, given)
+        if adapter is None:
+            return given
+        return merge_adapter(adapter, given)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The decoder's weights by our names, in our order of ids, one after the other.
+        """The weights by our names, in our order of ids, one after the other.
 
         Raises:
             UserError: for weights that are missing, left over or of another shape.
             NotFinite: for weights that are NaN or infinite.
         """
         config, published = self.model.config, self.vocab
-        rows = self.vocab_size if published is None else len(published.old_id_V)
+        rows = self.vocab_size
+        if published is not None:
+            rows = len(published.old_id_V)
+
+        # Names and shapes are compared before any weight is read.
         with torch.device("meta"):
-            wanted = dict(
-                self.form.to_state(MODELS.build(self.model, vocab_size=rows).state_dict(), config)
-            )
-        given = {
-            name: torch.empty(stored.shape, device="meta")
-            for name, stored in self.weights.tensors.items()
-            if not name.startswith(IMAGE_ENCODER)
-        }
+            model = MODELS.build(self.model, vocab_size=rows)
+            wanted = dict(self.form.to_state(model.state_dict(), config))
+        given = {}
+        for name, stored in self.weights.tensors.items():
+            if not name.startswith(IMAGE_ENCODER):
+                given[name] = torch.empty(stored.shape, device="meta")
         try:
             check_fit(self.folder, given, wanted)
         except UserError as error:
             raise UserError(f"{self.where}: {error}") from error
+
         for name, tensor in self.form.from_state(self.tensors(), config.layers):
             check_finite(tensor, f"{self.where}: {self.folder}: {name}")
             if published is not None and name in TABLES:
@@ -168,7 +185,7 @@ class HubFolder:
             yield name, tensor
 
     def build(self) -> Model:
-        """The decoder in evaluation mode, in the precision of the file; memory is taken once."""
+        """The model in evaluation mode, in the precision of the file; memory is taken once."""
         with torch.device("meta"):
             model = MODELS.build(self.model, vocab_size=self.vocab_size)
         model.load_state_dict(dict(self.state()), assign=True)
@@ -176,21 +193,21 @@ class HubFolder:
 
 
 def in_order(weight_VD: Tensor, old_id_V: np.ndarray, size: int) -> Tensor:
-    """Rows of a table in our order; ids that nobody has are rows of zeros."""
+    """The rows of a table in our order of ids; ids that the publisher does not have are zeros."""
     ordered_VD = weight_VD[torch.from_numpy(old_id_V)]
     return torch.cat([ordered_VD, ordered_VD.new_zeros(size - len(ordered_VD), weight_VD.shape[1])])
 
 
 def is_hub_folder(folder: Path) -> bool:
-    """Whether a folder is as transformers reads it, and no run."""
+    """Whether a folder is one that transformers reads, and not a run."""
     return (folder / "config.json").is_file() and not (folder / "config.yaml").exists()
 
 
 def asked_experiment(sections: Mapping[str, Any]) -> Experiment:
-    """An experiment for weights that were made elsewhere: there is no corpus, and nothing is trained.
+    """An experiment for weights that were made elsewhere: without a corpus, and without training.
 
     Args:
-        sections: those of the model and of both tokenizers, with others that replace the usual ones.
+        sections: of the model and both tokenizers, and others that replace the usual ones below.
     """
     usual = {
         "data": {"name": "none"},
@@ -206,9 +223,9 @@ def asked_experiment(sections: Mapping[str, Any]) -> Experiment:
 
 @dataclass(frozen=True, eq=False)
 class ExportedRun(RunFolder):
-    """An exported folder as a run with a decoder and both tokenizers, and no memory bank.
+    """An exported folder as a run with a model and both tokenizers, and without a memory bank.
 
-    Its stages are not there: what the decoder is asked with is read from the folder itself.
+    It has no stages: everything is read from the folder itself.
     """
 
     hub: HubFolder | None = None
@@ -219,11 +236,13 @@ class ExportedRun(RunFolder):
         config, published = self.experiment.text_tokenizer, self.hub.vocab
         if published is None:
             return TextTokenizer.load(self.folder, config)
+
+        # The published tokenizer in our order of ids, in the form of the tokenizer stage.
         with TemporaryDirectory() as made:
-            place = Path(made)
-            (place / TOKENIZER).write_text(json.dumps(published.tokenizer), encoding="utf-8")
-            write_json(place / LAYOUT, published.table)
-            return TextTokenizer.load(place, config)
+            folder = Path(made)
+            (folder / TOKENIZER).write_text(json.dumps(published.tokenizer), encoding="utf-8")
+            write_json(folder / LAYOUT, published.table)
+            return TextTokenizer.load(folder, config)
 
     def _layout_table(self) -> LayoutTable:
         assert self.hub is not None
@@ -250,22 +269,26 @@ class ExportedRun(RunFolder):
 def open_hub_folder(
     folder: Path, device: torch.device, *, adapter: Path | None = None, where: str = "run"
 ) -> ExportedRun:
-    """An exported folder, to be asked like a run.
+    """Open an exported folder, which then answers like a run.
 
     Args:
         adapter: folder of a LoRA adapter of PEFT to merge into the weights.
-        where: the name of the argument that names the folder, for messages.
+        where: the option that names the folder, for messages.
 
     Raises:
-        UserError: for a folder that this project did not write, or one that lacks something or is damaged.
+        UserError: for a folder that this project did not write, or one that is incomplete or
+            damaged.
     """
     hub = HubFolder(folder, adapter, where)
     kept = hub.extras.get("experiment")
     if not isinstance(kept, dict):
         raise UserError(
-            f"{where}: {folder} has no {EXTRAS} that `export to=hf` wrote, and so no image tokenizer for its codes; "
-            "public weights become a run with: import from=FAMILY hf=DIR vqgan=FILE out=DIR"
+            f"{where}: {folder} has no {EXTRAS} that `export to=hf` wrote, and so no image "
+            "tokenizer for its codes; public weights become a run with: import from=FAMILY hf=DIR vqgan=FILE "
+            "out=DIR"
         )
+
+    # The image tokenizer is in the folder, in the form of diffusers or of this project.
     discover()
     own = (folder / IMAGE_TOKENIZER / WEIGHTS).is_file()
     published = {
@@ -273,15 +296,13 @@ def open_hub_folder(
         "path": str(folder / IMAGE_TOKENIZER),
         "image_size": hub.extras.get("image_size"),
     }
-    # What it was trained on and with is told by the card; those who ask it need what changes answers.
+
+    # Of the experiment, only what changes answers is needed; the rest is described by the card.
     names = ("text_tokenizer", "sentinels", "objective", "decoder", "text_decoder")
-    experiment = asked_experiment(
-        {
-            **{name: kept[name] for name in names if name in kept},
-            "image_tokenizer": kept.get("image_tokenizer") if own else published,
-            "model": to_mapping(hub.model),
-        }
-    )
+    sections = {name: kept[name] for name in names if name in kept}
+    sections["image_tokenizer"] = kept.get("image_tokenizer") if own else published
+    sections["model"] = to_mapping(hub.model)
+    experiment = asked_experiment(sections)
     run = ExportedRun(experiment, folder, device, finished=True, verify=False, hub=hub)
     if hub.vocab_size != run.vocab.size:
         raise UserError(

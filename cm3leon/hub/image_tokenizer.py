@@ -1,7 +1,9 @@
-"""An image tokenizer as diffusers' VQModel, and its encoder as the one that transformers' Chameleon carries.
+"""An image tokenizer as diffusers' VQModel, and its encoder as the one that transformers' Chameleon
+carries.
 
-A codebook that is searched by cosine goes out with rows of length 1: of these the nearest by Euclidean distance is
-that of the largest cosine, whatever the length of the vector, so that both libraries find and draw the same codes.
+A codebook that is searched by cosine is exported with rows of length 1. Among rows of length 1, the
+nearest by Euclidean distance has the largest cosine, whatever the length of the vector, since
+|v - c|² = |v|² - 2 v·c + 1. So both libraries find and draw the same codes.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from cm3leon.tokenizers.image.vq_model import VQModel
 
 CODEBOOK = "quantizer.codebook_VD"
 LINEAR = re.compile(r"\.to_(q|k|v|out\.0)\.weight$")
-"""1x1 convolutions of ours that are linear layers in diffusers."""
+"""Names of 1x1 convolutions of ours that are linear layers in diffusers."""
 
 
 def why_not_diffusers(tokenizer: ImageTokenizer) -> str:
-    """Why a tokenizer cannot be diffusers' VQModel, as the end of a sentence; "" if it can."""
+    """Why a tokenizer cannot be exported as diffusers' VQModel, as a clause; "" if it can."""
     if not isinstance(tokenizer, VQModel):
         return "its networks are not those of a VQGAN"
     if not isinstance(tokenizer.quantizer, LookupQuantizer | EMAQuantizer):
@@ -35,20 +37,23 @@ def why_not_diffusers(tokenizer: ImageTokenizer) -> str:
 
 
 def diffusers_config(tokenizer: VQModel) -> dict[str, Any]:
-    """config.json of the VQModel that a tokenizer is."""
+    """config.json of a tokenizer as diffusers' VQModel."""
     shape = tokenizer.shape
-    attends = [level in shape.attention_levels for level in range(len(shape.multipliers))]
+
+    # The encoder goes down the levels, the decoder up again.
+    down: list[str] = []
+    up: list[str] = []
+    for level in range(len(shape.multipliers)):
+        attention = "Attn" if level in shape.attention_levels else ""
+        down.append(f"{attention}DownEncoderBlock2D")
+        up.insert(0, f"{attention}UpDecoderBlock2D")
+
     return {
         "_class_name": "VQModel",
         "in_channels": 3,
         "out_channels": 3,
-        "down_block_types": [
-            "AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in attends
-        ],
-        "up_block_types": [
-            "AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D"
-            for attention in reversed(attends)
-        ],
+        "down_block_types": down,
+        "up_block_types": up,
         "block_out_channels": shape.widths,
         "layers_per_block": shape.residual_blocks,
         "act_fn": "silu",
@@ -59,21 +64,22 @@ def diffusers_config(tokenizer: VQModel) -> dict[str, Any]:
         "vq_embed_dim": tokenizer.to_code.out_channels,
         "norm_type": "group",
         "mid_block_add_attention": True,
-        # So that `decode` takes codes.
+        # With this, `decode` takes codes.
         "lookup_from_codebook": True,
     }
 
 
 def diffusers_state(tokenizer: VQModel) -> dict[str, Tensor]:
-    """The tensors of that VQModel."""
+    """The tensors of a tokenizer as diffusers' VQModel."""
     state = _state(tokenizer, DIFFUSERS)
-    return {
-        name: tensor.flatten(1) if LINEAR.search(name) else tensor for name, tensor in state.items()
-    }
+    for name, tensor in state.items():
+        if LINEAR.search(name):
+            state[name] = tensor.flatten(1)
+    return state
 
 
 def chameleon_config(tokenizer: VQModel) -> dict[str, Any]:
-    """`vq_config` of the Chameleon that sees with a tokenizer's encoder."""
+    """`vq_config` of a Chameleon that has a tokenizer's encoder."""
     shape = tokenizer.shape
     return {
         "embed_dim": tokenizer.to_code.out_channels,
@@ -88,22 +94,22 @@ def chameleon_config(tokenizer: VQModel) -> dict[str, Any]:
 
 
 def chameleon_state(tokenizer: VQModel) -> dict[str, Tensor]:
-    """The encoder's tensors as a Chameleon names them."""
-    state = _state(tokenizer, TAMING)
-    return {
-        f"model.vqmodel.{name}": tensor
-        for name, tensor in state.items()
-        if not name.startswith("decoder.")
-    }
+    """The encoder's tensors by Chameleon's names; a Chameleon has no image decoder."""
+    encoder = {}
+    for name, tensor in _state(tokenizer, TAMING).items():
+        if not name.startswith("decoder."):
+            encoder[f"model.vqmodel.{name}"] = tensor
+    return encoder
 
 
 def _state(tokenizer: VQModel, layout: TensorNames) -> dict[str, Tensor]:
+    """A tokenizer's tensors by published names, without what only training needs."""
     shape: Architecture = tokenizer.shape
     normalized = isinstance(tokenizer.quantizer, LookupQuantizer) and tokenizer.quantizer.normalized
     result = {}
     for name, tensor in tokenizer.state_dict().items():
         if name.startswith("quantizer.") and name != CODEBOOK:
-            continue  # moving averages, which only training needs
+            continue  # moving averages
         if name == CODEBOOK and normalized:
             tensor = F.normalize(tensor, dim=-1)
         result[layout.published(name, len(shape.multipliers))] = tensor.contiguous()

@@ -11,9 +11,9 @@ from cm3leon.io import write_json
 from cm3leon.weights import save_tensors
 
 PART_BYTES = 5_000_000_000
-"""Of a file, unless a single tensor is larger: what is held in memory while weights are written."""
+"""Bytes of a file, unless a single tensor is larger; as much is held in memory."""
 METADATA = {"format": "pt"}
-"""What transformers and diffusers ask for in the header of a file."""
+"""What transformers and diffusers expect in the header of a file."""
 
 
 def save_in_parts(
@@ -21,7 +21,7 @@ def save_in_parts(
 ) -> None:
     """Write `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with an index.
 
-    Tensors are taken one after the other, and those of a file are forgotten when it is written.
+    Tensors are taken one after the other, and released when their file is written.
     """
     held: dict[str, Tensor] = {}
     size, total, written = 0, 0, list[list[str]]()
@@ -40,7 +40,7 @@ def save_in_parts(
         total += tensor.nbytes
     write()
 
-    # How many there are is known only now, and stands in their names.
+    # The files' names hold their number, which is known only now.
     if len(written) == 1:
         (folder / "1.safetensors").rename(folder / "model.safetensors")
         return

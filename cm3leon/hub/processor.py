@@ -1,8 +1,7 @@
-"""Files of transformers' `ChameleonProcessor`, which turns texts and images into what the exported
-Chameleon reads.
+"""The files of transformers' `ChameleonProcessor`, which makes the input of an exported Chameleon.
 
-It writes an image as ids by their names, in a text: so the names have to be those of its
-vocabulary, which public weights have, and the layout has to be Chameleon's own.
+It writes an image into the text, by the names of its tokens. So the tokens must have the names of
+Chameleon's vocabulary, as in public weights, and a sample Chameleon's layout.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ PLACEHOLDER = "<image>"
 
 
 def has_processor(layout: Layout, names: Collection[str]) -> bool:
-    """Whether the processor lays samples out as a layout says.
+    """Whether the processor can write samples in a layout.
 
     Args:
         names: of the vocabulary's tokens.
@@ -33,26 +32,27 @@ def has_processor(layout: Layout, names: Collection[str]) -> bool:
 
 
 def special_tokens(opens: str, closes: str, turn: str) -> dict[str, Any]:
-    """Settings of the tokenizer that the processor asks for.
+    """Settings of the tokenizer that the processor needs.
 
     Args:
-        opens: name of what stands in front of an image.
-        closes: name of what stands behind an image.
-        turn: name of what ends a question.
+        opens: name of the token in front of an image.
+        closes: name of the token behind an image.
+        turn: name of the token that ends a question.
     """
     around = {"image_token": PLACEHOLDER, "boi_token": opens, "eoi_token": closes}
     return {"sep_token": turn, "extra_special_tokens": around}
 
 
 def processor_files(size: int, grid: Grid) -> Mapping[str, Mapping[str, Any]]:
-    """The processor's settings, and those of what it does with images: pixels in [-1, 1], in one
-    size.
+    """The settings of the processor, and of its image processor: one size, pixels in [-1, 1].
 
     Args:
         size: height and width of an image, in pixels.
         grid: rows and columns of its codes.
     """
     rows, columns = grid
+
+    # A pixel p becomes p / 127.5 - 1, by a rescaling and a mean of 1.
     pixels = {
         "image_processor_type": "ChameleonImageProcessor",
         "processor_class": "ChameleonProcessor",
@@ -68,6 +68,7 @@ def processor_files(size: int, grid: Grid) -> Mapping[str, Mapping[str, Any]]:
         "image_mean": [1.0, 1.0, 1.0],
         "image_std": [1.0, 1.0, 1.0],
     }
+
     processor = {
         "processor_class": "ChameleonProcessor",
         "image_seq_length": rows * columns,

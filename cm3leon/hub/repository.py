@@ -1,7 +1,8 @@
-"""Models on the Hugging Face Hub: looked up in its cache, downloaded, and uploaded by `push`.
+"""Models on the Hugging Face Hub: found in its cache, downloaded, and uploaded by `push`.
 
-The library `huggingface_hub` keeps its own rules: HF_HUB_OFFLINE=1 reads the cache alone, HF_HOME says where it is, and
-the token is the one of HF_TOKEN or of the library's login. No token is read, written or logged here.
+The library `huggingface_hub` has its own settings: HF_HUB_OFFLINE=1 reads only the cache, HF_HOME
+is where the cache lies, and the token is that of HF_TOKEN or of the library's login. No token is
+read, written or logged here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cm3leon.weights import ADAPTERS
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 """A model on the Hub, as org/name."""
 READ = ["*.json", "*.safetensors"]
-"""What is downloaded: settings and weights, but no pickles, no code and no pictures."""
+"""What is downloaded: settings and weights, but no pickles, no code and no images."""
 UPLOADED = (
     "README.md",
     "sample*.png",
@@ -42,21 +43,22 @@ UPLOADED = (
     f"{IMAGE_TOKENIZER}/{GEOMETRY}",
     *ADAPTERS[:2],
 )
-"""What `export` writes; what else lies in its folder stays here."""
+"""What `export` writes; other files of the folder are not uploaded."""
 
 
 def model_folder(given: str | Path, *, revision: str | None = None, where: str = "run") -> Path:
-    """The folder of a model: a path, or the snapshot of a model on the Hub, which is downloaded where it is not cached.
+    """The folder of a model: a path, or the snapshot of a model on the Hub.
 
-    What is a folder here is never looked up there, and neither is a name whose first part is one: runs/digits is a
-    path where there is a folder runs, whether it has a run digits or not.
+    A snapshot that is not cached is downloaded. A name is only looked up on the Hub if no folder
+    here has its first part: with a folder runs, runs/digits is a path, whether runs has digits or
+    not.
 
     Args:
         revision: a branch, a tag or a commit on the Hub; None = its main branch.
-        where: the name of the argument, for messages.
+        where: the option that names the model, for messages.
 
     Raises:
-        UserError: for a model that is neither here nor can be had from the Hub.
+        UserError: for a model that is neither here nor can be downloaded from the Hub.
     """
     path = Path(given)
     local = path.exists() or not NAME.fullmatch(str(given)) or path.parent.exists()
@@ -66,18 +68,20 @@ def model_folder(given: str | Path, *, revision: str | None = None, where: str =
                 f"revision is given, which only a model on the Hub has; {where} is {given}, a path"
             )
         return path
+
     hub = _library(f"{where}: there is no folder {given} here, and a model on the Hub")
     try:
         return Path(hub.snapshot_download(str(given), revision=revision, allow_patterns=READ))
     except (OSError, ValueError, hub.errors.HTTPError) as error:
         why = reason(error).rstrip(".")
         raise UserError(
-            f"{where}: there is no folder {given} here, and no model of that name could be had from the Hub: {why}"
+            f"{where}: there is no folder {given} here, and no model of that name could be had "
+            f"from the Hub: {why}"
         ) from error
 
 
 def _library(needs: str) -> Any:
-    """The library huggingface_hub. Raises UserError where it is not installed."""
+    """The library huggingface_hub. Raises UserError if it is not installed."""
     try:
         import huggingface_hub
         import huggingface_hub.errors
@@ -90,51 +94,70 @@ def _library(needs: str) -> Any:
 
 @dataclass(frozen=True)
 class Upload:
-    """Files of a folder that go to the Hub."""
+    """The files of a folder that are uploaded to the Hub."""
 
     folder: Path
 
     @property
     def files(self) -> list[Path]:
-        """What is uploaded, in the order of its names. Raises UserError for a folder that is no export."""
-        if not (self.folder / "README.md").is_file() and not (self.folder / ADAPTERS[0]).is_file():
+        """The files, in the order of their names.
+
+        Raises:
+            UserError: for a folder that is not an export.
+        """
+        adapter = (self.folder / ADAPTERS[0]).is_file()
+        if not (self.folder / "README.md").is_file() and not adapter:
             raise UserError(
-                f"folder: {self.folder} has no README.md; give a folder that `export to=hf` or to=peft wrote"
+                f"folder: {self.folder} has no README.md; give a folder that `export to=hf` or "
+                "to=peft wrote"
             )
-        known = (self.folder / EXTRAS).is_file() or (self.folder / ADAPTERS[0]).is_file()
-        if not known and not is_hub_folder(self.folder):
-            raise UserError(f"folder: {self.folder} is no folder that `export` wrote")
-        found = {file for pattern in UPLOADED for file in self.folder.glob(pattern)}
+        if not (self.folder / EXTRAS).is_file() and not adapter and not is_hub_folder(self.folder):
+            raise UserError(
+                f"folder: {self.folder} is not a folder that `export` wrote; make one with "
+                "export to=hf run=DIR out=DIR"
+            )
+
+        found = set[Path]()
+        for pattern in UPLOADED:
+            found.update(self.folder.glob(pattern))
         return sorted(file for file in found if file.is_file())
 
     def listed(self) -> list[str]:
-        """A line for each file with its size, and one for all of them; what else lies in the folder is named."""
+        """A line for each file with its size, then their sum, and the files that are not
+        uploaded."""
         sizes = {file.relative_to(self.folder): file.stat().st_size for file in self.files}
         lines = [f"{size:>16,} bytes  {file.as_posix()}" for file, size in sizes.items()]
         lines.append(f"{sum(sizes.values()):>16,} bytes in {len(sizes)} files")
-        others = {
-            file.relative_to(self.folder) for file in self.folder.rglob("*") if file.is_file()
-        }
-        names = [file.as_posix() for file in sorted(others - set(sizes)) if file.parts[0][0] != "."]
-        if names:
-            lines.append(f"left here, as no export wrote it: {', '.join(names)}")
+
+        # Hidden files, such as those of git, go without saying.
+        others = []
+        for path in sorted(self.folder.rglob("*")):
+            file = path.relative_to(self.folder)
+            if path.is_file() and file not in sizes and not file.parts[0].startswith("."):
+                others.append(file.as_posix())
+        if others:
+            lines.append(f"left here, as no export wrote it: {', '.join(others)}")
         return lines
 
 
 def push(folder: Path, name: str, *, private: bool, revision: str | None, message: str) -> str:
-    """Upload a folder as a model, which is made where it is not there; returns the address of the commit.
+    """Upload a folder as a model, which is created if it does not exist.
 
     Args:
         name: as org/name.
-        private: whether a model that is made is private; one that is there stays as it is.
+        private: whether a new model is private; a model that exists keeps its visibility.
         revision: the branch; None = the main one.
 
+    Returns:
+        The address of the commit.
+
     Raises:
-        UserError: for a name that is none, a login that is missing or not allowed to, a Hub that cannot be reached, and
-            one that has not all of the files afterwards.
+        UserError: for a name of another form, a login that is missing or not allowed to upload, a
+            Hub that cannot be reached, and files that are missing there afterwards.
     """
     if not NAME.fullmatch(name):
         raise UserError(f"to is {name}; it must be the name of a model on the Hub, as org/name")
+
     hub = _library("push")
     api = hub.HfApi(library_name="cm3leon")
     files = [file.relative_to(folder).as_posix() for file in Upload(folder).files]
@@ -155,10 +178,11 @@ def push(folder: Path, name: str, *, private: bool, revision: str | None, messag
         raise UserError(
             f"to: {name} could not be uploaded: {why}; log in with `hf auth login`, or set HF_TOKEN"
         ) from error
-    # What a .gitignore of the model names is left out without a word.
+
+    # The library silently leaves out files that a .gitignore of the model names.
     if missing := sorted(set(files) - there):
         raise UserError(
-            f"to: {name} has {len(files) - len(missing)} of {len(files)} files after the upload; {missing[0]} is not "
-            "there: does a .gitignore of the model name it?"
+            f"to: {name} has {len(files) - len(missing)} of {len(files)} files after the upload; "
+            f"{missing[0]} is not there: does a .gitignore of the model name it?"
         )
     return str(commit.commit_url)

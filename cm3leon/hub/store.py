@@ -1,8 +1,8 @@
-"""What lies at the address of a copy: objects, the list that names them, and the files that they hold.
+"""The remote side of a copy: its objects, and the list of the files that they hold.
 
     Store("s3://bucket/runs/tars", "to").copy().files["config.json"].sha256
 
-The folder that is copied is a matter of cm3leon/hub/copies.py.
+The local side is in cm3leon/hub/copies.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cm3leon.types import UserError
 
 FILES = "cm3leon-files.json"
 UNLISTED = "cm3leon-unlisted.json"
-"""Names objects that the list may not name: of a push that is under way, or was killed."""
+"""Names the objects of a push in progress, or of a killed one, which the list may not name."""
 MAX_PARTS = 9000
 """Parts of an object; S3 has room for 10,000."""
 MAX_LIST_BYTES = 2**30
@@ -35,12 +35,12 @@ _LIST = {"number": int, "files": {str: {"object": str, "bytes": int, "sha256": s
 
 
 class Gone(Exception):
-    """A file of the folder here that vanished, or became shorter, while it was copied."""
+    """A local file that vanished or became shorter while it was copied."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A file of a copy: its object below the address, and what it holds."""
+class StoredFile:
+    """A file of a copy: its object, relative to the address, and its content's size and digest."""
 
     object: str
     bytes: int
@@ -49,35 +49,36 @@ class Stored:
 
 @dataclass
 class Copy:
-    """What the list at an address says; of number 0 where there is none."""
+    """The content of the list at an address; number 0 if there is no list."""
 
     number: int = 0
     """How many times it was pushed."""
-    files: dict[str, Stored] = field(default_factory=dict)
+    files: dict[str, StoredFile] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
-        """The list as it is written."""
+        """The list as JSON, in the order of names."""
         files = {name: asdict(self.files[name]) for name in sorted(self.files)}
         return json.dumps({"number": self.number, "files": files})
 
     @property
     def digest(self) -> str:
-        """Changes with every push."""
+        """Digest of the list; it changes with every push."""
         return digest_of(self.text)
 
 
 @dataclass(frozen=True)
 class Store:
-    """An address where a copy lies or is to lie."""
+    """An address that holds a copy, or will."""
 
     address: str
     where: str
-    """The option that names it, for messages."""
+    """The option that names the address, for messages."""
 
     @functools.cached_property
     def _place(self) -> tuple[Any, str]:
-        """The file system, and the path in it. Raises UserError for an address that is none."""
+        """The file system, and the path in it. Raises UserError for a text that is not an
+        address."""
         try:
             system, root = file_system(self.address)
         except (ImportError, ValueError) as error:
@@ -94,7 +95,7 @@ class Store:
         return f"{self._place[1]}/{name}"
 
     def copy(self) -> Copy:
-        """The copy that lies there, an empty one for none.
+        """The copy that lies there; an empty one if there is none.
 
         Raises:
             UserError: for a list that is damaged, or names files outside the folder or the address.
@@ -109,14 +110,14 @@ class Store:
             raise UserError(f"{said} is damaged ({error})") from error
         check_shape(content, _LIST, said)
 
-        files: dict[str, Stored] = {}
+        files: dict[str, StoredFile] = {}
         for name, entry in content["files"].items():
-            files[name] = Stored(entry["object"], entry["bytes"], entry["sha256"])
+            files[name] = StoredFile(entry["object"], entry["bytes"], entry["sha256"])
         _check_names(files, said)
         return Copy(content["number"], files)
 
     def unlisted(self) -> set[str]:
-        """Objects that a push which was killed may have left there; none if their list is damaged."""
+        """Objects that a killed push may have left there; none if their list is damaged."""
         text = self._text(UNLISTED)
         if text is None:
             return set()
@@ -128,7 +129,7 @@ class Store:
         return {name for name in names if _is_inside(name) and name != FILES}
 
     def _text(self, name: str) -> bytes | None:
-        """What an object holds; None where there is none."""
+        """The content of an object; None if it does not exist."""
         try:
             with open_remote(self._place[0], self.full(name), self.where) as file:
                 return file.read(MAX_LIST_BYTES)
@@ -136,11 +137,11 @@ class Store:
             return None
 
     def write_list(self, copy: Copy) -> None:
-        """Make a copy the one that lies there, the last step of a push."""
+        """Replace the list: the step of a push by which the new copy counts."""
         self._write(FILES, copy.text)
 
     def write_unlisted(self, names: Iterable[str]) -> None:
-        """Name the objects that are to go unless the next list names them, the first step of a push."""
+        """Name the objects to delete unless the next list names them: the first step of a push."""
         self._write(UNLISTED, json.dumps(sorted(names)))
 
     def _write(self, name: str, text: str) -> None:
@@ -148,32 +149,35 @@ class Store:
         with self._writing(file):
             persistently(lambda: self._place[0].pipe_file(file, content))
 
-    def upload(self, path: Path, name: str) -> Stored:
-        """Copy a file as long as it is now, block by block.
+    def upload(self, path: Path, name: str) -> StoredFile:
+        """Copy a file up to its present length, block by block; a log may grow meanwhile.
 
         Raises:
-            Gone: for a file that is not there any more.
-            UserError: for one that cannot be read, or an address that cannot be written to.
+            Gone: for a file that does not exist any more.
+            UserError: for a file that cannot be read, or an address that cannot be written to.
         """
         with self._writing(self.full(name)):
             return persistently(lambda: self._uploaded(path, name))
 
     @contextmanager
     def _writing(self, full: str) -> Iterator[None]:
-        """Say that an object could not be written. Raises UserError."""
+        """Explain why an object could not be written. Raises UserError."""
         with reaching(full, self.where):
             try:
                 yield
             except FileNotFoundError as error:
                 raise UserError(
-                    f"{self.where}: {full} cannot be written ({error}); make the bucket first, or give another address"
+                    f"{self.where}: {full} cannot be written ({error}); make the bucket first, or "
+                    "give another address"
                 ) from error
 
-    def _uploaded(self, path: Path, name: str) -> Stored:
+    def _uploaded(self, path: Path, name: str) -> StoredFile:
         system, full = self._place[0], self.full(name)
         digest = hashlib.sha256()
         with reading(path):
             file = path.open("rb")
+
+        # Larger files have larger parts, as their number is limited.
         with file:
             size = left = os.fstat(file.fileno()).st_size
             part_bytes = max(2 * BLOCK_BYTES, size // MAX_PARTS)
@@ -188,20 +192,21 @@ class Store:
                     out.write(piece)
                     left -= len(piece)
             except BaseException:
-                # To close it would make an object of the half.
+                # Closing it would make an object of the first half.
                 out.discard()
                 out.closed = True
                 raise
             out.close()
+
         if (arrived := system.info(full)["size"]) != size:
             raise ConnectionError(f"{arrived} of {size} bytes arrived")
-        return Stored(name, size, digest.hexdigest())
+        return StoredFile(name, size, digest.hexdigest())
 
-    def download(self, stored: Stored, path: Path) -> None:
+    def download(self, stored: StoredFile, path: Path) -> None:
         """Copy an object into a file, which appears whole.
 
         Raises:
-            FileNotFoundError: where the object is gone, or holds something else than the list says.
+            FileNotFoundError: if the object is gone, or its content is not that of the list.
         """
         digest = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,14 +220,14 @@ class Store:
                 raise FileNotFoundError(f"{full} is not as it was pushed")
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete objects that the list does not name any more; some may be gone already."""
+        """Delete objects that the list does not name any more; it is no error if some are gone."""
         for name in names:
             with reaching(self.full(name), self.where), suppress(FileNotFoundError):
                 persistently(functools.partial(self._place[0].rm_file, self.full(name)))
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is one that a file below a folder, or an object below an address, can have."""
+    """Whether a name stays below its folder or address: not absolute, and without `..`."""
     try:
         name.encode()
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -230,8 +235,12 @@ def _is_inside(name: str) -> bool:
     return lies_inside(Path("/copy"), name)
 
 
-def _check_names(files: dict[str, Stored], said: str) -> None:
-    """Raises UserError if a list's files cannot lie in one folder, or their objects below the address."""
+def _check_names(files: dict[str, StoredFile], said: str) -> None:
+    """Check that a list's files can lie in one folder, and its objects below the address.
+
+    Raises:
+        UserError: if not.
+    """
     for name, stored in files.items():
         if not (_is_inside(name) and _is_inside(stored.object)):
             raise UserError(f"{said} names {name!a}, which lies outside the copy")
@@ -242,11 +251,11 @@ def _check_names(files: dict[str, Stored], said: str) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Tell trouble with a file here from that of the address.
+    """Report errors of a local file as such, and not as errors of the address.
 
     Raises:
-        Gone: for a file that is not there any more.
-        UserError: for one that cannot be read.
+        Gone: for a file that does not exist any more.
+        UserError: for a file that cannot be read.
     """
     try:
         yield
