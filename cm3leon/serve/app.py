@@ -1,4 +1,13 @@
-"""OpenAI's endpoints, answered by a service. What they take is in `asked.py`, what they have in common in `work.py`."""
+"""OpenAI's endpoints, answered by a service.
+
+The fields of requests are in `asked.py`; the answers are made in `drawing.py` and `chat.py`. A POST
+request goes through these steps:
+
+    Gate         key, origin and size
+    _counted     counted, timed, refused while the server is stopping
+    _asked       its JSON read and checked against the limits
+    _answer      handed to a thread by the desk; answered whole, or event by event
+"""
 
 from __future__ import annotations
 
@@ -37,7 +46,11 @@ FORM_FIELDS = 64
 
 
 class Server:
-    """The application and what it stands on."""
+    """The application, with its desk, its metrics and its routes.
+
+    Args:
+        key: what clients must send; None = only programs of this machine may ask.
+    """
 
     def __init__(
         self, service: Service, *, limits: Limits | None = None, key: str | None = None
@@ -51,6 +64,8 @@ class Server:
         self.stopping = False
         """Whether new requests are refused."""
         self._created = int(time.time())
+
+        # No pages of FastAPI: its documentation would load scripts from elsewhere.
         application = FastAPI(
             title="CM3Leon", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers={}
         )
@@ -68,6 +83,8 @@ class Server:
             application.add_api_route(
                 path, self._counted(path, answer), methods=[method], response_model=None
             )
+
+        # Every error is answered in OpenAI's form, those of the framework too.
         for kind in (Refusal, HTTPException, Exception):
             application.add_exception_handler(kind, _said)
         self.app = Gate(application, key=key, body_bytes=limits.body_bytes, open_paths=(HEALTH,))
@@ -77,13 +94,18 @@ class Server:
         engine = self.service.engine.engine
         shape = engine.shape
         return (
-            f"{self.setting.name}: {shape.groups} samples at a time, {shape.width} rows of {shape.tail} tokens "
-            f"each behind a prefix of {shape.prefix}; {engine.cache_bytes / 1e6:,.1f} MB of keys "
-            f"and values, taken for good; {self.service.engine.waiting_limit} more samples may wait"
+            f"{self.setting.name}: {shape.groups} samples at a time, {shape.width} rows of "
+            f"{shape.tail} tokens each behind a prefix of {shape.prefix}; "
+            f"{engine.cache_bytes / 1e6:,.1f} MB of keys and values, taken for good; "
+            f"{self.service.engine.waiting_limit} more samples may wait"
         )
 
     def close(self, timeout: float) -> None:
-        """Finishes what was accepted, and ends all threads."""
+        """Finish accepted requests, and end all threads.
+
+        Args:
+            timeout: seconds after which unfinished samples are cancelled.
+        """
         self.stopping = True
         self.service.engine.stop(timeout=timeout)
         self.desk.close()
@@ -91,7 +113,7 @@ class Server:
     def _counted(
         self, path: str, answer: Callable[[Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """The endpoint, counted and timed, to the end of a stream."""
+        """An endpoint that is counted and timed, to the end of its stream if it has one."""
 
         async def counted(request: Request) -> Response:
             started = time.monotonic()
@@ -99,6 +121,7 @@ class Server:
             def count(status: int) -> None:
                 self.metrics.count(path, status, time.monotonic() - started)
 
+            # Errors are counted by the status that the client will get.
             try:
                 if self.stopping and request.method == "POST":
                     raise Refusal(503, "the server is being stopped", retry=5)
@@ -109,6 +132,8 @@ class Server:
                 if refusal is None:
                     raise
                 raise refusal from error
+
+            # A stream is counted when it has ended, and as 499 if its client left before.
             if isinstance(response, StreamingResponse):
                 response.body_iterator = _until_the_end(response.body_iterator, count)
             else:
@@ -117,7 +142,7 @@ class Server:
 
         return counted
 
-    # -------------------------------------------------------------------------------------------- endpoints
+    # ----------------------------------------------------------------------------------- endpoints
 
     async def _generations(self, request: Request) -> Response:
         asked = await self._asked(GenerationAsked, request)
@@ -148,6 +173,7 @@ class Server:
         setting = self.setting
         image = None if asked.image is None else file_of(asked.image, "image")
 
+        # In a thread: images are decoded, embedded and encoded there.
         def work(model: Any) -> list[dict[str, Any]]:
             pixels_HWC = None
             if image is not None:
@@ -200,9 +226,9 @@ class Server:
         }
 
     def _client(self, request: Request, asked: Asked) -> str:
-        """Whose turn it is: the user that a holder of the key names, else the address.
+        """Whose turn a request takes: the named user's if the server has a key, else the address's.
 
-        Without a key anybody could take a turn for each request, by a new name each time.
+        Without a key, anyone could take a turn for each request, by giving a new name each time.
         """
         if asked.user and self._trusted:
             return f"user {asked.user}"
@@ -217,7 +243,11 @@ class Server:
 
 
 async def _files(form: FormData) -> dict[str, bytes]:
-    """The files of a form by their names; a list of one is that one."""
+    """The files of a form by their names; `image[]` counts as `image`.
+
+    Raises:
+        UserError: for a name that several files have.
+    """
     files: dict[str, bytes] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
@@ -231,6 +261,7 @@ async def _files(form: FormData) -> dict[str, bytes]:
 async def _until_the_end(
     stream: AsyncIterable[Any], count: Callable[[int], None]
 ) -> AsyncIterator[Any]:
+    """The stream, whose end is counted: with status 200, or 499 if the client left before."""
     status = 499
     try:
         async for each in stream:
@@ -241,7 +272,7 @@ async def _until_the_end(
 
 
 async def _said(request: Request, error: Exception) -> Response:
-    """An error as OpenAI has it."""
+    """An error in OpenAI's form."""
     if isinstance(error, HTTPException):
         path = request.scope["path"]  # `request.url` would parse the header Host, whatever it is
         known = {404: f"{path} is not an endpoint of this server",

@@ -1,4 +1,5 @@
-"""What clients may ask for: the fields of OpenAI's requests that mean something here, and those of our own."""
+"""What clients may ask for: the fields of OpenAI's requests that have a meaning here, and our
+own."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ from cm3leon.types import UserError
 C = TypeVar("C", bound="Asked")
 
 LONGEST_TEXT = 32_000
-"""Characters of a text, as OpenAI's longest prompt has."""
+"""The most characters of a text, as in OpenAI's longest prompts."""
 MOST_PARTS = 64
-"""Texts and images of a conversation."""
+"""The most texts and images of a conversation."""
 DATA_URL = re.compile(r"data:image/[a-z+.-]+;base64,", re.IGNORECASE)
 
 
@@ -39,15 +40,16 @@ class Asked:
     """Fields of every request."""
 
     model: str | None = None
-    """Name of the model, as /v1/models has it; null = the one that there is."""
+    """Name of the model, as listed by /v1/models; null = the one that is served."""
     user: str | None = None
-    """Who asks; users take turns where the server has an API key. Null = told by the address."""
+    """Who asks; users take turns if the server has an API key. Null = the client's address."""
     seed: Seed | None = None
-    """Seed of the first sample, the others count on from it; null = any, which the answer names."""
+    """Seed of the first sample, the next ones have the next seeds; null = a random one, which the
+    answer names."""
     decoder: Annotated[Component, DECODERS] | None = None
     """How tokens are drawn; null = as the run's experiment says."""
     stream: bool = False
-    """Whether the answer comes in server-sent events, as it grows."""
+    """Whether the answer comes as server-sent events while it grows."""
 
     not_for_us: ClassVar[tuple[str, ...]] = (
         "safety_identifier",
@@ -55,27 +57,27 @@ class Asked:
         "store",
         "service_tier",
     )
-    """Fields that clients of OpenAI send, and that change nothing here."""
+    """Fields that OpenAI's clients send and that have no effect here."""
 
 
 @dataclass(kw_only=True)
 class ImagesAsked(Asked):
-    """What is asked for in images."""
+    """Fields of every request for images."""
 
     prompt: str
-    """What the image is to show; of an edit without a mask, the instruction."""
+    """What the image should show; for an edit without a mask, the instruction."""
     n: PositiveInt = 1
     """Images that are drawn."""
     size: str = "auto"
-    """WIDTHxHEIGHT as the model draws, or auto."""
+    """The model's own size as WIDTHxHEIGHT, or auto."""
     response_format: str = "b64_json"
     """b64_json: images are in the answer."""
     output_format: Literal["png", "jpeg", "webp"] = "png"
     """Format of the image files."""
     guidance: Guidance | None = None
-    """Weight of guidance by the text, in the place of the decoder's."""
+    """Weight of guidance by the text, in place of the decoder's."""
     partial_images: Annotated[int, Range(ge=0, le=1024)] | None = None
-    """Images that a stream shows of each before it is whole; null = one for each row of codes."""
+    """Partial images that a stream shows of each image; null = one for each row of codes."""
 
     not_for_us = (*Asked.not_for_us, "quality", "style", "background", "moderation",
                   "output_compression", "input_fidelity")  # fmt: skip
@@ -89,8 +91,8 @@ class ImagesAsked(Asked):
             )
         if self.response_format != "b64_json":
             raise UserError(
-                f"response_format is {self.response_format!r}; it must be b64_json: this server keeps no images, and "
-                "so has no URLs of them"
+                f"response_format is {self.response_format!r}; it must be b64_json: this server "
+                "keeps no images, and so has no URLs of them"
             )
 
 
@@ -107,7 +109,7 @@ class EditAsked(ImagesAsked):
     """POST /v1/images/edits, beside its files."""
 
     box: tuple[int, int, int, int] | None = None
-    """Left, top, right, bottom in pixels of the image, in the place of a mask."""
+    """Left, top, right, bottom in pixels of the image, in place of a mask."""
 
 
 @dataclass(kw_only=True)
@@ -117,30 +119,31 @@ class ChatAsked(Asked):
     messages: list[Any]
     """The conversation, with texts and images in it."""
     n: Annotated[int, Range(ge=1, le=1)] = 1
-    """Answers."""
+    """Number of answers."""
     max_tokens: PositiveInt | None = None
-    """Pieces of a text; null = 64."""
+    """The most pieces of a text; null = 64."""
     max_completion_tokens: PositiveInt | None = None
-    """The same by its new name."""
+    """The newer name of max_tokens."""
     temperature: Annotated[float, Range(ge=0, le=2)] | None = None
-    """Draws texts by this temperature; 0 takes the likeliest; null = the run's own decoder of texts."""
+    """Temperature of texts; 0 takes the likeliest token; null = as the run's own decoder of
+    texts."""
     top_p: Probability | None = None
-    """Probability kept where texts are drawn."""
+    """Share of probability that texts are drawn from."""
     modalities: list[Literal["text", "image"]] = field(default_factory=lambda: ["text"])
-    """What the answer may hold; with image, texts and images that go on with the conversation."""
+    """What the answer may hold; with image, it continues the conversation by texts and images."""
     segments: Annotated[int, Range(ge=1, le=16)] = 2
-    """Texts and images of such an answer, at most."""
+    """The most texts and images of such an answer."""
     retrieve: NonNegativeInt = 0
-    """Documents of the memory bank that are put before an image that is to be described."""
+    """Documents of the memory bank that are put before an image to describe."""
     stream_options: Any = None
-    """Taken, and of no consequence: the last event of a stream has the usage."""
+    """Accepted without an effect: the last event of a stream always has the usage."""
 
     not_for_us = (*Asked.not_for_us, "frequency_penalty", "presence_penalty", "logprobs",
                   "parallel_tool_calls", "reasoning_effort")  # fmt: skip
 
     @property
     def longest(self) -> int:
-        """Pieces that a text may have."""
+        """The most pieces of a text."""
         return self.max_completion_tokens or self.max_tokens or 64
 
     @property
@@ -164,11 +167,12 @@ class RetrieveAsked(Asked):
     text: str | None = None
     """Text to find documents for."""
     image: str | None = None
-    """Image to find documents for, as a data URL or in base64; with a text, for the mean of both."""
+    """Image to find documents for, as a data URL or in base64; with a text, for the mean of
+    both."""
     count: Annotated[int, Range(ge=1, le=100)] = 5
     """Documents to find."""
     images: bool = True
-    """Whether images of the documents are in the answer."""
+    """Whether the answer has the documents' images."""
 
     def check(self) -> None:
         if self.text is None and self.image is None:
@@ -178,10 +182,12 @@ class RetrieveAsked(Asked):
 
 
 def read_asked(cls: type[C], mapping: Any) -> C:
-    """A request by its JSON. Fields that are null count as missing, those that mean nothing here are left out.
+    """Read a request from its JSON.
+
+    Fields that are null count as missing, and fields without a meaning here are left out.
 
     Raises:
-        UserError: for a mistake in it.
+        UserError: for an unknown field, or a value that is not allowed.
     """
     if not isinstance(mapping, Mapping):
         raise UserError("the request must be a JSON object")
@@ -198,7 +204,7 @@ def read_json_body(body: bytes, content_type: str) -> Any:
 
     Raises:
         Refusal: for another type of content, which pages of other sites could send.
-        UserError: for what is no JSON.
+        UserError: for a body that is not JSON.
     """
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise Refusal(
@@ -215,7 +221,11 @@ def _no_number(name: str) -> Any:
 
 
 def form_values(cls: type[Asked], items: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of a form as JSON has them: what is no text is read as JSON, decoder[cfg]=2 is a section's field."""
+    """The fields of a form as a request's JSON would have them.
+
+    Values of fields that are not texts are read as JSON, and names with brackets are keys of a
+    section: n=2 and decoder[cfg]=3 become {"n": 2, "decoder": {"cfg": 3}}.
+    """
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, value in items.items():
@@ -242,13 +252,13 @@ def _json_or_text(value: str) -> Any:
 def decoder_of(
     choice: Component | None, guidance: float | None, usual: Component | str
 ) -> Component | dict[str, Any] | str:
-    """The decoder that is asked for, with that weight of guidance.
+    """The chosen decoder, with the given weight of guidance.
 
     Args:
-        usual: the decoder where none is chosen.
+        usual: the decoder if none is chosen.
 
     Raises:
-        UserError: for a weight where the decoder has none.
+        UserError: for a weight if the decoder has no guidance.
     """
     chosen = choice or usual
     if guidance is None:
@@ -262,10 +272,10 @@ def decoder_of(
 
 
 def parts_of(messages: list[Any]) -> list[str | bytes]:
-    """The texts and images of a conversation in order; what a system says is left out.
+    """The texts and images of a conversation in order, without the system's messages.
 
     Raises:
-        UserError: for a part that is no text and no image, or one that is not in the request.
+        UserError: for a part that is neither a text nor an image, or an image at another address.
     """
     parts: list[str | bytes] = []
     for number, message in enumerate(messages):
@@ -300,13 +310,14 @@ def _part(part: Any, where: str) -> str | bytes:
         if isinstance(url, str) and DATA_URL.match(url):
             return file_of(url, f"{where}.image_url.url")
         raise UserError(
-            f"{where}.image_url.url must be a data URL (data:image/png;base64,...): this server fetches nothing"
+            f"{where}.image_url.url must be a data URL (data:image/png;base64,...): this server "
+            "fetches nothing"
         )
     raise UserError(f"{where} must be a part of the type text, or image_url with a data URL")
 
 
 def file_of(text: str, where: str) -> bytes:
-    """The bytes of a file, as a data URL or in base64. Raises UserError for what is neither."""
+    """The bytes of a file, from a data URL or base64. Raises UserError for another text."""
     found = DATA_URL.match(text)
     try:
         return base64.b64decode(text[found.end() if found else 0 :], validate=True)

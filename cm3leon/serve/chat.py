@@ -1,4 +1,5 @@
-"""Conversations: an image described, a question about it answered, texts and images gone on with."""
+"""Conversations: describing an image, answering a question about it, continuing texts and
+images."""
 
 from __future__ import annotations
 
@@ -21,14 +22,23 @@ from cm3leon.serve.setting import Setting
 from cm3leon.types import Modality, UserError
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""Stands at the end of a text whose last character is not whole yet."""
+"""Ends a decoded text whose last character is not complete yet."""
 
 
 class GrowingText:
-    """A text whose ids come one after the other: its newest ids alone are decoded, not all of them each time.
+    """A text that is shown while its ids come in; only the newest ids are decoded, not all each
+    time.
+
+    Characters may need several ids, and spaces at the end may turn out to be the end of the text:
+
+        ids so far    decoded     grown() returns
+        a             "a"         "a"
+        a _           "a "        ""            a space is held back
+        a _ \\xc3      "a �"       ""            half of a character, too
+        a _ \\xc3 \\xa9 "a é"       " é"
 
     Args:
-        decode: the text of some ids.
+        decode: ids -> their text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -37,14 +47,15 @@ class GrowingText:
         self._known = ""
         self._held = ""
         self.shown = ""
-        """What `grown` has returned, all together."""
+        """Everything that `grown` has returned."""
 
     def grown(self, ids: Sequence[int]) -> str:
-        """What is new of a text of so many ids.
+        """What is new in a text of these ids.
 
-        White space before and behind the text, and a character at its end that is not whole, are held back.
+        White space before and behind the text is held back, and an incomplete character at its end.
         """
-        # A piece may be written otherwise at the start of a text, so some known ones stand before the new ones.
+        # A piece may be written differently at the start of a text, so some known ids are decoded
+        # in front of the new ones.
         text = self._decode(ids[self._start :])
         stable = text.rstrip(UNFINISHED)
         self._held += stable[len(self._known) :]
@@ -53,6 +64,7 @@ class GrowingText:
             self._start, self._whole = self._whole, len(ids)
             self._known = self._decode(ids[self._start :])
 
+        # White space at the end is held back, as it may be the last of the text.
         if not self.shown:
             self._held = self._held.lstrip()
         fresh = self._held.rstrip()
@@ -61,7 +73,7 @@ class GrowingText:
         return fresh
 
     def rest(self, text: str) -> str:
-        """What of the finished text goes on behind the beginning that was shown."""
+        """The end of the finished text, behind the beginning that was shown."""
         same = 0
         for one, other in zip(text, self.shown, strict=False):
             if one != other:
@@ -72,7 +84,7 @@ class GrowingText:
 
 @dataclass
 class Conversation:
-    """An answer in the making, and how it is told."""
+    """An answer to a conversation: how it is made, and how it is sent."""
 
     setting: Setting
     asked: ChatAsked
@@ -92,10 +104,20 @@ class Conversation:
 
     @property
     def work(self) -> Work[list[str | Image.Image]]:
-        """What a thread does."""
+        """What a thread does with the model."""
         return self._ask
 
     def _ask(self, model: CM3Leon) -> list[str | Image.Image]:
+        """Ask the model for what the conversation's last parts call for.
+
+            answer may hold images               texts and images that continue the conversation
+            one image                            a caption
+            one image and texts, tuned model     an answer to the texts as a question
+            ends with an image                   the text that follows it
+
+        Raises:
+            UserError: for any other conversation.
+        """
         asked, setting = self.asked, self.setting
         given: list[Any] = [
             part if isinstance(part, str) else self._pixels(part) for part in self.parts
@@ -113,6 +135,7 @@ class Conversation:
                 text_decoder=text_decoder,
                 **drawn,
             )
+
         texts = [part for part in given if isinstance(part, str)]
         images = [part for part in given if not isinstance(part, str)]
         if not images:
@@ -120,6 +143,8 @@ class Conversation:
                 "messages has no image: give one to be described, or ask for images by modalities: "
                 '["text", "image"]'
             )
+
+        # What the model was trained or tuned to do with such parts.
         if len(images) == 1 and not texts:
             return [model.caption(images[0], retrieve=asked.retrieve, decoder=decoder, **drawn)]
         if len(images) == 1 and takes_questions(model):
@@ -127,11 +152,15 @@ class Conversation:
             return [model.answer(images[0], question, decoder=decoder, **drawn)]
         if not isinstance(given[-1], str):
             return [model.page_text(given, retrieve=asked.retrieve, decoder=decoder, **drawn)]
+
+        if len(images) == 1:
+            raise UserError(
+                f"{setting.name} was not fine-tuned on questions (docs/tasks.md): give an image "
+                "alone, which is described, or end with one"
+            )
         raise UserError(
-            f"{setting.name} was not fine-tuned on questions (docs/tasks.md): give an image alone, which is described, "
-            "or end with one"
-            if len(images) == 1
-            else "a question is about one image: give one, or end with an image, behind which the model goes on"
+            "a question is about one image: give one, or end with an image, behind which the model "
+            "goes on"
         )
 
     def _pixels(self, image: bytes) -> np.ndarray:
@@ -141,7 +170,7 @@ class Conversation:
         )
 
     def body(self, answered: Answered[list[str | Image.Image]]) -> dict[str, Any]:
-        """OpenAI's JSON of a completion."""
+        """The answer as OpenAI's JSON of a completion."""
         choice = {"index": 0, "message": self._message(answered.result), "logprobs": None}
         return {
             **self._head("chat.completion"),
@@ -152,12 +181,14 @@ class Conversation:
         }
 
     def events(self, growing: Growing[list[str | Image.Image]]) -> AsyncIterator[bytes]:
-        """OpenAI's chunks: of a text as it grows; texts and images in turn when they are all there."""
+        """The answer as OpenAI's chunks: a text as it grows, texts with images once all are
+        made."""
         return with_errors(self._events(growing))
 
     async def _events(self, growing: Growing[list[str | Image.Image]]) -> AsyncIterator[bytes]:
         growing_text = GrowingText(self._decoded)
         try:
+            # OpenAI's clients take the role from the first chunk.
             yield self._chunk({"role": "assistant", "content": ""})
             async for state in growing.states():
                 if state is None or self.with_images:
@@ -165,6 +196,8 @@ class Conversation:
                     continue
                 if fresh := growing_text.grown(state[1]):
                     yield self._chunk({"content": fresh})
+
+            # The finished text may end otherwise than it grew, such as without white space.
             answered = growing.answered()
             message = self._message(answered.result)
             rest = {"content": growing_text.rest(message.pop("content"))}

@@ -1,4 +1,12 @@
-"""Requests between the event loop and the threads that ask the model: waited for, shown as they grow, given up."""
+"""Requests between the event loop and the threads that ask the model.
+
+    event loop   answer(), grow() ── waits for: done, a change, the client leaving
+                   │ start              ▲ put, wake      │ give_up
+    thread       work(model) ───────> engine ──────> tokens, result
+
+A client that leaves gives up its request: its samples are cancelled in the engine, so that their
+rows are free for others.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +31,12 @@ Work = Callable[[CM3Leon], T]
 Receive = Callable[[], Awaitable[Any]]
 
 HEARTBEAT = 15
-"""Seconds after which a stream that has nothing to show says that it is alive."""
+"""Seconds after which a stream that has nothing to show sends a comment, to keep the connection."""
 
 
 @dataclass
 class Answered(Generic[T]):
-    """What came of a request."""
+    """The result of a request, and what it took."""
 
     result: T
     caller: Caller
@@ -36,7 +44,7 @@ class Answered(Generic[T]):
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens that it took: OpenAI has two names for each."""
+        """The tokens that it took, by both names that OpenAI has for each number."""
         given, made = self.caller.prompt_tokens, self.caller.answer_tokens
         return {
             "prompt_tokens": given,
@@ -48,11 +56,11 @@ class Answered(Generic[T]):
 
 
 class Told(Protocol[T]):
-    """What is asked for, and how the answer to it is told."""
+    """A request: how its answer is made, and how it is sent."""
 
     @property
     def work(self) -> Work[T]:
-        """What a thread does."""
+        """What a thread does with the model."""
 
     @property
     def every(self) -> int | None:
@@ -69,35 +77,35 @@ class Desk:
     """Threads that ask a service for clients who may leave.
 
     Args:
-        requests: that are in work at a time, each by a thread that mostly waits.
+        requests: how many are open at a time. Each has a thread, which mostly waits.
     """
 
     def __init__(self, service: Service, requests: int) -> None:
         self.service, self._requests = service, requests
         self.open = 0
-        """Requests in work."""
-        # The engine's thread has the cores; beside it, one thread computes at a time.
+        """Number of open requests."""
+        # The engine's thread has all cores; the others compute on one core.
         alone = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(requests, "request", initializer=alone)
-        # Streams' partial images alone, of which each stream waits for one at a time.
+        # For partial images only; each stream waits for one at a time.
         self._brief = ThreadPoolExecutor(1, "brief", initializer=alone)
 
     def close(self) -> None:
-        """Ends the threads, whose requests have to be finished."""
+        """End the threads; their requests must be finished."""
         for pool in (self._pool, self._brief):
             pool.shutdown(wait=True, cancel_futures=True)
 
     async def briefly(self, function: Callable[[], T]) -> T:
-        """What a function returns that asks the engine for nothing, for a request that is in work already."""
+        """Run a function that does not use the engine in a thread, for an open request."""
         return await asyncio.get_running_loop().run_in_executor(self._brief, function)
 
     async def answer(self, receive: Receive, client: str, work: Work[T]) -> Answered[T]:
-        """What the work returns.
+        """Do the work in a thread, and return its result.
 
         Raises:
-            Refusal: where the client leaves before; its samples are given up.
+            Refusal: if the client leaves before; its samples are given up.
         """
-        job = _Job[T](self.service.caller(client), self)
+        job = _ThreadWork[T](self.service.caller(client), self)
         job.start(work)
         gone = asyncio.ensure_future(_until_gone(receive))
         try:
@@ -113,16 +121,19 @@ class Desk:
     async def grow(
         self, receive: Receive, client: str, work: Work[T], *, every: int | None = None
     ) -> Growing[T]:
-        """The same, to be watched, once its samples have found a place.
+        """Do the work in a thread, and return it while it grows, once its samples are queued.
+
+        Errors before that have a status of their own; those that come later are events of the
+        stream.
 
         Raises:
-            Exception: what the work raises before it has begun to answer.
+            Exception: what the work raises before its samples are queued.
             Refusal: as `answer` does.
         """
         growing = Growing[T](receive)
         caller = self.service.caller(client, on_tokens=growing.put, every=every)
         caller.on_queued = growing.wake
-        growing.job = job = _Job[T](caller, self)
+        growing.job = job = _ThreadWork[T](caller, self)
         job.start(work)
         try:
             await growing.next_change()
@@ -136,8 +147,8 @@ class Desk:
         return growing
 
 
-class _Job(Generic[T]):
-    """Work in a thread."""
+class _ThreadWork(Generic[T]):
+    """The work of a request in a thread."""
 
     done: asyncio.Future[T]
 
@@ -146,7 +157,7 @@ class _Job(Generic[T]):
         self._notices: list[Notice] = []
 
     def start(self, work: Work[T]) -> None:
-        """Gives the work to a thread. Raises Busy where there is none left."""
+        """Give the work to a thread. Raises Busy if none is free."""
         desk = self._desk
         if desk.open >= desk._requests:
             raise Busy(desk.service.engine.seconds_until_free())
@@ -162,13 +173,13 @@ class _Job(Generic[T]):
     def _ended(self, done: asyncio.Future[T]) -> None:
         self._desk.open -= 1
         if not done.cancelled():
-            done.exception()  # where the client has left nobody asks for it
+            done.exception()  # marks it as seen: nobody else looks if the client has left
 
     def answered(self) -> Answered[T]:
         return Answered(self.done.result(), self.caller, self._notices)
 
     async def give_up(self) -> None:
-        """Cancels what is not done, and waits for its thread."""
+        """Cancel the work if it is not done, and wait for its thread."""
         if not self.done.done():
             self.caller.cancel()
             await asyncio.wait({self.done})
@@ -176,10 +187,10 @@ class _Job(Generic[T]):
 
 @dataclass
 class Growing(Generic[T]):
-    """Work whose samples are watched."""
+    """Work whose samples are shown as they grow."""
 
     receive: Receive
-    job: _Job[T] = field(init=False)
+    job: _ThreadWork[T] = field(init=False)
     gone: asyncio.Future[None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -189,16 +200,16 @@ class Growing(Generic[T]):
         self.gone = asyncio.ensure_future(_until_gone(self.receive))
 
     def put(self, _: int, sample: int, tokens: list[int]) -> None:
-        """Keeps what is new of a sample; of several states that nobody has seen, the last one. For any thread."""
+        """Keep the newest state of a sample, in place of one that was not shown. For any thread."""
         self._loop.call_soon_threadsafe(self._fresh.__setitem__, sample, tokens)
         self.wake()
 
     def wake(self) -> None:
-        """Has whoever waits look. For any thread."""
+        """Wake `next_change`. For any thread."""
         self._loop.call_soon_threadsafe(self._changed.set)
 
     async def next_change(self) -> None:
-        """Waits until there is something new, the work is done, the client has gone, or some time has passed."""
+        """Wait for something new, the end of the work, the client leaving, or the heartbeat."""
         changed = asyncio.ensure_future(self._changed.wait())
         waited: set[asyncio.Future[Any]] = {changed, self.gone, self.job.done}
         try:
@@ -208,9 +219,9 @@ class Growing(Generic[T]):
         self._changed.clear()
 
     async def states(self) -> AsyncIterator[tuple[int, list[int]] | None]:
-        """The numbers of samples that have grown, with their tokens; None where there is nothing new for long.
+        """The indices of samples that have grown, with their tokens; None for a heartbeat.
 
-        It ends with the work, or when the client has gone.
+        Ends with the work, or when the client has gone.
         """
         while not self.job.done.done() and not self.gone.done():
             if not self._fresh:
@@ -222,18 +233,18 @@ class Growing(Generic[T]):
                 yield None
 
     def answered(self) -> Answered[T]:
-        """What came of it, once the states have ended. Raises what the work has raised."""
+        """The result, once the states have ended. Raises what the work has raised."""
         if not self.job.done.done():
             raise Refusal(499, "the client has gone")
         return self.job.answered()
 
     async def close(self) -> None:
-        """Gives up what is not done."""
+        """Give up the work if it is not done."""
         self.gone.cancel()
         await self.job.give_up()
 
 
 async def _until_gone(receive: Receive) -> None:
-    """Ends when the client has left."""
+    """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

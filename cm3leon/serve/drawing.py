@@ -1,4 +1,4 @@
-"""Images that are asked for: drawn by a text, filled in by a mask, changed by an instruction."""
+"""Requests for images: drawn for a text, filled in by a mask, changed by an instruction."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from cm3leon.types import UserError
 
 @dataclass
 class Drawing:
-    """Images in the making, and how they are told."""
+    """A request for images: how they are made, and how they are sent."""
 
     setting: Setting
     asked: ImagesAsked
     kind: str
-    """What OpenAI calls its events: image_generation or image_edit."""
+    """OpenAI's name of its events: image_generation or image_edit."""
     draw: Callable[[CM3Leon], list[dict[str, Any]]]
     canvas: Callable[[CM3Leon], Canvas]
-    """What is shown of an image that still grows."""
+    """Makes the canvas that shows partial images."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def every(self) -> None:
-        """A stream shows it row by row."""
+        """None: a stream shows images row by row."""
 
     @property
     def work(self) -> Work[list[dict[str, Any]]]:
-        """What a thread does."""
+        """What a thread does with the model."""
         return self.draw
 
     def body(self, answered: Answered[list[dict[str, Any]]]) -> dict[str, Any]:
-        """OpenAI's JSON of images."""
+        """The answer as OpenAI's JSON of images."""
         return {
             "created": self.created,
             "data": answered.result,
@@ -54,7 +54,7 @@ class Drawing:
         }
 
     def events(self, growing: Growing[list[dict[str, Any]]]) -> AsyncIterator[bytes]:
-        """OpenAI's events: partial images of each, then each as a whole, the best first."""
+        """The answer as OpenAI's events: partial images, then the finished ones, the best first."""
         return with_errors(self._events(growing))
 
     async def _events(self, growing: Growing[list[dict[str, Any]]]) -> AsyncIterator[bytes]:
@@ -62,6 +62,7 @@ class Drawing:
         shown: dict[int, int] = {}
         canvas: Canvas | None = None
 
+        # The canvas is made with the first partial image, by a thread that may ask the model.
         def render(tokens: Sequence[int]) -> str | None:
             nonlocal canvas
             with desk.service.asking(growing.job.caller) as model:
@@ -86,6 +87,7 @@ class Drawing:
                 }
                 shown[sample] = shown.get(sample, 0) + 1
                 yield event(data)
+
             answered = growing.answered()
             for image in answered.result:
                 data = {
@@ -100,7 +102,10 @@ class Drawing:
             await growing.close()
 
     def _is_due(self, tokens: Sequence[int], shown: int) -> bool:
-        """Whether a sample has come far enough for its next partial image."""
+        """Whether a sample has enough codes for its next partial image.
+
+        Of 3 partial images, the first is due at a quarter of the codes.
+        """
         wanted = self.asked.partial_images
         if wanted is None:
             return True
@@ -118,7 +123,7 @@ class Drawing:
 
 
 def generation(setting: Setting, asked: GenerationAsked) -> Drawing:
-    """Images for a text."""
+    """A request for images of a text."""
     usual = setting.model.run.experiment.decoder
     decoder: Any = decoder_of(asked.decoder, asked.guidance, usual)
 
@@ -133,12 +138,13 @@ def generation(setting: Setting, asked: GenerationAsked) -> Drawing:
 
 
 def edit(setting: Setting, asked: EditAsked, files: Mapping[str, bytes]) -> Drawing:
-    """An image with a part made anew, where there is a mask or a box; else changed as the prompt says.
+    """A request to edit an image: filled in by a mask or a box, else changed as the prompt says.
 
-    The files are decoded by its work, which is one of the requests that the desk counts.
+    The files are decoded by the work, in a thread, and not in the event loop.
 
     Raises:
-        UserError: for files that are missing or unknown, or an instruction that the model was not tuned on.
+        UserError: for missing or unknown files, or for an instruction if the model was not tuned on
+            instructions.
     """
     unknown = set(files) - {"image", "mask"}
     if unknown:
@@ -164,9 +170,16 @@ def _infilling(
     look: Callable[[], np.ndarray],
     find: Callable[[], np.ndarray],
 ) -> Drawing:
+    """A request to fill in a part of an image.
+
+    Args:
+        look: the pixels (H, W, 3) of the image.
+        find: the codes (grid, grid) to fill in.
+    """
     usual = setting.model.run.experiment.decoder
     decoder: Any = decoder_of(asked.decoder, asked.guidance, usual)
 
+    # Decoded once, by whichever thread comes first: the one that draws or the one that shows.
     @cache
     def given() -> tuple[np.ndarray, np.ndarray]:
         return look(), find()
@@ -192,10 +205,11 @@ def _infilling(
 
 
 def _instruction(setting: Setting, asked: EditAsked, look: Callable[[], np.ndarray]) -> Drawing:
+    """A request to change an image as the prompt says; `look` returns its pixels (H, W, 3)."""
     if not is_tuned(setting.model):
         raise UserError(
-            f"mask is missing, and {setting.name} was not fine-tuned on instructions (docs/tasks.md): "
-            "give a mask whose transparent pixels are to be made anew, or a box"
+            f"mask is missing, and {setting.name} was not fine-tuned on instructions "
+            "(docs/tasks.md): give a mask whose transparent pixels are to be made anew, or a box"
         )
     decoder: Any = decoder_of(asked.decoder, asked.guidance, "edit")
 
@@ -209,7 +223,7 @@ def _instruction(setting: Setting, asked: EditAsked, look: Callable[[], np.ndarr
 
 
 def _told(picture: GeneratedImage, kind: str) -> dict[str, Any]:
-    """An image as OpenAI has it, with what makes it again."""
+    """An image in OpenAI's form, with the seed that makes it again, its score and its documents."""
     told: dict[str, Any] = {"b64_json": encoded(picture.image, kind), "seed": picture.seed}
     if not np.isnan(picture.score):
         told["score"] = picture.score

@@ -1,10 +1,16 @@
-"""One engine that many callers share: a thread owns it, clients take turns, and what waits is bounded.
+"""One engine shared by many callers: a thread owns it, clients take turns, and the queues are
+bounded.
 
-    threads of callers                      the thread of the engine
-    answers(requests) ── samples ──>  a queue for each client, taken in turn ──> groups of the engine
-                      <── tokens ───  after each step: samples that grew, samples that are finished
+    threads of callers              the thread of the engine
+    answers(requests) ─ samples ─>  a queue for each client, taken in turn ──> groups of the engine
+                      <─ tokens ──  after each step: samples that grew, samples that finished
 
-A sample is a group of the engine by itself, so that a request of many samples takes turns with others, too.
+Each sample is a group of the engine by itself, so that a request of many samples takes turns with
+others. With room for 3 samples, client A asking for four and then client B for two:
+
+    queues     A: a1 a2 a3 a4    B: b1 b2
+    engine     a1 b1 a2          one of each client in turn
+    waiting    A: a3 a4          B: b2          B is first when a group is free
 """
 
 from __future__ import annotations
@@ -27,25 +33,25 @@ from cm3leon.types import UserError
 
 LOG = logging.getLogger(__name__)
 LONGEST_RETRY = 600
-"""Seconds after which a client that was refused is asked to come again, at most."""
+"""The most seconds that a refused client is told to wait."""
 FORGETTING = 0.99
-"""Share of the earlier steps' time and samples that a step keeps, where the pace is estimated."""
+"""Weight by which a step multiplies the time and samples of earlier steps, for the recent pace."""
 
 OnTokens = Callable[[int, int, list[int]], object]
-"""Is given the number of a request, that of a sample in it, and the tokens that the sample has so far."""
+"""Receives the index of a request, the index of a sample in it, and the sample's tokens so far."""
 
 
 class Busy(Exception):
-    """No more samples can wait."""
+    """The queues are full."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"the server is full; try again in {seconds} seconds")
         self.seconds = seconds
-        """When there is likely to be room."""
+        """Seconds after which there is likely to be room."""
 
 
 class Cancelled(Exception):
-    """The caller has gone, or the server did not wait for it."""
+    """The caller has gone, or the server was stopped without waiting for it."""
 
 
 class Stopped(Exception):
@@ -54,25 +60,25 @@ class Stopped(Exception):
 
 @dataclass
 class Stats:
-    """What an engine has done since it was started."""
+    """What an engine has done since its start."""
 
     finished: int = 0
     """Samples that were finished."""
     cancelled: int = 0
-    """Samples whose caller had gone before they were finished."""
+    """Samples whose caller left before they were finished."""
     failed: int = 0
     """Samples that ended in an error."""
     tokens: int = 0
     """Tokens of finished samples."""
     waited_seconds: float = 0.0
-    """Time that samples have waited for a group, all of them together."""
+    """Sum of the times that samples have waited for a group."""
     busy_seconds: float = 0.0
-    """Time that steps have taken."""
+    """Sum of the times of all steps."""
 
 
 @dataclass(eq=False)
 class _Sample:
-    """A sample that waits or is in the making."""
+    """A sample that waits or is being generated."""
 
     job: _Job
     request: int
@@ -80,12 +86,12 @@ class _Sample:
     asked: Request
     queued: float
     shown: int = 0
-    """Parts of it that its caller was shown."""
+    """How many parts of it, of `Caller.every` tokens, its caller was shown."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """The requests of a call, and the answers that it waits for."""
+    """The requests of one call, and the answers that the call waits for."""
 
     caller: Caller
     found: list[dict[int, list[int]]]
@@ -94,10 +100,10 @@ class _Job:
 
 
 class SharedEngine:
-    """An engine in a thread of its own, which every method may be called from any thread for.
+    """An engine in a thread of its own. Every method may be called from any thread.
 
     Args:
-        computing: opens the context that passes are made in, such as autocast.
+        computing: opens the context in which the model is run, such as autocast.
         waiting: samples that may wait at a time, of all clients.
     """
 
@@ -107,12 +113,16 @@ class SharedEngine:
         self.waiting_limit = waiting
         self.stats = Stats()
         self._engine, self._computing = engine, computing
+
+        # All that follows is guarded by this condition. The engine itself belongs to its thread.
         self._changed = threading.Condition()
         self._queues: OrderedDict[str, deque[_Sample]] = OrderedDict()
         self._running: dict[int, _Sample] = {}
         self._leaving: set[int] = set()
         self._stopping = False
         self._why = "the server is being stopped, and takes no more requests"
+
+        # Time and finished samples of recent steps, by which waiting times are estimated.
         self._seconds, self._samples = 0.0, 0.0
         self._cores = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -120,38 +130,40 @@ class SharedEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
+        """Whether the engine's thread runs."""
         return self._thread.is_alive()
 
     @property
     def engine(self) -> Engine:
-        """The engine, to be looked at."""
+        """The engine, for reading its shape and counts."""
         return self._engine
 
     @property
     def waiting(self) -> int:
-        """Samples that wait."""
+        """Number of samples that wait."""
         with self._changed:
             return sum(map(len, self._queues.values()))
 
     @property
     def running(self) -> int:
-        """Samples in the making."""
+        """Number of samples that are being generated."""
         with self._changed:
             return len(self._running)
 
     def stop(self, *, finish: bool = True, timeout: float | None = None) -> None:
-        """Takes no more requests, and ends the thread when those that it has are finished.
+        """Accept no more requests, finish those accepted, and end the thread.
 
         Args:
-            finish: cancel them instead, if it is false.
-            timeout: seconds after which those that are left are cancelled.
+            finish: False = cancel the accepted requests instead.
+            timeout: seconds after which unfinished requests are cancelled.
         """
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if finish:
             self._thread.join(timeout)
+
+        # After a finished join there are no jobs left to end.
         with self._changed:
             for job in self._jobs():
                 self._end(job, Cancelled("the server was stopped"))
@@ -159,11 +171,11 @@ class SharedEngine:
         self._thread.join()
 
     def enqueue(self, caller: Caller, requests: Sequence[Request]) -> _Job:
-        """Queues all samples of some requests.
+        """Queue all samples of the requests, or none of them.
 
         Raises:
-            UserError: for a request without room in the engine, or more samples than may ever wait.
-            Busy: where not all of them can wait now.
+            UserError: for a request without room in the engine, or more samples than can ever wait.
+            Busy: if not all of them can wait now.
             Stopped: after `stop`.
         """
         for request in requests:
@@ -183,6 +195,8 @@ class SharedEngine:
             if not count:
                 job.done.set_result([[] for _ in requests])
                 return job
+
+            # A client's samples wait behind its earlier ones.
             queue = self._queues.setdefault(caller.client, deque())
             for number, request in enumerate(requests):
                 for sample in range(len(request.seeds)):
@@ -191,21 +205,22 @@ class SharedEngine:
         return job
 
     def seconds_until_free(self, count: int = 1) -> int:
-        """Whole seconds until so many more samples are likely to find room, by the pace of late."""
+        """Whole seconds until so many more samples are likely to have room, by the recent pace."""
         with self._changed:
             excess = max(self.waiting + count - self.waiting_limit, 1)
             pace = self._seconds / self._samples if self._samples > 0.5 else 1.0
         return max(1, min(round(pace * excess + 0.5), LONGEST_RETRY))
 
     def cancel(self, job: _Job) -> None:
-        """Forgets a job: its rows are free before the next step."""
+        """End a job without answers; its rows are free before the next step."""
         with self._changed:
             self._end(job, Cancelled("the caller has gone"))
             self._changed.notify_all()
 
-    # -------------------------------------------------------------------------------------------- the thread
+    # -------------------------------------------------------------------------------- the thread
 
     def _loop(self) -> None:
+        """Run the engine until it is stopped or fails; then end all jobs."""
         try:
             self._work()
         except BaseException:
@@ -214,19 +229,22 @@ class SharedEngine:
                 "the engine has ended by an error, which the server's log has; start it again"
             )
         finally:
-            # However it ends, callers must not wait for ever, and nobody queues behind it.
+            # However the thread ends, no caller may wait for ever, nor queue behind it.
             with self._changed:
                 self._stopping = True
                 for job in self._jobs():
                     self._end(job, Stopped(self._why))
 
     def _work(self) -> None:
-        # torch keeps a number for each thread, and begins with what another one has set last.
+        """Free what was cancelled, let in what has room, make a step; again and again."""
+        # torch has a number of threads for each thread, which begins as that of another one.
         torch.set_num_threads(self._cores)
         with self._computing():
             while True:
                 with self._changed:
                     self._changed.wait_for(self._has_work)
+
+                    # Cancelled samples give back their rows before others are let in.
                     for ticket in self._leaving:
                         self._engine.cancel(ticket)
                     self._leaving.clear()
@@ -235,18 +253,22 @@ class SharedEngine:
                     self._let_in()
                     if not self._running:
                         continue
+
+                # Outside of the lock: callers may queue and cancel while the model computes.
                 self._step()
 
     def _has_work(self) -> bool:
         return bool(self._queues or self._running or self._leaving or self._stopping)
 
     def _let_in(self) -> None:
-        """Gives the engine as many samples as it has room for: one of each client in turn."""
+        """Give the engine as many samples as it has room for, one of each client in turn."""
         now = time.monotonic()
         while self._queues and self._engine.free > 0:
             client, queue = next(iter(self._queues.items()))
             sample = queue[0]
             self._running[self._engine.submit(sample.asked)] = sample
+
+            # The client goes to the end of the line.
             queue.popleft()
             del self._queues[client]
             if queue:
@@ -254,8 +276,11 @@ class SharedEngine:
             self.stats.waited_seconds += now - sample.queued
 
     def _step(self) -> None:
+        """Make one step, show samples that grew, and hand over finished ones."""
         started = time.monotonic()
         finished: list[FinishedSample] = []
+
+        # Logits that are not finite end the job that they belong to; any other error ends all.
         try:
             finished = self._engine.step()
         except NotFiniteLogits as error:
@@ -266,17 +291,19 @@ class SharedEngine:
             with self._changed:
                 for job in self._jobs():
                     self._end(job, error)
+
         seconds = time.monotonic() - started
         self.stats.busy_seconds += seconds
         self._seconds = FORGETTING * self._seconds + seconds
         self._samples = FORGETTING * self._samples + len(finished)
+
         self._show_growth()
         with self._changed:
             for answer in finished:
                 self._keep(answer)
 
     def _show_growth(self) -> None:
-        """Shows callers the samples that grew by the part that they look at."""
+        """Show callers the samples that have grown by another `Caller.every` tokens."""
         with self._changed:
             grown = []
             for ticket, _, tokens in self._engine.growing():
@@ -287,15 +314,18 @@ class SharedEngine:
                 if parts > sample.shown:
                     sample.shown = parts
                     grown.append((sample, list(tokens)))
+
+        # Outside of the lock, as it is others' code that is called.
         for sample, tokens in grown:
             assert sample.job.caller.on_tokens is not None
             try:
                 sample.job.caller.on_tokens(sample.request, sample.number, tokens)
-            except Exception as error:  # the caller's fault is nobody else's
+            except Exception as error:  # a fault of this caller must not end others' jobs
                 with self._changed:
                     self._end(sample.job, error)
 
     def _keep(self, answer: FinishedSample) -> None:
+        """Keep a finished sample for its job, which is done with its last one."""
         sample = self._running.pop(answer.ticket, None)
         if sample is None:
             return
@@ -305,14 +335,19 @@ class SharedEngine:
         job.found[sample.request][sample.number] = answer.tokens
         job.left -= 1
         if not job.left and not job.done.done():
-            job.done.set_result([[of[each] for each in range(len(of))] for of in job.found])
+            answers = []
+            for by_number in job.found:
+                answers.append([by_number[number] for number in range(len(by_number))])
+            job.done.set_result(answers)
 
     def _jobs(self) -> set[_Job]:
+        """The jobs that have a sample waiting or running."""
         waiting = {sample.job for queue in self._queues.values() for sample in queue}
         return waiting | {sample.job for sample in self._running.values()}
 
     def _end(self, job: _Job, error: Exception) -> None:
-        """Ends a job without its answers, and all samples of it."""
+        """End a job without answers, and all of its samples."""
+        # Samples that wait are forgotten at once; those that run leave before the next step.
         left = 0
         for client, queue in list(self._queues.items()):
             kept = deque(sample for sample in queue if sample.job is not job)
@@ -326,6 +361,7 @@ class SharedEngine:
                 del self._running[ticket]
                 self._leaving.add(ticket)
                 left += 1
+
         if isinstance(error, Cancelled):
             self.stats.cancelled += left
         else:
@@ -335,13 +371,14 @@ class SharedEngine:
 
 
 class Caller:
-    """One who asks a shared engine: what stands for an `Answerer` in a model that is asked through it.
+    """One who asks a shared engine; takes the place of an `Answerer` in a model.
 
     Args:
-        client: whose turn it is: callers of one client share its turns.
-        on_tokens: is shown each sample as it grows, in the thread of the engine, which it must not hold up.
+        client: whose turns the caller takes; callers of one client share its turns.
+        on_tokens: is shown each sample as it grows, in the engine's thread, which it must not hold
+            up.
         every: tokens of a sample after which it is shown.
-        on_queued: is called when its requests have found a place.
+        on_queued: is called when the requests are queued.
     """
 
     def __init__(
@@ -363,11 +400,11 @@ class Caller:
 
     @property
     def gone(self) -> bool:
-        """Whether it was cancelled."""
+        """Whether the caller was cancelled."""
         return self._gone
 
     def cancel(self) -> None:
-        """Gives up what is asked for, now and later; `answers` raises Cancelled."""
+        """Give up present and later requests; `answers` raises Cancelled."""
         with self._lock:
             self._gone = True
             job = self._job
@@ -375,7 +412,7 @@ class Caller:
             self._engine.cancel(job)
 
     def answers(self, requests: Sequence[Request]) -> list[list[list[int]]]:
-        """Tokens of all samples of all requests, as `Answerer.answers`; waits for them.
+        """Wait for the tokens of all samples of all requests, as `Answerer.answers`.
 
         Raises:
             Cancelled: after `cancel`.
@@ -387,10 +424,12 @@ class Caller:
             job = self._job = self._engine.enqueue(self, requests)
         if self.on_queued is not None:
             self.on_queued()
+
         try:
             found = job.done.result()
         finally:
             self._job = None
+
         for request, samples in zip(requests, found, strict=True):
             self.prompt_tokens += len(request.streams[0])
             self.answer_tokens += sum(map(len, samples))

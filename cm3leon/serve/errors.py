@@ -1,4 +1,4 @@
-"""What is refused, in OpenAI's form: a status, and JSON with a sentence."""
+"""Refusals in OpenAI's form: a status, and JSON with a sentence."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ KINDS = {
     500: "server_error",
     503: "server_error",
 }
-"""What OpenAI calls errors, by their status."""
+"""OpenAI's names of errors, by their status."""
 
 
 class Refusal(Exception):
-    """A request that is not answered."""
+    """A request that is not answered.
+
+    Args:
+        param: the field of the request that is wrong.
+        retry: seconds after which the client may try again.
+    """
 
     def __init__(
         self, status: int, sentence: str, *, param: str | None = None, retry: int | None = None
@@ -40,24 +45,28 @@ class Refusal(Exception):
             self.headers["www-authenticate"] = "Bearer"
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's JSON of an error."""
+        """The error as OpenAI's JSON."""
         kind = KINDS.get(self.status, "server_error")
         error = {"message": str(self), "type": kind, "param": self.param, "code": None}
         return {"error": error}
 
 
 def refusal_of(error: BaseException) -> Refusal | None:
-    """What is said of an error, None where it is a bug of ours."""
+    """The refusal for an error; None for a bug of ours."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, ClientDisconnect):
         return Refusal(499, "the client has gone")
+
+    # The server cannot answer now, but may do so later.
     if isinstance(error, Busy):
         return Refusal(429, str(error), retry=error.seconds)
     if isinstance(error, Stopped):
         return Refusal(503, str(error), retry=5)
     if isinstance(error, Cancelled):
         return Refusal(503, str(error), retry=5)
+
+    # The request asks for something that it cannot have.
     if isinstance(error, NotFinite):
         return Refusal(400, str(error))
     if isinstance(error, UserError):

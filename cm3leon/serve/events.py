@@ -11,19 +11,20 @@ from cm3leon.serve.errors import Refusal, refusal_of
 
 LOG = logging.getLogger(__name__)
 ALIVE = b": alive\n\n"
-"""A comment, which clients pass over."""
+"""A comment, which clients ignore."""
 DONE = b"data: [DONE]\n\n"
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """An event, by its own type where it has one."""
+    """An event as bytes, under the given name or its own type if it has one."""
     name = name or data.get("type")
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data)}\n\n".encode()
 
 
 async def with_errors(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, and one of an error that comes between them: the status has been sent by then."""
+    """The events of a stream; an error becomes the last one, as the status has been sent by
+    then."""
     try:
         async for each in stream:
             yield each

@@ -1,4 +1,5 @@
-"""What every request passes before it is read: who may ask, from where, and how much may be sent."""
+"""What every request passes before it is read: who may ask, from where, and how much they may
+send."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ BODY_SECONDS = 60
 """Time that a client may take to send its request."""
 
 BODIES = 16
-"""Largest requests whose bytes are held at a time, of all clients."""
+"""How many requests of the largest size may be held in memory at a time, of all clients."""
 DRAIN_SECONDS = 2
-"""Time for which the rest of a refused request is read."""
+"""Seconds for which the rest of a refused request is read."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -37,7 +38,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def read_key(file: Path | None) -> str | None:
-    """The API key: of a file, else of the environment; None without one.
+    """The API key from a file, else from the environment; None if there is none.
 
     Raises:
         UserError: for a file that cannot be read, or an empty key.
@@ -57,19 +58,19 @@ def read_key(file: Path | None) -> str | None:
 
 
 def key_to_listen(host: str, file: Path | None, word: str) -> str | None:
-    """The key that who asks at an address has to bear, as `read_key` finds it.
+    """The key that clients of an address must send, as `read_key` finds it.
 
     Args:
-        word: what users call it.
+        word: what users call the key, for messages.
 
     Raises:
-        UserError: as `read_key`, and for an address that others reach where there is none.
+        UserError: as `read_key`, and without a key for an address that other machines reach.
     """
     key = read_key(file)
     if key is None and host not in LOCAL:
         raise UserError(
-            f"host is {host}, which others reach, and there is no {word}; set {KEY_VARIABLE}, or give "
-            "key_file=FILE"
+            f"host is {host}, which others reach, and there is no {word}; set {KEY_VARIABLE}, or "
+            "give key_file=FILE"
         )
     return key
 
@@ -78,9 +79,10 @@ class Gate:
     """An ASGI application in front of another one.
 
     Args:
-        key: that requests have to bear; None = none, and then only pages of this server's own may ask by a browser.
-        body_bytes: that a request may have, however it is sent.
-        open_paths: that are answered without a key.
+        key: what requests must bring; None = no key, and then only programs of this machine and
+            pages of this server may ask.
+        body_bytes: the most bytes of a request, however it is sent.
+        open_paths: paths that are answered without a key.
     """
 
     def __init__(
@@ -108,7 +110,9 @@ class Gate:
             if body.whole:
                 await send(message)
                 return
-            # A connection that is closed with bytes unread loses the answer, too.
+
+            # An answer before the whole request has come: closing the connection with unread bytes
+            # would lose the answer too, so that some of the rest is read first.
             if message["type"] == "http.response.start":
                 headers = [*message.get("headers", ()), (b"connection", b"close")]
                 await send({**message, "headers": headers})
@@ -119,6 +123,7 @@ class Gate:
                 await body.drain()
                 await send({"type": "http.response.body", "body": b""})
 
+        # What the gate and the application refuse is answered here, before anything was sent.
         try:
             self._check(scope)
             await self._app(scope, body.receive, sending)
@@ -133,7 +138,7 @@ class Gate:
             body.release()
 
     def _check(self, scope: Message) -> None:
-        """Raises Refusal for who may not ask, or sends too much."""
+        """Raise Refusal if the client may not ask, or announces too much."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         if scope["path"] not in self._open_paths:
             self._check_asker(headers)
@@ -144,6 +149,8 @@ class Gate:
             raise _too_large(self._body_bytes)
 
     def _check_asker(self, headers: dict[bytes, bytes]) -> None:
+        """Raise Refusal for a wrong key or, without a key, for a request from elsewhere."""
+        # Digests are compared, in constant time: nothing of the key can be learned from the time.
         if self._digest is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(
@@ -153,8 +160,8 @@ class Gate:
                 raise Refusal(401, sentence)
             return
 
-        # Any page that this machine's browser shows could ask a server without a key, by this machine's address or by
-        # a name that somebody points at it.
+        # Any page in this machine's browser could ask a server without a key, by this machine's
+        # address or by a name that someone points at it.
         host = headers.get(b"host", b"").decode("latin-1")
         origin = headers.get(b"origin")
         try:
@@ -172,14 +179,14 @@ class Gate:
 
 @dataclass
 class _Held:
-    """Bytes of all requests that are not answered yet."""
+    """The bytes of all requests that are not answered yet."""
 
     limit: int
     bytes: int = 0
 
 
 class _Body:
-    """A request's body as it comes in, of so many bytes in so much time."""
+    """A request's body as it comes in, limited in bytes and in time."""
 
     def __init__(
         self, receive: Receive, headers: dict[bytes, bytes], limit: int, held: _Held
@@ -192,7 +199,7 @@ class _Body:
         """Whether all of it has come."""
 
     async def receive(self) -> Message:
-        """The next message. Raises Refusal for more bytes, or more time."""
+        """The next message. Raises Refusal if the body is too large or takes too long."""
         if self.whole:
             return await self._receive()
         before = self._received
@@ -206,12 +213,12 @@ class _Body:
         return message
 
     def release(self) -> None:
-        """Forgets its bytes, when the request is answered."""
+        """Give back the bytes, when the request is answered."""
         self._held.bytes -= self._own
         self._own = 0
 
     async def drain(self) -> None:
-        """Reads what is left, as far as it is little and comes soon."""
+        """Read the rest of the body, if it is short and comes soon."""
         end, most = time.monotonic() + DRAIN_SECONDS, self._received + 2 * self._limit
         with suppress(Refusal):
             while not self.whole and self._received < most:

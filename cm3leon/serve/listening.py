@@ -1,4 +1,4 @@
-"""A server, or a page, at its port, until a signal stops it."""
+"""Listening at a port with a server or a page, until a signal stops it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cm3leon.types import UserError
 
 
 class Listening(Protocol):
-    """What answers at a port."""
+    """An application that answers at a port: the server, or the page of the demo."""
 
     app: Any
     stopping: bool
@@ -28,11 +28,11 @@ class Listening(Protocol):
         """What is served, in a line."""
 
     def close(self, timeout: float) -> None:
-        """Finishes what was accepted, in so many seconds, and ends all threads."""
+        """Finish accepted requests within so many seconds, and end all threads."""
 
 
 class _Uvicorn(uvicorn.Server):
-    """Ends by signals, without raising them once more when it has ended."""
+    """A server that ends by signals, without raising them again afterwards as uvicorn does."""
 
     def __init__(self, config: uvicorn.Config, server: Listening, grace: int) -> None:
         super().__init__(config)
@@ -41,7 +41,8 @@ class _Uvicorn(uvicorn.Server):
 
     @property
     def seconds_left(self) -> float:
-        """Of the grace, when the connections have ended; none after a second Ctrl-C."""
+        """Seconds of the grace that are left after the connections ended; 0 after a second
+        Ctrl-C."""
         if self.force_exit:
             return 0
         if self._deadline is None:
@@ -78,8 +79,8 @@ def listen(server: Listening, *, host: str, port: int, grace: int, path: str = "
 
     Args:
         port: 0 = any that is free.
-        grace: seconds that it may take.
-        path: at which it is found, behind host and port.
+        grace: seconds in which accepted requests can finish.
+        path: where it is found behind host and port, for the printed address.
 
     Raises:
         UserError: for an address that cannot be listened at.
@@ -89,9 +90,11 @@ def listen(server: Listening, *, host: str, port: int, grace: int, path: str = "
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise UserError(
-            f"host={host} port={port} cannot be listened at: {error.strerror or error}; take another port, or 0 for "
-            "any that is free"
+            f"host={host} port={port} cannot be listened at: {error.strerror or error}; take "
+            "another port, or 0 for any that is free"
         ) from error
+
+    # The port is open before the address is printed, so that whoever reads it can connect.
     with listener:
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {server.described()}", flush=True)
@@ -102,7 +105,7 @@ def listen(server: Listening, *, host: str, port: int, grace: int, path: str = "
 
 
 def uvicorn_of(server: Listening, grace: int) -> _Uvicorn:
-    """What answers at a socket; `should_exit` ends it."""
+    """The application in a uvicorn server, which `should_exit` ends."""
     config = uvicorn.Config(
         server.app,
         log_level="warning",

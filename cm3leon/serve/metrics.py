@@ -1,4 +1,4 @@
-"""What a server has done, in Prometheus' form."""
+"""Counts and times of a server, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from prometheus_client.registry import Collector
 from cm3leon.serve.desk import Desk
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-"""Bounds of the histogram of requests' times."""
+"""Bounds of the histogram of requests' times, in seconds."""
 
 
 class Metrics:
-    """Counts of requests, and what the engine says of itself when it is asked."""
+    """Counts of requests, and figures of the engine, which are read when they are asked for."""
 
     def __init__(self, desk: Desk) -> None:
         self._registry = CollectorRegistry()
@@ -35,22 +35,26 @@ class Metrics:
         )
 
     def count(self, endpoint: str, status: int, seconds: float) -> None:
-        """A request that has been answered."""
+        """Count a request that has been answered."""
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
     def text(self) -> bytes:
-        """What Prometheus reads."""
+        """All metrics as Prometheus reads them."""
         return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):
+    """Figures of the engine at the time of the question."""
+
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         shared = self._desk.service.engine
         engine, stats = shared.engine, shared.stats
+
+        # Values that go up and down, then counts that only grow.
         gauges: dict[str, tuple[str, float]] = {
             "open_requests": ("Requests in work.", self._desk.open),
             "waiting_samples": ("Samples that wait for rows.", shared.waiting),

@@ -1,4 +1,4 @@
-"""Images between pixels, codes and files: those that clients send, those that are drawn, and those that still grow."""
+"""Images between pixels, codes and files: clients' images, finished ones, and partial ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cm3leon.tasks.prompts import mask_codes
 from cm3leon.types import UserError
 
 NOT_YET = 128
-"""Grey value of what is not drawn yet."""
+"""Grey value of pixels that are not drawn yet."""
 
 
 def encoded(image: Image.Image, kind: str) -> str:
-    """An image as a file of that format, in base64."""
+    """An image as a file of a format (png, jpeg or webp), in base64."""
     file = io.BytesIO()
     image.save(file, kind.upper())
     return base64.b64encode(file.getvalue()).decode()
@@ -32,7 +32,7 @@ def data_url(image: Image.Image) -> str:
 
 
 def given_pixels(content: bytes, where: str, *, size: int, max_pixels: int) -> np.ndarray:
-    """Pixels (size, size, 3) of what the model sees of an image file: its central square.
+    """Pixels (size, size, 3) of an image file's central square, which is what the model sees.
 
     Raises:
         UserError: for a file that cannot be read, or has too many pixels.
@@ -54,11 +54,14 @@ def given_mask(
     """The codes (grid, grid) of an image that a mask, or a box, asks for.
 
     Args:
-        mask: an image file of the same size; its transparent pixels are those to be made anew.
+        mask: an image file of the same size; its transparent pixels are filled in.
+        box: left, top, right, bottom in pixels, if there is no mask.
 
     Raises:
-        UserError: for a mask of another size or without transparency, or for nothing that the model sees.
+        UserError: for a mask of another size or without transparency, a box outside of the image,
+            or one that has nothing in the central square.
     """
+    # The pixels that are asked for, in the image's own size.
     try:
         height, width = decode_image(image, max_pixels, "image").shape[:2]
         if mask is not None:
@@ -68,21 +71,25 @@ def given_mask(
             left, top, right, bottom = box
             if not (0 <= left < right <= width and 0 <= top < bottom <= height):
                 raise UserError(
-                    f"box is {box}; it must be (left, top, right, bottom) inside the image of {width} x {height} pixels"
+                    f"box is {box}; it must be (left, top, right, bottom) inside the image of "
+                    f"{width} x {height} pixels"
                 )
             asked_HW = np.zeros((height, width), bool)
             asked_HW[top:bottom, left:right] = True
     except UnusableImage as error:
         which = "mask" if mask is not None else "image"
         raise UserError(
-            f"{which} cannot be used: {error}; an image and a mask with transparent pixels, where it is made anew, are "
-            "needed"
+            f"{which} cannot be used: {error}; an image and a mask with transparent pixels, where "
+            "it is made anew, are needed"
         ) from error
+
     if asked_HW.shape != (height, width):
         raise UserError(
-            f"mask has {asked_HW.shape[1]} x {asked_HW.shape[0]} pixels; it must have as many as the image, "
-            f"{width} x {height}"
+            f"mask has {asked_HW.shape[1]} x {asked_HW.shape[0]} pixels; it must have as many as "
+            f"the image, {width} x {height}"
         )
+
+    # A code is filled in if one of its pixels is asked for.
     codes_GG = mask_codes(asked_HW, (grid, grid))
     if not codes_GG.any():
         raise UserError(
@@ -93,13 +100,18 @@ def given_mask(
 
 @dataclass
 class Canvas:
-    """An image that still grows: what is given of it, and the codes that come one after the other."""
+    """Shows an image whose codes are still being drawn.
+
+    given  5 5 5 5    asked  . . . .    drawn so far  7 8    shown  5 5 5 5
+           5 5 5 5           . 1 1 .                                5 7 8 5
+           5 5 5 5           . 1 1 .                                5 ▒ ▒ 5
+    """
 
     model: CM3Leon
     asked_GG: np.ndarray
-    """The codes that are drawn, in reading order."""
+    """Whether each code is drawn, in reading order."""
     given_N: np.ndarray
-    """Codes of the whole image; those that are drawn count for nothing."""
+    """Codes of the whole image; those where codes are drawn are not used."""
 
     @classmethod
     def empty(cls, model: CM3Leon) -> Canvas:
@@ -108,17 +120,20 @@ class Canvas:
         return cls(model, np.ones(grid, bool), np.zeros(grid[0] * grid[1], np.int64))
 
     def image(self, tokens: Sequence[int]) -> Image.Image:
-        """The image as far as those tokens go; what is not drawn yet is grey."""
+        """The image with the codes among the tokens; what is not drawn yet is grey."""
         vocab, tokenizer = self.model.run.vocab, self.model.run.image_tokenizer
         ids_T = np.asarray(tokens, np.int64)
         drawn_K = vocab.image_codes(ids_T[vocab.is_image(ids_T)])
         places_M = np.flatnonzero(self.asked_GG)
+
+        # Codes that are not drawn yet show at the edges of their neighbours: the last drawn code is
+        # the best guess for them.
         codes_N = self.given_N.copy()
-        # What is not drawn yet shines through at the edges: the last code is the likeliest to go on.
         codes_N[places_M] = drawn_K[-1] if len(drawn_K) else 0
         codes_N[places_M[: len(drawn_K)]] = drawn_K
         (pixels_HWC,) = tokenizer.decode(codes_N[None])
 
+        # Each code covers a square of pixels.
         missing_N = np.zeros(len(codes_N), bool)
         missing_N[places_M[len(drawn_K) :]] = True
         scale = tokenizer.image_size // tokenizer.grid

@@ -1,11 +1,16 @@
-"""A model that many callers ask at a time, each as it would ask it alone; it knows nothing of HTTP.
+"""A model that many callers ask at a time, each as if it were alone. It knows nothing of HTTP.
 
     with Service(CM3Leon.load("runs/digits"), samples=8) as service:
         with service.asking(service.caller("me")) as model:
             model.generate("a seven", n=4)
 
-Callers are threads. What a model does beside its decoder (encoding and decoding images, searching the memory bank) is
-done by one of them at a time; while its samples are in the making another one has its turn.
+Callers are threads. What is done beside generating tokens (encoding and decoding images, searching
+the memory bank) is done by one of them at a time, under a lock. A caller releases the lock while it
+waits for the engine:
+
+    caller 1   encode │ waits for its samples ............ │ decode
+    caller 2          │ encode │ waits for its samples ........... │ decode
+    engine            │ steps of caller 1's samples, then of both
 """
 
 from __future__ import annotations
@@ -30,14 +35,15 @@ from cm3leon.types import Execution, Notice, Precision, UserError
 
 
 class Service:
-    """A model behind a shared engine, whose room is taken at the start and stays as it is.
+    """A model behind a shared engine, whose memory is taken at the start and never grows.
 
     Args:
-        model: of which the tokenizers, the memory bank and the decoder are used.
-        samples: in the making at a time.
-        rows: of a sample: guidance's streams, or beams; None = as many as the run's own decoders need.
-        tokens: that a prompt and its answer may have together; None = the model's positions.
-        waiting: samples that may wait at a time.
+        model: its network, tokenizers and memory bank are used.
+        samples: how many are generated at a time.
+        rows: rows of a sample, for guidance's streams or for beams; None = as many as the run's own
+            decoders need.
+        tokens: the most tokens of a prompt and its answer together; None = the model's positions.
+        waiting: how many samples may wait at a time.
         window: as in `CM3Leon.load`; a window of one serves many callers best.
         execution: as in `CM3Leon.load`.
 
@@ -59,6 +65,8 @@ class Service:
     ) -> None:
         self.model = model
         run = model.run
+
+        # The prefix may be as long as the positions, and the tail too, with drafts behind it.
         longest = min(tokens or run.seq_len, run.seq_len)
         shape = Shape(samples, rows or rows_of(model), longest, longest + window - 1)
         computing = partial(autocast, run.device, precision)
@@ -89,27 +97,27 @@ class Service:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a row of an image's codes."""
+        """Tokens of one row of an image's codes."""
         return self.model.run.vocab.layout.row_length(self.model.run.grid[1])
 
     def caller(
         self, client: str, *, on_tokens: OnTokens | None = None, every: int | None = None
     ) -> Caller:
-        """One who is to ask; its `cancel` may be called from another thread.
+        """A caller, whose `cancel` may be called from another thread.
 
         Args:
-            client: callers of one client share its turns.
+            client: whose turns the caller takes; callers of one client share its turns.
             on_tokens: is shown the samples as they grow, see `Caller`.
-            every: tokens after which it is; None = a row of an image's codes.
+            every: tokens after which it is shown them; None = a row of an image's codes.
         """
         return Caller(self.engine, client, on_tokens=on_tokens, every=every or self.row_tokens)
 
     @contextmanager
     def asking(self, caller: Caller, notices: list[Notice] | None = None) -> Iterator[CM3Leon]:
-        """The model, as this caller's thread may ask it inside the block.
+        """The model, which the caller's thread may ask inside the block.
 
         Args:
-            notices: is given what would be warned of.
+            notices: receives what would otherwise be warnings.
         """
         with self._beside:
             aside = _Aside(caller, self._beside)
@@ -117,7 +125,7 @@ class Service:
 
 
 class _Aside:
-    """Lets others work beside the engine while a caller waits for its answers."""
+    """Releases the lock for work beside the engine while a caller waits for its answers."""
 
     def __init__(self, caller: Caller, beside: threading.Lock) -> None:
         self._caller, self._beside = caller, beside
@@ -131,41 +139,43 @@ class _Aside:
 
 
 def is_tuned(model: CM3Leon) -> bool:
-    """Whether it was fine-tuned on instructions."""
+    """Whether a model was fine-tuned on instructions."""
     return model.run.experiment.objective.name == TUNED
 
 
 def takes_questions(model: CM3Leon) -> bool:
-    """Whether it was tuned on instructions, here or for chat by its publisher."""
+    """Whether a model was tuned on instructions here, or for chat by its publisher."""
     return is_tuned(model) or bool(model.run.vocab.layout.turn)
 
 
 def rows_of(model: CM3Leon) -> int:
-    """Rows that a sample takes by the run's own decoders, with those of edits where it was tuned on instructions."""
+    """Rows that a sample needs for the run's own decoders, and for edits if the model is tuned."""
     experiment = model.run.experiment
     names: list[Component | str] = [experiment.decoder, experiment.text_decoder]
     if is_tuned(model):
         names.append("edit")
     decoders = [DECODERS.build(each) for each in names]
-    # Two are what guidance takes, which a caller may ask for where the run's decoders go without.
+    # A caller may ask for guidance, which takes two, even if the run's decoders have none.
     return max(2, *(max(each.streams, each.beams) for each in decoders))
 
 
 def _check_room(model: CM3Leon, shape: Shape) -> None:
+    """Raise UserError if keys and values of this shape do not fit into the free memory."""
     wanted = model.run.model.cache_bytes(
         groups=shape.groups, width=shape.width, prefix=shape.prefix, tail=shape.tail
     )
     free = free_memory(model.run.device)
     if wanted > 0.9 * free:
         raise UserError(
-            f"{shape.groups} samples of {shape.width} rows and {shape.tail} tokens take {wanted / 1e9:.3g} GB of keys "
-            f"and values, {free / 1e9:.3g} GB are free; serve fewer samples at a time (samples=), or shorter ones "
-            "(tokens=)"
+            f"{shape.groups} samples of {shape.width} rows and {shape.tail} tokens take "
+            f"{wanted / 1e9:.3g} GB of keys and values, {free / 1e9:.3g} GB are free; serve fewer "
+            "samples at a time (samples=), or shorter ones (tokens=)"
         )
 
 
 def _read_all(model: CM3Leon) -> None:
-    """Reads from the run what requests need, so that the first of them does not wait and memory does not grow."""
+    """Read what requests need, so that the first one does not wait for it and memory is taken
+    now."""
     run = model.run
     _ = run.text_tokenizer, run.image_tokenizer
     if run.has_retriever:

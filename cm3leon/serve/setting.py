@@ -1,4 +1,4 @@
-"""What requests are checked against: the model that is served, and the limits."""
+"""What requests are checked against: the served model, and the limits."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from cm3leon.types import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may take."""
+    """The most that requests may take."""
 
     body_bytes: int = 16 * 2**20
     """Bytes of a request."""
     pixels: int = 16_000_000
-    """Pixels of an image that is given."""
+    """Pixels of a client's image."""
     samples: int = 16
     """Images of a request."""
     documents: int = 16
     """Retrieved documents of a request."""
     requests: int = 256
-    """Requests in work."""
+    """Requests that are open at a time."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The model under its name, the desk that asks it, and the limits."""
+    """The model's name, the desk that asks the model, and the limits."""
 
     desk: Desk
     limits: Limits
@@ -38,30 +38,30 @@ class Setting:
 
     @property
     def model(self) -> CM3Leon:
-        """The model, to be looked at; it is asked at the desk."""
+        """The model, for reading its settings; requests ask it through the desk."""
         return self.desk.service.model
 
     @property
     def size(self) -> int:
-        """Pixels of a side of an image."""
+        """Height and width of images, in pixels."""
         return int(self.model.run.image_tokenizer.image_size)
 
     @property
     def image_size(self) -> str:
-        """The same as OpenAI writes it."""
+        """The size of images as OpenAI writes it: 256x256."""
         return f"{self.size}x{self.size}"
 
     def check_name(self, name: str) -> None:
-        """Raises Refusal for a model that is not served."""
+        """Raise Refusal for a model that is not served."""
         if name != self.name:
             raise Refusal(404, f"model is {name!r}; this server has {self.name!r}", param="model")
 
     def check(self, asked: Asked) -> None:
-        """Check a request against the limits, and give it a seed where it has none.
+        """Check a request against the limits, and give it a seed if it has none.
 
         Raises:
             Refusal: for another model.
-            UserError: for more than there may be.
+            UserError: for more than the limits allow.
         """
         if asked.model is not None:
             self.check_name(asked.model)
@@ -69,7 +69,8 @@ class Setting:
             _check_most("n", asked.n, self.limits.samples)
             if asked.size not in ("auto", self.image_size):
                 raise UserError(
-                    f"size is {asked.size!r}; it must be {self.image_size}, which the model draws, or auto"
+                    f"size is {asked.size!r}; it must be {self.image_size}, which the model draws, "
+                    "or auto"
                 )
         if isinstance(asked, ChatAsked):
             room = self.desk.service.engine.engine.shape.prefix
