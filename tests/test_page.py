@@ -25,8 +25,8 @@ from cm3leon import CM3Leon
 from cm3leon.commands import load_command
 from cm3leon.commands.words import read_options
 from cm3leon.demo import asking
-from cm3leon.demo.again import Again
-from cm3leon.demo.asking import Asker, Limits, Result
+from cm3leon.demo.again import Recipe
+from cm3leon.demo.asking import Asker, AskLimits, Result
 from cm3leon.demo.entered import box_of, seed_of, words_of
 from cm3leon.demo.page import Page
 from cm3leon.run import main
@@ -44,7 +44,7 @@ def asker(tuned_model: CM3Leon) -> Iterator[Asker]:
     # As the threads of a page have: convolutions round otherwise on several.
     torch.set_num_threads(1)
     with Service(tuned_model, samples=2, precision="float32") as service:
-        limits = Limits(pixels=250_000, samples=4, documents=2)
+        limits = AskLimits(pixels=250_000, samples=4, documents=2)
         found = Asker(service, tuned_model.run.folder, {"precision": "float32"}, limits, requests=4)
         yield found
         found.close()
@@ -118,7 +118,7 @@ def test_what_is_entered_is_read_or_refused_with_a_sentence() -> None:
 
 @pytest.mark.parametrize("text", ["5", "[a]", "'x'", '"', "a: b # c", "it's {k}", "é = 1"])
 def test_a_command_reads_the_text_that_was_entered(text: str) -> None:
-    again = Again(Path("a run"), {}, "generate", "generate", {"prompt": text}, {"n": 2, "seed": 0})
+    again = Recipe(Path("a run"), {}, "generate", "generate", {"prompt": text}, {"n": 2, "seed": 0})
     words = shlex.split(again.shell())
     assert words[:4] == ["python", "-m", "cm3leon.run", "generate"]
     options = read_options(load_command("generate"), words[4:])

@@ -1,3 +1,10 @@
-"""A page to try a finished run on: what was entered (`entered.py`), what is asked (`asking.py`), what makes it again
-(`again.py`), a browser's own documents (`own.py`), and gradio's blocks (`page.py`, `library.py`, `parts.py`). It stands
-on the shared engine of `cm3leon.serve`."""
+"""A page in the browser on which a finished run can be tried.
+
+    page.py, library.py, parts.py    gradio's components: tabs, fields, buttons
+    entered.py                       the contents of fields, checked
+    asking.py                        functions that ask the model, without gradio
+    again.py                         the command, and the Python, that make a result again
+    own.py                           documents that a browser has added for itself
+
+The model is asked through the shared engine of `cm3leon.serve`.
+"""

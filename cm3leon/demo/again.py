@@ -1,4 +1,12 @@
-"""What makes a result again: a command, and lines of Python."""
+"""The command, and the lines of Python, that make a result of the page again.
+
+python -m cm3leon.run generate run=runs/digits 'prompt=a seven' n=4 seed=17
+
+from cm3leon import CM3Leon
+
+model = CM3Leon.load('runs/digits')
+result = model.generate('a seven', n=4, seed=17)
+"""
 
 from __future__ import annotations
 
@@ -10,39 +18,39 @@ from pathlib import Path
 from typing import Any
 
 IMAGE, MASK = "image.png", "mask.png"
-"""Names of the files that a page hands out, as the model saw them."""
+"""Names of the files that the page offers: the images as the model saw them."""
 
 
 @dataclass(frozen=True)
-class Again:
-    """What makes a result again.
+class Recipe:
+    """What is needed to make a result again.
 
     Args:
-        command: that is asked of the command line.
-        method: that is asked of `CM3Leon`.
-        options: that both have, by their names; None and what is empty is left out.
-        positional: the first arguments of the method, which are options of the command by their names.
+        command: name of the command.
+        method: name of the method of `CM3Leon`.
+        positional: the first arguments of the method, by the names of the command's options.
+        options: arguments that both have, by their names; None and empty values are left out.
     """
 
     run: Path
     loading: Mapping[str, Any]
-    """What the run was loaded with, by the names that commands and `CM3Leon.load` share."""
+    """The options that the run was loaded with, which commands and `CM3Leon.load` share."""
     command: str
     method: str
     positional: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     own: str = ""
-    """File with documents that stand in the memory bank too; empty = none."""
+    """File with documents that are added to the memory bank; empty = none."""
 
     def shell(self) -> str:
-        """The command, to be run where the page was started and its files lie."""
+        """The command, for the folder where the page was started, with the offered files in it."""
         own = {"own": self.own}
         given = {"run": self.run, **self.loading, **self.positional, **self.options, **own}
         words = [f"{name}={_word(value)}" for name, value in given.items() if _is_given(value)]
         return shlex.join(["python", "-m", "cm3leon.run", self.command, *words])
 
     def python(self) -> str:
-        """Lines of Python, whose last one names the result."""
+        """Lines of Python, of which the last one makes the result."""
         loading = _arguments([str(self.run)], self.loading)
         options = dict(self.options)
         lines = ["from cm3leon import CM3Leon", ""]
@@ -57,7 +65,7 @@ class Again:
 
 
 class _Code(str):
-    """Python that stands for itself."""
+    """Python code, which is written without quotes."""
 
     __slots__ = ()
 
@@ -75,5 +83,5 @@ def _is_given(value: Any) -> bool:
 
 
 def _word(value: Any) -> str:
-    """A value as the command line reads it: a text as it is."""
+    """A value as the command line reads it: a text as it is, anything else as JSON."""
     return str(value) if isinstance(value, (str, Path)) else json.dumps(value)

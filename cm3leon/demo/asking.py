@@ -1,6 +1,6 @@
-"""A run asked as a page asks it: plain functions of a service and what was entered to what is shown.
+"""The questions of the page: functions from a service and what was entered to what is shown.
 
-Nothing here knows of gradio. Mistakes are raised as everywhere; `sentence_of` says what a page shows of them.
+Nothing here knows of gradio. Mistakes are raised; `sentence_of` is what the page shows of them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from cm3leon.api import CM3Leon, FoundDocument, GeneratedImage, found_of
-from cm3leon.demo.again import IMAGE, MASK, Again
+from cm3leon.demo.again import IMAGE, MASK, Recipe
 from cm3leon.demo.entered import LONGEST_TEXT, pixels_of, text_of, words_of
-from cm3leon.demo.own import DOCUMENTS, OwnDocuments
+from cm3leon.demo.own import DOCUMENTS, SessionDocuments
 from cm3leon.serve.engine import Caller
 from cm3leon.serve.errors import refusal_of
 from cm3leon.serve.pictures import Canvas
@@ -33,18 +33,19 @@ from cm3leon.types import Notice, UserError
 
 LOG = logging.getLogger(__name__)
 PATIENCE = 1.0
-"""Seconds after which whoever watches a result is given its turn, so that it can leave."""
+"""Seconds after which a result is shown although it has not grown, so that its browser can
+leave."""
 
 Picture = tuple[Image.Image, str]
-"""An image and what is said below it."""
+"""An image and its caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a page may ask for."""
+class AskLimits:
+    """The most that a question may ask for."""
 
     pixels: int = 16_000_000
-    """Pixels of an image that is given."""
+    """Pixels of a given image."""
     samples: int = 8
     """Images at a time."""
     documents: int = 8
@@ -53,71 +54,71 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What is shown: images or a text, what there is to say of them, and what makes them again."""
+    """What is shown: images or a text, sentences about them, and what makes them again."""
 
     pictures: Sequence[Picture] = ()
     text: str = ""
     told: Sequence[str] = ()
-    """Sentences."""
-    again: Again | None = None
-    """None while it grows."""
+    """Sentences about the result."""
+    again: Recipe | None = None
+    """None while the result grows."""
     files: Mapping[str, Image.Image | str] = field(default_factory=dict)
-    """Images and texts that `again` reads, by their names."""
+    """The files that `again` reads, by their names."""
 
 
 class Asker:
-    """Threads that ask a service for the sessions of a page, who may leave.
+    """Threads that ask a service for the page's sessions, which may leave.
 
     Args:
-        run: the folder as it was given, which commands name.
-        loading: what it was loaded with, as far as it is not the default.
+        run: the folder as it was given, for commands.
+        loading: the options that it was loaded with, without defaults.
     """
 
     def __init__(
-        self, service: Service, run: Path, loading: dict[str, Any], limits: Limits, requests: int
+        self, service: Service, run: Path, loading: dict[str, Any], limits: AskLimits, requests: int
     ) -> None:
         self.service, self.limits = service, limits
         self._run, self._loading = run, loading
         self._callers: dict[str, set[Caller]] = defaultdict(set)
-        self.own = OwnDocuments()
-        # The engine's thread has the cores; beside it, one thread computes at a time.
+        self.own = SessionDocuments()
+        # The engine's thread has all cores; the others compute on one core.
         alone = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(requests, "page", initializer=alone)
         self._brief = ThreadPoolExecutor(1, "brief", initializer=alone)
 
     @property
     def model(self) -> CM3Leon:
-        """The model, to be looked at."""
+        """The model, for reading its settings."""
         return self.service.model
 
     @property
     def size(self) -> int:
-        """Pixels of a side of an image."""
+        """Height and width of images, in pixels."""
         return int(self.model.run.image_tokenizer.image_size)
 
     def pixels(self, file: str | None) -> np.ndarray:
-        """Pixels (size, size, 3) of what the model sees of an image file, see `pixels_of`."""
+        """Pixels (size, size, 3) that the model sees of an image file, see `pixels_of`."""
         return pixels_of(file, self.size, self.limits.pixels)
 
     def close(self) -> None:
-        """Gives up what is not done, and ends the threads."""
+        """Give up all questions, and end the threads."""
         for session in list(self._callers):
             self.leave(session)
         for pool in (self._pool, self._brief):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def leave(self, session: str) -> None:
-        """Gives up all that a session has asked for."""
+        """Give up all questions of a session."""
         for caller in list(self._callers.pop(session, ())):
             caller.cancel()
 
     def end(self, session: str) -> None:
-        """Gives up all of a session that has ended, its documents too."""
+        """Give up the questions and the documents of a session that has ended."""
         self.leave(session)
         self.own.forget(session)
 
     def briefly(self, session: str, work: Callable[[CM3Leon], Any]) -> Any:
-        """What the work returns, which asks the engine for nothing."""
+        """Do work that does not use the engine, and return its result."""
         caller = self.service.caller(session)
         return self._brief.submit(self._work, session, caller, work, []).result()
 
@@ -127,10 +128,10 @@ class Asker:
         work: Callable[[CM3Leon], Result],
         canvas: Callable[[CM3Leon], Canvas] | None = None,
     ) -> Iterator[Result]:
-        """A result as it grows, the last one whole.
+        """Do the work, and yield its result while it grows; the last one is whole.
 
         Args:
-            canvas: what is shown of an image that still grows; None = nothing.
+            canvas: makes the canvas that shows partial images; None = none are shown.
         """
         fresh: dict[int, list[int]] = {}
         changed, growing = threading.Event(), dict[int, Image.Image]()
@@ -150,6 +151,8 @@ class Asker:
         notices: list[Notice] = []
         done: Future[Result] = self._pool.submit(self._work, session, caller, work, notices)
         done.add_done_callback(lambda _: changed.set())
+
+        # A session that leaves closes this generator at a `yield`: its samples are given up.
         try:
             while not done.done():
                 changed.wait(PATIENCE)
@@ -174,14 +177,14 @@ class Asker:
         *,
         own: bool = False,
         **options: Any,
-    ) -> Again:
+    ) -> Recipe:
         """What makes a result of this run again.
 
         Args:
-            own: whether documents that a browser has added are retrieved from too.
+            own: whether documents that the browser has added were retrieved from too.
         """
         documents = DOCUMENTS if own else ""
-        return Again(self._run, self._loading, command, method, positional, options, documents)
+        return Recipe(self._run, self._loading, command, method, positional, options, documents)
 
     def _forget(self, session: str, caller: Caller) -> None:
         callers = self._callers.get(session, set())
@@ -201,7 +204,7 @@ class Asker:
 
 
 def sentence_of(error: Exception) -> str:
-    """What a page says of an error; of a bug, that it is in the log."""
+    """The sentence that the page shows for an error; for a bug, that the log has it."""
     refusal = refusal_of(error)
     if refusal is None:
         LOG.error("a question of the page failed", exc_info=error)
@@ -210,7 +213,7 @@ def sentence_of(error: Exception) -> str:
 
 
 def documents_for(asker: Asker, session: str, prompt: str, count: int) -> list[FoundDocument]:
-    """What is retrieved for a prompt, the closest last."""
+    """The documents retrieved for a prompt, the closest last."""
     prompt = text_of(prompt, "prompt")
     return asker.briefly(session, lambda model: model.documents_for(prompt, count))
 
@@ -230,8 +233,9 @@ def draw(
 
     Args:
         found: rows of the memory bank that were retrieved, the closest last.
-        used: those of them that stand before the prompt.
+        used: those of them that are put before the prompt.
     """
+    # Where all found documents are used, the command only needs their number.
     prompt = text_of(prompt, "prompt")
     kept = [row for row in found if row in set(used)]
     own = asker.own.files(session) if kept else {}
@@ -257,7 +261,7 @@ def draw(
 def edit(
     asker: Asker, session: str, pixels_HWC: np.ndarray, instruction: str, *, n: int, seed: int
 ) -> Iterator[Result]:
-    """An image changed as an instruction says, as it grows, the best first."""
+    """Images changed as an instruction says, as they grow, the best first."""
     instruction = text_of(instruction, "instruction")
     image = Image.fromarray(pixels_HWC)
 
@@ -281,7 +285,7 @@ def look(
     retrieve: int,
     seed: int,
 ) -> Iterator[Result]:
-    """A text for an image: the answer to a question, its caption without one."""
+    """A text for an image: the answer to a question or, without one, a caption."""
     image, question = Image.fromarray(pixels_HWC), (question or "").strip()
     own = asker.own.files(session) if retrieve and not question else {}
 
@@ -312,12 +316,12 @@ def fill_in(
     decoder: Any,
     seed: int,
 ) -> Iterator[Result]:
-    """An image, or words of its caption, with a part made anew.
+    """An image, or words of its caption, of which a part is filled in.
 
     Args:
-        caption: with [brackets] around words that are made anew.
-        brushed_HW: booleans of any height and width, True where a brush was.
-        box: in pixels of the image.
+        caption: with [brackets] around the words to fill in.
+        brushed_HW: booleans of any height and width, True where the brush was.
+        box: left, top, right, bottom in pixels of the image.
     """
     caption = (caption or "").strip()
     if len(caption) > LONGEST_TEXT:
@@ -326,10 +330,13 @@ def fill_in(
     brushed = brushed_HW is not None and bool(brushed_HW.any())
     if not brushed and box is None and words is None:
         raise UserError(
-            "nothing is to be made anew; brush over a part of the image, give a box, or put [brackets] around words"
+            "nothing is to be made anew; brush over a part of the image, give a box, or put "
+            "[brackets] around words"
         )
     if brushed and box is not None:
         raise UserError("both a box and a brush say what is made anew; take one of them away")
+
+    # The mask is that of whole codes, in the image's size, as the offered file has it.
     grid = asker.model.run.grid[0]
     image = Image.fromarray(pixels_HWC)
     files = {IMAGE: image}
@@ -369,7 +376,7 @@ def fill_in(
 def search(
     asker: Asker, session: str, text: str, file: str | None, count: int
 ) -> list[FoundDocument]:
-    """Documents of the memory bank that are closest to a text, an image, or both."""
+    """The documents of the memory bank that are closest to a text, an image, or both."""
     pixels_HWC = asker.pixels(file) if file else None
     words = (text or "").strip() or None
     if words is not None:
@@ -382,7 +389,7 @@ def search(
 
 
 def add(asker: Asker, session: str, file: str | None, text: str) -> str:
-    """Add a document to the memory bank as this session sees it; returns what is said of it."""
+    """Add a document to the memory bank as this session sees it; returns a sentence about it."""
     pixels_HWC = asker.pixels(file)
 
     def work(model: CM3Leon) -> int:
@@ -393,7 +400,7 @@ def add(asker: Asker, session: str, file: str | None, text: str) -> str:
 
 
 def browse(asker: Asker, session: str, page: float, per_page: int) -> tuple[list[Picture], str]:
-    """A page of the memory bank in its order, from 1, and what is said of it; pages beyond an end are the last one."""
+    """A page of the memory bank, from 1 to the last one, and a sentence about it."""
 
     def work(model: CM3Leon) -> tuple[list[Picture], str]:
         size = len(model.run.bank)
@@ -410,30 +417,29 @@ def browse(asker: Asker, session: str, page: float, per_page: int) -> tuple[list
 
 
 def found_pictures(found: Sequence[FoundDocument], size: int) -> list[Picture]:
-    """Documents as pictures."""
+    """Found documents as images with captions; grey for documents without an image."""
     return [(each.image or _no_image(size), document_line(each)) for each in found]
 
 
 def document_line(document: FoundDocument) -> str:
-    """A document in a line: its score, its text and its row."""
+    """A found document in a line: its score, its text and its row."""
     text = document.text if len(document.text) <= 80 else f"{document.text[:80]}..."
     return f"{document.score:.2f} · {text or '(no text)'} · row {document.row}"
 
 
 def _pictures(drawn: Sequence[GeneratedImage]) -> list[Picture]:
-    return [
-        (
-            each.image,
-            f"seed {each.seed}"
-            if np.isnan(each.score)
-            else f"seed {each.seed} · CLIP {each.score:.3f}",
-        )
-        for each in drawn
-    ]
+    """Images with their seeds, and their scores if they were compared, as captions."""
+    pictures = []
+    for each in drawn:
+        caption = f"seed {each.seed}"
+        if not np.isnan(each.score):
+            caption += f" · CLIP {each.score:.3f}"
+        pictures.append((each.image, caption))
+    return pictures
 
 
 def _mask_image(mask_HW: np.ndarray) -> Image.Image:
-    """A mask as a file has it: transparent where it asks for something."""
+    """A mask as an image: transparent where the mask is True."""
     rgba_HW4 = np.zeros((*mask_HW.shape, 4), np.uint8)
     rgba_HW4[~mask_HW, 3] = 255
     return Image.fromarray(rgba_HW4)

@@ -1,4 +1,4 @@
-"""What was entered in the fields of a page, as a model takes it; mistakes are UserErrors."""
+"""The contents of the page's fields, checked and converted; mistakes are UserErrors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from cm3leon.serve.pictures import given_pixels
 from cm3leon.types import UserError
 
 LONGEST_TEXT = 4_000
-"""Characters of a text that is entered."""
+"""The most characters of an entered text."""
 
 
 def text_of(entered: str | None, what: str) -> str:
-    """A text that has to be there."""
+    """A text that must not be empty.
+
+    Args:
+        what: name of the field, for messages.
+    """
     text = (entered or "").strip()
     if not text:
         raise UserError(f"{what} is empty; write a text")
@@ -29,7 +33,7 @@ def text_of(entered: str | None, what: str) -> str:
 
 
 def seed_of(entered: str | None) -> int:
-    """The seed that was entered; any, where the field is empty."""
+    """The entered seed; a random one if the field is empty."""
     text = (entered or "").strip()
     if not text:
         return secrets.randbelow(1_000_000)
@@ -41,12 +45,12 @@ def seed_of(entered: str | None) -> int:
 
 
 def decoder_choices() -> list[str]:
-    """Decoders that draw an image for a text; `edit` compares with streams that only edits have."""
+    """The decoders for images of a text; `edit` needs the streams of an edit."""
     return [name for name in DECODERS.names() if name != "edit"]
 
 
 def decoder_entered(model: CM3Leon, name: str | None, guidance: float | None) -> Any:
-    """The decoder of those fields, None for the run's own."""
+    """The decoder of the two fields; None for the run's own."""
     if guidance is None:
         return name or None
     usual = model.run.experiment.decoder
@@ -56,7 +60,7 @@ def decoder_entered(model: CM3Leon, name: str | None, guidance: float | None) ->
 
 
 def pixels_of(file: str | None, size: int, max_pixels: int) -> np.ndarray:
-    """Pixels (size, size, 3) of what the model sees of an image file.
+    """Pixels (size, size, 3) that the model sees of an image file.
 
     Raises:
         UserError: for no file, one that cannot be read, or too many pixels.
@@ -68,7 +72,7 @@ def pixels_of(file: str | None, size: int, max_pixels: int) -> np.ndarray:
 
 
 def box_of(entered: str | None, size: int) -> tuple[int, int, int, int] | None:
-    """The box that was entered as four numbers, None for an empty field."""
+    """The box that was entered as four numbers; None for an empty field."""
     words = (entered or "").replace(",", " ").strip("[]() ").split()
     if not words:
         return None
@@ -77,13 +81,16 @@ def box_of(entered: str | None, size: int) -> tuple[int, int, int, int] | None:
         if left < right <= size and top < bottom <= size:
             return left, top, right, bottom
     raise UserError(
-        f"box is {entered!r}; it must be left, top, right, bottom in an image of {size} x {size} pixels, such as "
-        f"0, {size // 2}, {size}, {size}"
+        f"box is {entered!r}; it must be left, top, right, bottom in an image of {size} x {size} "
+        f"pixels, such as 0, {size // 2}, {size}, {size}"
     )
 
 
 def words_of(entered: str) -> tuple[str, tuple[int, int] | None]:
-    """A caption without the [brackets] around words that are made anew, and the characters that they were around."""
+    """A caption without its [brackets], and the characters that they were around.
+
+    "a [red] dog" becomes "a red dog" and (2, 5).
+    """
     start, end = entered.find("["), entered.find("]")
     if start < 0 and end < 0:
         return entered, None

@@ -1,4 +1,4 @@
-"""The tab of the memory bank: its documents page by page, found by a text or an image, and a browser's own."""
+"""The tab of the memory bank: browse it, search it by a text or an image, add own documents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PER_PAGE = 24
 
 
 def library_tab(asker: Asker, blocks: gr.Blocks) -> None:
-    """The parts of the tab, and what they do; its first page is there when the page is opened."""
+    """Make the tab. The first documents are shown as soon as the page is opened."""
+    # The fields stand on the left, what was found on the right; on a phone, below.
     with gr.Row():
         with gr.Column(min_width=300):
             text = gr.Textbox(
@@ -28,8 +29,8 @@ def library_tab(asker: Asker, blocks: gr.Blocks) -> None:
             turn = gr.Button("Browse")
             with gr.Accordion("Add own documents", open=False, elem_id="library-own"):
                 gr.Markdown(
-                    "They are retrieved for what this browser asks, until its page is closed or loaded anew. "
-                    "The run and other browsers do not get them."
+                    "They are retrieved for what this browser asks, until its page is closed or "
+                    "loaded anew. The run and other browsers do not get them."
                 )
                 own_image = given_image("library-own-image")
                 own_text = gr.Textbox(
@@ -49,6 +50,7 @@ def library_tab(asker: Asker, blocks: gr.Blocks) -> None:
                 elem_id="library-images",
             )
 
+    # Each function answers an event. It returns what becomes of the components in its outputs.
     def searching(words: str, file: str | None, request: gr.Request) -> Updates:
         try:
             found = asking.search(asker, session_of(request), words, file, PER_PAGE)
@@ -65,6 +67,8 @@ def library_tab(asker: Asker, blocks: gr.Blocks) -> None:
         except Exception as error:
             return (told(error), gr.skip())
 
+    # A new document is the last of the bank, so that the last page is shown; the fields are
+    # emptied.
     def adding(file: str | None, words: str, request: gr.Request) -> Updates:
         try:
             session = session_of(request)
@@ -86,6 +90,6 @@ def library_tab(asker: Asker, blocks: gr.Blocks) -> None:
 
 
 def _page(asker: Asker, session: str, number: float) -> tuple[str, Any]:
-    """What is said of a page of the memory bank, and its documents; infinity is the last one."""
+    """A sentence about a page of the memory bank, and its documents; infinity = the last page."""
     pictures, said = asking.browse(asker, session, number, PER_PAGE)
     return said, pictures

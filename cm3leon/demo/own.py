@@ -1,4 +1,4 @@
-"""Documents that a browser adds to the memory bank: its own alone, in memory, until it leaves."""
+"""Documents that a browser adds to the memory bank for itself, in memory, until it leaves."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cm3leon.stages.run_folder import RunFolder
 from cm3leon.types import UserError
 
 DOCUMENTS = "own.jsonl"
-"""Name of the file that a page hands out, with a document a line."""
+"""Name of the file that the page offers, with a document in each line."""
 MOST = 32
-"""Documents of a browser."""
+"""The most documents of a browser."""
 
 
 @dataclass
@@ -29,10 +29,10 @@ class _Own:
     lines: list[str] = field(default_factory=list)
     images: dict[str, Image.Image] = field(default_factory=dict)
     run: RunFolder | None = None
-    """The run with the documents; None = there are none yet."""
+    """The run with the documents; None = no document was added yet."""
 
 
-class OwnDocuments:
+class SessionDocuments:
     """The documents of all browsers, each seen by the session that added it."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class OwnDocuments:
         return len(own.lines) if own else 0
 
     def of(self, session: str, model: CM3Leon) -> CM3Leon:
-        """The model as the session asks it."""
+        """The model as the session sees it: with its own documents in the memory bank."""
         own = self._sessions.get(session)
         if own is None or own.run is None:
             return model
@@ -53,18 +53,18 @@ class OwnDocuments:
         return other
 
     def files(self, session: str) -> dict[str, Image.Image | str]:
-        """What `with_documents` reads, by the names of the files."""
+        """The files that `with_documents` reads, by their names; empty without own documents."""
         own = self._sessions.get(session, _Own())
         if not own.lines:
             return {}
         return {DOCUMENTS: "".join(f"{line}\n" for line in own.lines), **own.images}
 
     def add(self, session: str, model: CM3Leon, pixels_HWC: np.ndarray, text: str) -> int:
-        """Add a document, and return its row of the memory bank.
+        """Add a document, and return its row in the memory bank.
 
         Args:
-            model: as `of` gives it.
-            pixels_HWC: what the model sees of an image.
+            model: as `of` returns it for the session.
+            pixels_HWC: the image's pixels as the model sees them.
 
         Raises:
             UserError: for an empty text, or too many documents.
@@ -76,12 +76,13 @@ class OwnDocuments:
         name = f"own_{number}.png"
         line = json.dumps({"id": f"own_{number}", "image": name, "text": text})
 
-        # The model reads it from a file, as the command that makes a result again does.
+        # The model reads the document from a file, like the command that makes a result again.
         with tempfile.TemporaryDirectory(prefix="cm3leon-own-") as folder:
             image = Image.fromarray(pixels_HWC)
             image.save(Path(folder) / name)
             (Path(folder) / DOCUMENTS).write_text(f"{line}\n", encoding="utf-8")
             run = model.with_documents(Path(folder) / DOCUMENTS).run
+
         own = self._sessions.setdefault(session, _Own())
         own.lines.append(line)
         own.images[name] = image

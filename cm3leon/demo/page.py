@@ -1,4 +1,11 @@
-"""The page: gradio's blocks around the functions of `asking.py`."""
+"""The page: gradio's components around the functions of `asking.py`.
+
+Each tab is a method of `_Blocks`. It makes the components, left to right, then the functions that
+answer events, and at the end says which event calls which function with which components:
+
+    on([go.click], editing, [image, instruction, n, seed], shown.outputs)
+        events     function  components whose values it gets   components that it changes
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before gradio is imported.
+# Gradio reads this when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
@@ -34,11 +41,11 @@ from cm3leon.serve.gate import Gate
 from cm3leon.serve.service import is_tuned, takes_questions
 
 USER = "cm3leon"
-"""Who a page with a password is opened by."""
+"""The user name of a page with a password."""
 SHOWN_SIDE = 512
-"""Pixels of a side of an image that is brushed over, about."""
+"""Height and width at which an image is shown for brushing, in pixels, about."""
 KEPT_SECONDS = 3600
-"""Time for which images of a session can be downloaded."""
+"""Seconds for which images of a session can be downloaded."""
 CSS = """
 .status { min-height: 1.5em; }
 .status p { margin: 0; }
@@ -56,18 +63,20 @@ button[role=tab] { padding-left: 10px; padding-right: 10px; }
 
 
 class Page:
-    """The page at a port, see `listen`.
+    """The page as an application that `listen` serves.
 
     Args:
-        key: password of the user cm3leon; None = none, and then only browsers of this machine may ask.
+        key: password of the user cm3leon; None = none, and only browsers of this machine may ask.
         queue: questions that may wait.
-        body_bytes: that a file may have.
+        body_bytes: the most bytes of a file.
     """
 
     def __init__(self, asker: Asker, *, key: str | None, queue: int, body_bytes: int) -> None:
         self.asker, self.stopping = asker, False
         self._folder = tempfile.TemporaryDirectory(prefix="cm3leon-page-")
         os.environ["GRADIO_TEMP_DIR"] = self._folder.name
+
+        # Nothing of gradio's that talks to others: no API, no monitoring, no tools, no fonts.
         blocks = _Blocks(asker, Path(self._folder.name)).blocks
         blocks.queue(max_size=queue, default_concurrency_limit=queue, api_open=False)
         app = gr.mount_gradio_app(
@@ -87,23 +96,28 @@ class Page:
             ),
             css=CSS,
         )
-        # A file travels in a form, which is a little larger.
+
+        # A file is sent in a form, which is a little larger than the file.
         gate = Gate(app, key=None, body_bytes=body_bytes + 2**16)
         self.app = gate if key is None else app
 
     def described(self) -> str:
-        """What the page is of."""
+        """What is served, in a line."""
         return f"a page of {self.asker.model.run.folder.resolve().name}"
 
     def close(self, timeout: float) -> None:
-        """Gives up what is not done: nobody sees it any more."""
+        """Give up all questions at once, as nobody would see the answers."""
         self.stopping = True
         self.asker.close()
         self._folder.cleanup()
 
 
 class _Blocks:
-    """The tabs."""
+    """The tabs of the page.
+
+    Args:
+        folder: where files are written that the page offers.
+    """
 
     def __init__(self, asker: Asker, folder: Path) -> None:
         self._asker, self._folder = asker, folder
@@ -115,7 +129,8 @@ class _Blocks:
             delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
         ) as self.blocks:
             gr.Markdown(f"# {plain(run.folder.resolve().name)}")
-            # A phone shows all of them, in two rows if need be.
+
+            # A phone shows all tabs, in two rows if need be.
             with gr.Tabs(overflow_behavior="wrap"):
                 with gr.Tab("Draw", id="draw"):
                     self._draw()
@@ -131,9 +146,10 @@ class _Blocks:
                         library_tab(asker, self.blocks)
             self.blocks.unload(self._end)
 
-    # ------------------------------------------------------------------------------------------------- tabs
+    # ---------------------------------------------------------------------------------------- tabs
 
     def _draw(self) -> None:
+        """Images for a prompt, with retrieved documents that can be left out one by one."""
         asker, most = self._asker, self._asker.limits
         with gr.Row():
             with gr.Column(min_width=300):
@@ -156,6 +172,8 @@ class _Blocks:
                     visible=self._has_bank,
                 )
                 decoder, guidance, seed = self._how_drawn()
+
+                # What was retrieved, and which documents to use; both appear with the first ones.
                 find = gr.Button("Find documents", visible=self._has_bank)
                 used = gr.CheckboxGroup(
                     label="Documents that stand before the prompt",
@@ -174,6 +192,8 @@ class _Blocks:
                 )
             with gr.Column(min_width=300):
                 shown = Shown(self._folder, "draw")
+
+        # The question that documents were retrieved for, and their rows; None before the first.
         found = gr.State(None)
         beside = [found, used, documents]
 
@@ -196,9 +216,11 @@ class _Blocks:
         ) -> Iterator[Updates]:
             updates: Updates = (gr.skip(), gr.skip(), gr.skip())
             try:
+                # Documents of another prompt are replaced, and then all of them are used.
                 if before is None or before[0] != self._asked_for(text, wanted, request):
                     updates = self._documents(text, wanted, request)
                     before, chosen = updates[0], list(updates[0][1])
+
                 decoding = entered.decoder_entered(asker.model, name, weight)
                 growing = asking.draw(
                     asker,
@@ -210,6 +232,8 @@ class _Blocks:
                     used=chosen,
                     seed=entered.seed_of(number),
                 )
+
+                # The documents are updated once, with the first result.
                 for result in growing:
                     yield (*shown.updates(result), *updates)
                     updates = (gr.skip(), gr.skip(), gr.skip())
@@ -222,7 +246,8 @@ class _Blocks:
         stop.click(self._leave, api_visibility="private")
 
     def _documents(self, text: str, wanted: int, request: gr.Request) -> Updates:
-        """Updates of what is known of the retrieved documents, their switches and their pictures."""
+        """Retrieve documents; returns the updates of `found`, of their switches and their
+        images."""
         found = []
         if wanted:
             found = asking.documents_for(self._asker, session_of(request), text, int(wanted))
@@ -236,10 +261,11 @@ class _Blocks:
         )
 
     def _asked_for(self, text: str, wanted: int, request: gr.Request) -> tuple[str, int, int]:
-        """What retrieved documents depend on."""
+        """What retrieved documents depend on: the text, their number, and how many are own ones."""
         return text.strip(), int(wanted), self._asker.own.count(session_of(request))
 
     def _look(self) -> None:
+        """A caption of an image, or the answer to a question about it."""
         asker = self._asker
         with gr.Row():
             with gr.Column(min_width=300):
@@ -262,6 +288,8 @@ class _Blocks:
             with gr.Column(min_width=300):
                 shown = Shown(self._folder, "look", pictures=False, text="Answer")
 
+        # Fields are read when the result is asked for, so that their mistakes are shown like
+        # others.
         def looking(
             file: str | None, asked: str, wanted: int, number: str, request: gr.Request
         ) -> Iterator[Updates]:
@@ -279,11 +307,15 @@ class _Blocks:
         on([go.click, question.submit], looking, [image, question, count, seed], shown.outputs)
 
     def _fill_in(self) -> None:
+        """A part of an image filled in, by a brush or a box, or words of its caption."""
+        # Small images are shown larger, by a whole factor, to be brushed over.
         asker = self._asker
         scale = max(1, SHOWN_SIDE // asker.size)
         with gr.Row():
             with gr.Column(min_width=300):
                 image = given_image("fill-image")
+
+                # The editor shows the square that the model sees; it appears with an image.
                 brush = gr.Brush(default_size=32, colors=["#ff3b30"], color_mode="fixed")
                 editor = gr.ImageEditor(
                     label="Brush over what is made anew",
@@ -298,6 +330,8 @@ class _Blocks:
                     elem_id="fill-editor",
                     buttons=[],
                 )
+
+                # A box can be entered by keyboard, in place of the brush.
                 box = gr.Textbox(
                     label="Or a box: left, top, right, bottom",
                     info=f"pixels of the image as the model sees it, {asker.size} x {asker.size}",
@@ -323,6 +357,7 @@ class _Blocks:
                 pixels_HWC = asker.pixels(file)
             except Exception as error:
                 return (told(error), gr.update(value=None, visible=False))
+
             side = asker.size * scale
             large = Image.fromarray(pixels_HWC).resize((side, side), Image.Resampling.NEAREST)
             return ("", gr.update(value=np.asarray(large), visible=True))
@@ -356,6 +391,7 @@ class _Blocks:
         stop.click(self._leave, api_visibility="private")
 
     def _edit(self) -> None:
+        """An image changed as an instruction says, for models that were tuned on instructions."""
         asker, most = self._asker, self._asker.limits
         with gr.Row():
             with gr.Column(min_width=300):
@@ -388,9 +424,10 @@ class _Blocks:
         on([go.click, instruction.submit], editing, [image, instruction, n, seed], shown.outputs)
         stop.click(self._leave, api_visibility="private")
 
-    # ------------------------------------------------------------------------------------------------- parts
+    # --------------------------------------------------------------------------------------- parts
 
     def _how_drawn(self) -> tuple[Any, Any, Any]:
+        """The fields decoder, guidance and seed."""
         with gr.Accordion("How it is drawn", open=False):
             usual = self._asker.model.run.experiment.decoder.name
             choices = [
@@ -405,7 +442,9 @@ class _Blocks:
         return decoder, guidance, seed
 
     def _leave(self, request: gr.Request) -> None:
+        """The button Stop: give up the browser's questions."""
         self._asker.leave(session_of(request))
 
     def _end(self, request: gr.Request) -> None:
+        """The browser has left: give up its questions and its documents."""
         self._asker.end(session_of(request))

@@ -1,4 +1,4 @@
-"""Parts of the page that its tabs have in common."""
+"""Components and functions that the page's tabs share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ import numpy as np
 from cm3leon.demo.asking import Result, sentence_of
 
 Updates = tuple[Any, ...]
-"""What becomes of the components that a function answers."""
+"""The new values of the components in a function's outputs, in their order."""
 
 
 class Shown:
-    """Components that show a result, and what makes it again."""
+    """The components that show a result, and what makes it again.
+
+    Args:
+        folder: where the files are written that the page offers.
+        name: what the components' ids begin with, for style and tests.
+        pictures: whether results have images.
+        text: label of the results' text; empty = they have none.
+    """
 
     def __init__(self, folder: Path, name: str, *, pictures: bool = True, text: str = "") -> None:
         self._folder = folder
@@ -37,6 +44,8 @@ class Shown:
         self.text = gr.Textbox(
             label=text or "Text", interactive=False, visible=bool(text), elem_id=f"{name}-text"
         )
+
+        # Closed at first: what makes the result again, with the files that it needs.
         with gr.Accordion("Make it again", open=False, elem_id=f"{name}-again"):
             self.command, self.python = (
                 gr.Textbox(
@@ -58,12 +67,16 @@ class Shown:
 
     @property
     def outputs(self) -> list[Any]:
+        """The components, in the order of `updates`."""
         return [self.status, self.gallery, self.text, self.command, self.python, self.files]
 
     def updates(self, result: Result) -> Updates:
+        """The new values of the components for a result, which may still grow."""
         pictures = list(result.pictures)
         if result.again is None:
             return ("Working ...", pictures, "", "", "", gr.update(value=None, visible=False))
+
+        # Each result has a folder of its own, since all have files of the same names.
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         files = []
         for name, content in result.files.items():
@@ -72,13 +85,14 @@ class Shown:
             else:
                 content.save(folder / name)
             files.append(str(folder / name))
+
         status = " ".join(plain(sentence) for sentence in result.told)
         again = result.again
         reading = gr.update(value=files or None, visible=bool(files))
         return (status, pictures, result.text, again.shell(), again.python(), reading)
 
     def growing(self, ask: Callable[[], Iterator[Result]]) -> Iterator[Updates]:
-        """What becomes of the outputs while a result grows; of a mistake, a sentence."""
+        """The updates while a result grows; for a mistake, a sentence."""
         try:
             for result in ask():
                 yield self.updates(result)
@@ -86,13 +100,14 @@ class Shown:
             yield self.failed(error)
 
     def failed(self, error: Exception) -> Updates:
+        """The updates for a mistake: its sentence, everything else as it was."""
         return (told(error), *(gr.skip() for _ in self.outputs[1:]))
 
 
 def on(
     events: list[Any], function: Callable[..., Any], inputs: list[Any], outputs: list[Any]
 ) -> None:
-    """Has a function answer events; one question of a kind at a time for each browser."""
+    """Have a function answer events; of each kind, a browser asks one question at a time."""
     gr.on(
         events,
         function,
@@ -105,6 +120,7 @@ def on(
 
 
 def given_image(name: str, label: str = "Image") -> Any:
+    """A field for an image: a file, a camera's picture, or the clipboard."""
     return gr.Image(
         label=label,
         type="filepath",
@@ -121,7 +137,7 @@ def seed_field() -> Any:
 
 
 def brushed_pixels(value: dict[str, Any] | None) -> np.ndarray | None:
-    """Where an editor's layers are not transparent, None where there are none."""
+    """Where one of an editor's layers is not transparent (H, W); None without layers."""
     layers = (value or {}).get("layers") or []
     if not layers:
         return None
@@ -133,9 +149,10 @@ def session_of(request: gr.Request) -> str:
 
 
 def told(error: Exception) -> str:
+    """An error as the status shows it."""
     return f"⚠ {plain(sentence_of(error))}"
 
 
 def plain(text: str) -> str:
-    """A text that Markdown shows as it is."""
+    """A text with escapes, so that Markdown shows it as it is."""
     return "".join(f"\\{each}" if each in "\\`*_{}[]<>()#+!|~$&-" else each for each in text)
