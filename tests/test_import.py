@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cm3leon import CM3Leon
-from cm3leon.commands.sample import _names
+from cm3leon.commands.traced_sample import _names
 from cm3leon.decoders.processors import gumbel_noise, stream_key
 from cm3leon.models.pretrained import load_model
 from cm3leon.run import main

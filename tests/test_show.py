@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp
 from samples import VOCAB, unrotate
 from test_report import Page
 
-from cm3leon.commands.sample import _indices, moved_spans, shown_sample
 from cm3leon.commands.sample_words import facts_of, printed
+from cm3leon.commands.traced_sample import _indices, moved_spans, shown_sample
 from cm3leon.evaluation.report.sample import ShownSample, render_sample, visible
 from cm3leon.experiment import load_experiment
 from cm3leon.locks import locked
