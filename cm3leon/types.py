@@ -136,7 +136,8 @@ class Document:
 
     @property
     def split_key(self) -> str:
-        """Key by which documents are split: the group, else the words of a text, else the id."""
+        """Key by which documents are split: the group; without one, the words of a document of text
+        alone, and the id of any other."""
         if self.group or self.images:
             return self.group or self.id
         return hashlib.sha256(self.text.encode()).hexdigest()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import open_clip  # noqa: F401
-import sklearn.svm  # noqa: F401
+import importlib
+from contextlib import suppress
+
 import torch.distributed.tensor  # noqa: F401
 
 import cm3leon.commands.run
@@ -11,3 +12,7 @@ import cm3leon.training.trainer  # noqa: F401
 from cm3leon.registry import discover
 
 discover()
+# Not everybody has installed these. The server that imports this file would keep silent.
+for _name in ("open_clip", "sklearn.svm"):
+    with suppress(ImportError):
+        importlib.import_module(_name)

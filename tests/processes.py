@@ -6,6 +6,7 @@ and each process of a test is a copy of it, with its own environment, standard o
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import multiprocessing
@@ -16,12 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cm3leon.terminal import guard
+
 ROOT = Path(__file__).resolve().parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
+_ENVIRONMENT = dict(os.environ)
+"""As the tests begin, before any of them sets variables of its own."""
 
 
 class Forked:
@@ -48,6 +57,7 @@ class Forked:
         self._process = _CONTEXT.Process(target=_call, args=(self.args, given, self._said))
         self._process.start()
         self.pid = self._process.pid
+        _STARTED.add(self)
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
@@ -58,10 +68,16 @@ class Forked:
         return self.poll()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end. Raises subprocess.TimeoutExpired."""
+        """Wait for its end; one that takes longer is killed.
+
+        Raises:
+            subprocess.TimeoutExpired: if it was killed.
+        """
         self._process.join(timeout)
         code = self.poll()
         if code is None:
+            self.kill()
+            self._process.join()
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
         return code
 
@@ -77,10 +93,21 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None and self.pid is not None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it may just have ended
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+_STARTED: weakref.WeakSet[Forked] = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_all() -> None:
+    """Kill what a failed test has left, for which the end of the tests would wait."""
+    for process in _STARTED:
+        process.kill()
 
 
 def group(module: str, words: Sequence[Any], ranks: int | None) -> list[Forked]:
@@ -115,30 +142,39 @@ def _begin() -> None:
     from multiprocessing import forkserver
 
     _CONTEXT.set_forkserver_preload(["preloaded"])
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ.update(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+    before = dict(os.environ)
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    _become({**_ENVIRONMENT, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     try:
         forkserver.ensure_running()
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _become(before)
+
+
+def _become(environment: Mapping[str, str]) -> None:
+    """Replace the variables of this process's environment."""
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _call(words: Sequence[str], environment: Mapping[str, str], paths: Sequence[str]) -> None:
     """In the new process: call `main` and exit with its code."""
-    os.environ.clear()
-    os.environ.update(environment)
+    _become(environment)
     time.tzset()
     os.chdir(ROOT)
+    np.random.seed()  # what nobody seeds differs between processes
     for stream, path in enumerate(paths, 1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(file, stream)
         os.close(file)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
+    guard()  # as `python -m cm3leon.run` does
     module, *rest = words
     sys.argv = [module, *rest]
-    sys.exit(importlib.import_module(module).main(rest))
+    try:
+        code = importlib.import_module(module).main(rest)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.exit(code)

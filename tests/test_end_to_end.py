@@ -109,8 +109,14 @@ def answers(folder: Path) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run made as a user makes it, by an interpreter of its own, which shares no state with the
+    processes that are compared with it."""
     folder = tmp_path_factory.mktemp("finished") / "digits_smoke"
-    run("experiment=digits_smoke", f"run={folder}")
+    words = ["-m", "cm3leon.run", "experiment=digits_smoke", f"run={folder}"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
 

@@ -165,7 +165,7 @@ def test_lmms_eval_measures_a_local_task(
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Scores the last image that it is sent, 0 to 2, as an OpenAI-compatible judge would."""
+    """Scores the last image that it is sent, 1 or 2, as an OpenAI-compatible judge would."""
 
     def do_POST(self) -> None:
         length = int(self.headers["Content-Length"])
@@ -189,8 +189,8 @@ class Judge(BaseHTTPRequestHandler):
 
 
 def score_of(image: Image.Image) -> int:
-    """From 0 to 2, by the image's pixels."""
-    return int(np.asarray(image.convert("L"), np.int64).sum() % 3)
+    """1 or 2, by the image's pixels; what could not be judged has 0."""
+    return 1 + int(np.asarray(image.convert("L"), np.int64).sum() % 2)
 
 
 @pytest.fixture
@@ -210,8 +210,9 @@ def test_tasks_of_generation_and_editing_score_what_the_model_draws(
     """WISE and ImgEdit as lmms-eval has them, on local items and with a local judge."""
     lmms_eval = pytest.importorskip("lmms_eval", reason="the extra lmms is not installed")
     datasets = pytest.importorskip("datasets", reason="the extra lmms is not installed")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    # datasets has read the environment when it was imported, maybe by another test.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     for task in ("WISE", "IMGEDIT"):
         monkeypatch.setenv(f"{task}_API_KEY", "none")
         monkeypatch.setenv(f"{task}_BASE_URL", judge)

@@ -98,7 +98,9 @@ def test_settings_go_over_those_of_an_experiments_source(
     assert main(words) == 2
     assert "has no column none for data.image_column" in capsys.readouterr().err
     assert main([*words, "data.image_column=jpg"]) == 0
-    assert main([*words[:2], "data.name=webdataset", f"data.path={tmp_path}/*.tar"]) == 0
+    tars = ["data.name=webdataset", f"data.path={tmp_path}/*.tar"]
+    assert main([*words[:2], *tars]) == 0
+    assert main([*words[:2], *reversed(tars)]) == 0
     assert main(["validate", "experiment=corpus"]) == 2
     assert "data.path is missing" in capsys.readouterr().err
 

@@ -295,11 +295,13 @@ class AskedRun(Documents):
         # The engine chooses the tokens of all samples with one decoder in one operation, so that
         # requests with equal settings are given the same one.
         key = repr(component)
-        if key not in self._decoders:
+        decoder = self._decoders.get(key)
+        if decoder is None:
+            decoder = DECODERS.build(component)
             if len(self._decoders) >= DECODERS_KEPT:
                 self._decoders.clear()
-            self._decoders[key] = DECODERS.build(component)
-        return self._decoders[key]
+            self._decoders[key] = decoder
+        return decoder
 
     def _of_each_modality(
         self, image: DecoderChoice, text: DecoderChoice

@@ -80,8 +80,8 @@ class Options(OwnDocuments, AskingOptions):
     decoder: Annotated[Component, DECODERS] | None = None
     """How image codes are drawn; null = as the run's experiment says."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels, one of the sizes that the model was trained on; null = the run's
-    square images."""
+    """Width and height in pixels, of a size that the model has tokens for; null = the run's square
+    images."""
     seed: Seed = 0
     """Seed of a prompt's first image; the next images have the next seeds."""
 

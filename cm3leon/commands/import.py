@@ -120,7 +120,7 @@ def _import_export(options: Options) -> None:
 
     hub_folder = model_folder(options.hf, where="hf")
     base_model = options.base_model
-    if base_model is None and hub_folder != options.hf:
+    if not base_model and hub_folder != options.hf:
         base_model = str(options.hf)  # a name on the Hub
     with new_folder(options.out) as folder:
         import_export(hub_folder, folder, base_model)

@@ -5,7 +5,7 @@ Each thing is a `Listed`, under a heading, with its fields:
     SECTIONS                           the heading
       training: a section              its title
         How the model is trained.      about it
-          training.steps: int = 1000   its fields, with the prefix training.
+          training.steps: int = 1000   its fields, by their dotted keys
 """
 
 from __future__ import annotations

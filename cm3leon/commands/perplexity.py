@@ -130,12 +130,12 @@ def curves_of(folders: Sequence[Path], of: str) -> list[Curve]:
 def _chain(folder: Path) -> list[Path]:
     """The run and the runs that it continues, the first one first."""
     chain = [folder]
-    while start := _continued_by(chain[0]):
+    while start := _predecessor_of(chain[0]):
         chain.insert(0, start)
     return chain
 
 
-def _continued_by(folder: Path) -> Path | None:
+def _predecessor_of(folder: Path) -> Path | None:
     """The run that a run continues; None if it starts anew, or with the weights alone."""
     training = _settings(folder).get("training", {})
     if training.get("start_with") != "everything":

@@ -97,9 +97,11 @@ def _settings(data: Any) -> dict[str, Any]:
     """
     if isinstance(data, str):
         return {"data": data}
-    settings = {}
-    for key, value in (data or {}).items():
-        settings["data" if key == "name" else f"data.{key}"] = value
+    section = dict(data or {})
+    # Settings are applied in their order, so that the name, which may replace the section, is first.
+    settings = {"data": section.pop("name")} if "name" in section else {}
+    for key, value in section.items():
+        settings[f"data.{key}"] = value
     return settings
 
 

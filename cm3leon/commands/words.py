@@ -147,7 +147,7 @@ class DataOptions:
         """The options with the name of the source, recognised by its files if it is not given.
 
         Raises:
-            UserError: for files of no known or of several formats.
+            UserError: for files of no known format.
         """
         from cm3leon.data.formats import with_source_name
 

@@ -53,8 +53,8 @@ def worked_ahead(
     """Yield `work(item)` of all items in their order, computed in threads before it is asked for.
 
     At first only a few results are computed ahead, and with each result taken one more, up to
-    `most`: a reader of the first ten documents does not have a whole part decoded. Besides those,
-    at most twice as many items as threads have been read and wait for a thread.
+    `most`: a reader of the first ten documents does not have a whole part decoded. Of those, at
+    most twice as many items as threads have been read and wait for a thread.
 
     Args:
         items: read in a thread of its own.

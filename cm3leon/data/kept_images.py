@@ -59,8 +59,8 @@ def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
             writer = pa.ipc.new_stream(file, schema)
 
             def write(documents: Sequence[Document], *, last: bool = False) -> None:
-                nonlocal fits
                 """Append a batch; if it does not fit, give the disk its space back."""
+                nonlocal fits
                 try:
                     writer.write_batch(_batch(documents, schema))
                     if last:

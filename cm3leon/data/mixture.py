@@ -64,9 +64,8 @@ class Mixture:
 
     An epoch of the mixture has round(rate * count) positions of each source, in an order that is
     shuffled anew every epoch. The positions of a source, one epoch after the other, run through
-    permutations of its rows. So a row comes again only once all others have come, and after any
-    number of epochs each row of a source has come equally often, or once more. The source's epoch
-    counts these permutations.
+    permutations of its rows, so that after any number of epochs each row of a source has come
+    equally often, or once more. The source's epoch counts these permutations.
 
     Args:
         counts: rows of each source.

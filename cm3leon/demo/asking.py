@@ -235,11 +235,11 @@ def draw(
         found: rows of the memory bank that were retrieved, the closest last.
         used: those of them that are put before the prompt.
     """
-    # Where all found documents are used, the command only needs their number.
     prompt = text_of(prompt, "prompt")
     kept = [row for row in found if row in set(used)]
     own = asker.own.files(session) if kept else {}
     chosen: dict[str, Any] = {"documents": kept} if kept else {}
+    # Where all found documents are used, the command only needs their number.
     if kept and kept == list(found):
         chosen = {"retrieve": len(kept)}
 

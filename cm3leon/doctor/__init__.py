@@ -1,11 +1,12 @@
 """What `python -m cm3leon.run doctor` checks and measures.
 
-findings.py     a line of its report: good, warning or wrong, and what to do machine.py
-software, GPUs and their links, SLURM, cores and memory files.py        whether a file system does
-what checkpoints and locks rely on nccl.py         sums between the GPUs of this machine figures.py
-a measured number, its goal, and what other projects reach parts.py        the table of
-measurements; each runs in its own process, so that a crash ends one alone page.py         findings
-and figures as a page and as JSON
+    findings.py  a line of its report: good, warning or wrong, and what to do
+    machine.py   software, GPUs and their links, SLURM, cores and memory
+    files.py     whether a file system does what checkpoints and locks rely on
+    nccl.py      sums between the GPUs of this machine
+    figures.py   a measured number, its goal, and what other projects reach
+    parts.py     the measurements; each has its own process, so that a crash ends one alone
+    page.py      findings and figures as a page and as JSON
 
 The findings are lines such as
 

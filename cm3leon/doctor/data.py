@@ -86,13 +86,12 @@ def timed_index(vectors: VectorShards, folder: Path, config: IndexConfig) -> Ind
 def measure(device: torch.device, full: bool) -> Iterator[Figure]:
     """Embedding and tokenising images, and decoding codes to images."""
     batch, side, repeats, settings = 4, 32, 2, SMALL_VQGAN
-    config = EncoderConfig(architecture=None)
     if full:
         batch, side, repeats, settings = 256, 256, 5, LARGE_VQGAN
-        config = EncoderConfig()
     images_BHWC = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
 
     def embedding() -> tuple[float, str]:
+        config = EncoderConfig() if full else EncoderConfig(architecture=None)
         encoder = ClipEncoder(config).to(device).eval()
         taken = median_seconds(lambda: encoder.encode_images(images_BHWC), device, repeats)
         return batch / taken, f"{config.architecture or 'a small CLIP'}, random weights"

@@ -96,7 +96,7 @@ def _header(exported: Exported, origin: Origin, draws: bool) -> dict[str, Any]:
     header: dict[str, Any] = {"license": origin.licence or "unknown"}
     family = exported.family
     if family is not None and origin.licence == family.licence:
-        # The licences of families are not among those that the Hub has names for.
+        # A family has the title of its licence, which is not one of the Hub's short names.
         header = {"license": "other", "license_name": family.licence}
     if origin.base_model is not None:
         header["base_model"] = origin.base_model

@@ -18,9 +18,9 @@ leaves the previous copy as it was. Push number 3 of a run whose log has grown:
     4  delete log.jsonl.2             the list names it no more
     5  delete cm3leon-unlisted.json
 
-Killed before 3, the old list still names log.jsonl.2, and the next push deletes log.jsonl.3, which
-it finds in the file of unlisted objects. Files are copied block by block, and never held in memory
-whole.
+Killed before 3, the old list still names log.jsonl.2, and the next push, which finds log.jsonl.3 in
+the file of unlisted objects, writes over it, or deletes it if its own list does not name it. Files
+are copied block by block, and never held in memory whole.
 """
 
 from __future__ import annotations

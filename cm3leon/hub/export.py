@@ -5,8 +5,7 @@
     tokenizer.json          the text tokenizer, with tokenizer_config.json
     generation_config.json  what opens and ends a sample, and the ids of each modality
     image_tokenizer/        diffusers' VQModel, or this project's own file for other tokenizers
-    cm3leon.json            what the other files have no place for: the experiment, the ranges of
-        ids
+    cm3leon.json            what has no place in the others: the experiment, the ranges of ids
     README.md               the model card, with sample images beside it
 
 Weights are converted one tensor after the other in their own precision, so that memory holds one

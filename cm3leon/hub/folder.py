@@ -127,9 +127,8 @@ class HubFolder:
     @cached_property
     def vocab_size(self) -> int:
         """Ids of the model in our order; of public weights, with rows that they do not have."""
-        given = self.settings.get("vocab_size")
-        if self.vocab is not None:
-            given = self.extras.get("vocab_size")
+        holder = self.settings if self.vocab is None else self.extras
+        given = holder.get("vocab_size")
         if type(given) is not int or given < 1:
             raise UserError(f"{self.where}: {self.folder}: vocab_size must be a positive number")
         return given
@@ -161,9 +160,7 @@ class HubFolder:
             NotFinite: for weights that are NaN or infinite.
         """
         config, published = self.model.config, self.vocab
-        rows = self.vocab_size
-        if published is not None:
-            rows = len(published.old_id_V)
+        rows = self.vocab_size if published is None else len(published.old_id_V)
 
         # Names and shapes are compared before any weight is read.
         with torch.device("meta"):
@@ -284,8 +281,8 @@ def open_hub_folder(
     if not isinstance(kept, dict):
         raise UserError(
             f"{where}: {folder} has no {EXTRAS} that `export to=hf` wrote, and so no image "
-            "tokenizer for its codes; public weights become a run with: import from=FAMILY hf=DIR vqgan=FILE "
-            "out=DIR"
+            "tokenizer for its codes; public weights become a run with: import from=FAMILY hf=DIR "
+            "vqgan=FILE out=DIR"
         )
 
     # The image tokenizer is in the folder, in the form of diffusers or of this project.

@@ -113,7 +113,6 @@ class Sdpa(Attention):
     """torch's scaled_dot_product_attention, with a mask of all pairs of positions.
 
     Long blocks on a CPU are computed sample by sample, because there the mask would save no work.
-    Decoding with a cache uses this backend as well.
     """
 
     def plan(self, sample_BT: Tensor, device: torch.device) -> Tensor | Packing:

@@ -114,7 +114,8 @@ class SharedEngine:
         self.stats = Stats()
         self._engine, self._computing = engine, computing
 
-        # All that follows is guarded by this condition. The engine itself belongs to its thread.
+        # The condition guards the queues, what runs and what leaves. The engine itself belongs to
+        # its thread.
         self._changed = threading.Condition()
         self._queues: OrderedDict[str, deque[_Sample]] = OrderedDict()
         self._running: dict[int, _Sample] = {}
@@ -237,7 +238,8 @@ class SharedEngine:
 
     def _work(self) -> None:
         """Free what was cancelled, let in what has room, make a step; again and again."""
-        # torch has a number of threads for each thread, which begins as that of another one.
+        # torch.set_num_threads counts for the thread that calls it; a new one may begin with the
+        # number that another thread set last.
         torch.set_num_threads(self._cores)
         with self._computing():
             while True:

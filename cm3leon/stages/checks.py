@@ -106,7 +106,7 @@ def _check_block(run: RunFolder) -> None:
     if layout.sizes and run.grid not in layout.sizes:
         raise UserError(
             f"image_tokenizer: images of {rows} x {columns} codes have no tokens of their size in "
-            f"{run.layout_file}; take another image_size"
+            f"{run.layout_file}; choose another image_size"
         )
 
     least = layout.image_length(run.grid) + layout.around_image(run.grid) + AROUND

@@ -281,7 +281,7 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
     if layout.sizes and run.grid not in layout.sizes:
         raise UserError(
             f"image_size: images of {run.grid[0]} x {run.grid[1]} codes have no tokens of their "
-            f"size in {published.family.title}; take another image_size"
+            f"size in {published.family.title}; choose another image_size"
         )
 
     # Tables have a row for each published id, and may have more.

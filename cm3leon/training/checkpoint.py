@@ -300,7 +300,7 @@ def check_intact(path: Path, ranks: Ranks) -> None:
     for names in ranks.gather(_damaged(path, ranks)):
         for name in names:
             raise UserError(
-                f"{path / name} is missing or has changed since it was written; take another "
+                f"{path / name} is missing or has changed since it was written; choose another "
                 "checkpoint, or put a copy back"
             )
 

@@ -1,6 +1,7 @@
 """Quantizers: vectors to codes and back, each with its own way to find and to learn codes.
 
-The code of a vector is the index of its nearest row in the codebook. With two numbers a vector,
+The code of a vector is the index of its nearest row in the codebook, but for the quantizer gumbel,
+which takes the most likely code of a linear layer. With two numbers a vector,
 
     codebook   0: (0, 0)   1: (1, 0)   2: (0, 1)
     vectors    (0.9, 0.2)  (0.1, 0.7)
