@@ -281,7 +281,7 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
     (tmp_path / "tars").mkdir()
     digit_tars(tmp_path / "tars", 4, 10)
     source = f'data={{"name": "webdataset", "path": "{tmp_path}/tars/*.tar"}}'
-    refused = torchrun("experiment=digits_smoke", source, f"run={tmp_path / 'shards'}")
+    refused = torchrun("experiment=digits_smoke", source, *SHORT, f"run={tmp_path / 'shards'}")
     assert refused.returncode != 0
     assert refused.stderr.count("cm3leon: stage tokens is not finished in") == 1
 
