@@ -34,7 +34,9 @@ ANSWERS, MEASURING, COLLECTING = "answers", "measuring", "collect"
 def study_jobs(study: Study, *, until: str | None = None, redo: Collection[str] = ()) -> list[Job]:
     """The jobs of what a study lacks: runs and points, the answers as an array, the measuring."""
     names, folder = list(study.runs), study.folder.absolute()
-    wanted = names[: names.index(until) + 1] if until in names else names
+    wanted = names
+    if until in names:
+        wanted = names[: names.index(until) + 1]
 
     # Runs wait for the ones before them, as they may start from their weights.
     jobs: list[Job] = []
@@ -88,22 +90,30 @@ def point_jobs(
     if not missing:
         return []
     folder, run = study.folder.absolute(), study.runs[batch[0]]
-    title = f"{name_of(run.entry, run.copy)}." if run.entry else ""
+    title = ""
+    if run.entry:
+        title = f"{name_of(run.entry, run.copy)}."
     jobs: list[Job] = []
-    commands, after = {}, [before] if before else []
+    commands = {}
+    after = [before] if before else []
 
     for number, group in enumerate(groups_of(study, batch)):
-        wanted = [name for name in group.points if name in missing]
+        wanted, bare = [], []
+        for name in group.points:
+            if name in missing:
+                wanted.append(name)
+                if not _has_own_stages(study, name):
+                    bare.append(name)
 
         # Stages are shared if two or more points need them. A point that has stages of its own
         # does not.
-        bare = [name for name in wanted if not _has_own_stages(study, name)]
         if len(bare) > 1:
             shared = _shared_jobs(study, group, f"{title}shared{number}", redo)
             if shared and before:
                 shared[0] = replace(shared[0], after=(before,))
             jobs += shared
-            after += [job.name for job in shared[-1:]]
+            if shared:
+                after.append(shared[-1].name)
 
         for name in wanted:
             experiment = study.experiment(name)
@@ -127,15 +137,22 @@ def _answer_jobs(study: Study, runs: Sequence[Job], until: str | None) -> list[J
     folder, launcher = study.folder.absolute(), LAUNCHERS.build(study.config.launcher)
     file = _frozen_study(study)
     words = (f"experiment={file}", f"run={folder}", "launcher=here")
-    parts, after = launcher.parts(ANSWERS), tuple(job.name for job in runs[-1:])
+    parts = launcher.parts(ANSWERS)
     command, resources = with_until(words, until), launcher.resources(MEASURING)
+
+    # Jobs wait for the one before them, so the last run is the only one to wait for.
+    after: tuple[str, ...] = ()
+    if runs:
+        after = (runs[-1].name,)
 
     # In one part, the job that measures also answers.
     if parts == 1:
         return [Job(MEASURING, (command,), resources, after)]
-    commands = tuple(("part", f"part={k}/{parts}", *words) for k in range(parts))
+    commands = []
+    for k in range(parts):
+        commands.append(("part", f"part={k}/{parts}", *words))
     return [
-        Job(ANSWERS, commands, launcher.resources(ANSWERS), after, together=False),
+        Job(ANSWERS, tuple(commands), launcher.resources(ANSWERS), after, together=False),
         Job(MEASURING, (command,), resources, (ANSWERS,), together=False),
     ]
 

@@ -69,8 +69,17 @@ def load_study(
     overrides = [parse_override(word) for word in words]
     discover()
 
-    # The file with the words that are about the study itself.
-    own = [override for override in overrides if not _of_run(override)]
+    # Words are about the study itself, or about the experiment of one run or of all.
+    own: list[Override] = []
+    of_runs: list[Override] = []
+    for override in overrides:
+        if _of_run(override):
+            path, value = override
+            of_runs.append((path[1:], value))
+        else:
+            own.append(override)
+
+    # The file as it is with the study's own words.
     file, mapping = load_listed(name_or_path, SHIPPED, own)
     mapping = with_absolute_plugins(_with_folder(mapping, folder), Path.cwd())
     if trusted_plugins is not None:
@@ -86,8 +95,7 @@ def load_study(
         mapping["name"] = name_or_path
     config = from_mapping(StudyConfig, mapping)
 
-    # Words that are about the experiment of a run, or of all runs.
-    of_runs = [(path[1:], value) for path, value in overrides if _of_run((path, value))]
+    # Only now is it known which runs there are.
     for (name, *_), _ in of_runs:
         if name not in (*config.runs, "*"):
             raise UserError(f"runs.{name} is not a run of this study; {choices(name, config.runs)}")
@@ -143,14 +151,18 @@ def load_sweep(
     own: dict[str, Any] = {}
     sections: dict[str, Any] = {}
     for key, value in mapping.items():
-        (own if key.startswith(SWEEP) else sections)[key] = value
+        if key.startswith(SWEEP):
+            own[key] = value
+        else:
+            sections[key] = value
     swept = from_mapping(ExperimentSweep, own)
+
     # Swept values are read from `own` again: their types are those of their keys.
-    plan = StudyRun(
-        experiment=str(swept.sweep_of),
-        **{key: getattr(swept, key) for key in _OF_SWEEP if key != SWEEP},
-        sweep=own[SWEEP],
-    )
+    settings: dict[str, Any] = {SWEEP: own[SWEEP]}
+    for key in _OF_SWEEP:
+        if key != SWEEP:
+            settings[key] = getattr(swept, key)
+    plan = StudyRun(experiment=str(swept.sweep_of), **settings)
     runs = _points("", plan, sections, {}, {})
     mapping[SWEEP] = plan.sweep
 
@@ -175,7 +187,10 @@ def _planned(
     trusted_plugins: Sequence[str] | None,
 ) -> dict[str, PlannedRun]:
     """The runs of an entry, with what the command line says of it or of all runs."""
-    said = {".".join(path[1:]): value for path, value in words if path[0] in (entry, "*")}
+    said = {}
+    for path, value in words:
+        if path[0] in (entry, "*"):
+            said[".".join(path[1:])] = value
     given = {**plan.overrides, **said}
     sections = load_mapping(plan.experiment, settings=given, trusted_plugins=trusted_plugins)
     typed = {}
@@ -206,7 +221,10 @@ def _points(
 
     # Keep the values as they were read, so that the written file means the same as the command.
     for key, of in values.items():
-        plan.sweep[key] = list(of.values) if isinstance(of, Choice) else str(plan.sweep[key])
+        if isinstance(of, Choice):
+            plan.sweep[key] = list(of.values)
+        else:
+            plan.sweep[key] = str(plan.sweep[key])
 
     runs = {}
     for name, point in points.items():

@@ -71,7 +71,9 @@ def run_point(
 def outcome_of(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """How the last run of a point ended; {} if it has none, or one with other settings."""
     file = folder / OUTCOME
-    outcome = read_json(file, {"state": str, "error?": str}) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    outcome = read_json(file, {"state": str, "error?": str})
     digest = digest_of(dump_yaml(to_mapping(experiment)))
     return outcome if outcome.get("config") == digest else {}
 

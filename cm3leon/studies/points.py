@@ -120,7 +120,7 @@ def named_points(
         UserError: for values of which there are infinitely many, too many points, or two points of
             one name.
     """
-    points = list(_drawn(config, values) if config.sweep_trials else _grid(config, values))
+    points = _drawn(config, values) if config.sweep_trials else list(_grid(config, values))
     short = short_names(list(values))
 
     named: dict[str, Point] = {}
@@ -142,7 +142,10 @@ def named_points(
 def point_name(point: Point, short: Mapping[str, str]) -> str:
     """`learning_rate=0.001,seed=2`, of characters that need no quotes in shells,
     SLURM and file names."""
-    return ",".join(f"{short[key]}={_safe(shown(value))}" for key, value in point.items())
+    parts = []
+    for key, value in point.items():
+        parts.append(f"{short[key]}={_safe(shown(value))}")
+    return ",".join(parts)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -53,7 +53,12 @@ def study_report(
         entries: the entries with their results.
     """
     config, evaluations = study.config, results["evaluations"]
-    facts = [aim_fact(aim, evaluations) for aim in config.aims if aim.evaluation in evaluations]
+
+    # An aim of an evaluation that was not made has no figure yet.
+    facts = []
+    for aim in config.aims:
+        if aim.evaluation in evaluations:
+            facts.append(aim_fact(aim, evaluations))
 
     sections = []
     for name, found in evaluations.items():
@@ -61,8 +66,14 @@ def study_report(
         by_compute = asked.against == "compute"
         sections.append(evaluation_section(asked, found, examples[name], by_compute=by_compute))
 
-    sections += _runs(study, [entry for entry in entries if not entry.plan.sweep])
-    swept = [entry for entry in entries if entry.plan.sweep]
+    # Runs that sweep nothing share a table; each swept entry has curves and a table of its own.
+    single, swept = [], []
+    for entry in entries:
+        if entry.plan.sweep:
+            swept.append(entry)
+        else:
+            single.append(entry)
+    sections += _runs(study, single)
     for entry in swept:
         facts += _facts(entry)
         sections += _points(entry, path.parent)
@@ -71,9 +82,11 @@ def study_report(
     models: list[Path] = []
     for evaluation in study.evaluations.values():
         models += evaluation.models.values()
-    experiments = [study.experiment(name) for name in study.runs]
+    experiments, folders = [], [study.folder]
+    for name in study.runs:
+        experiments.append(study.experiment(name))
+        folders.append(study.folder / name)
     whose = attribution(experiments, study.evaluations.values(), models)
-    folders = [study.folder, *(study.folder / name for name in study.runs)]
     origin = Origin(str(config.name), results["again"], datetime.now(UTC), machines(folders))
 
     sections += [*_failures(swept), *_times(results["seconds"]), origin.section()]
@@ -83,7 +96,8 @@ def study_report(
 
 def _facts(entry: StudyEntry) -> list[Fact]:
     """The best point, and how many points are finished."""
-    winner, of = entry.best, f", {entry.name}" if entry.name else ""
+    winner = entry.best
+    of = f", {entry.name}" if entry.name else ""
     facts = [Fact(f"points finished{of}", f"{len(entry.finished)} of {len(entry.results)}")]
     if winner:
         figure = f"{winner.figures[entry.column]:.4g}"
@@ -93,13 +107,21 @@ def _facts(entry: StudyEntry) -> list[Fact]:
 
 def _points(entry: StudyEntry, folder: Path) -> list[Section]:
     """Curves of an entry's points, and a table with a row for each, the deciding figure first."""
-    of, results = f" of {entry.name}" if entry.name else "", entry.results
+    of = f" of {entry.name}" if entry.name else ""
+    results, winner = entry.results, entry.best
+
+    # A row begins with the values of its point, and the row of the best point is marked.
     leads: list[dict[str, Cell]] = []
-    for result in results:
-        leads.append({key: shown(value) for key, value in result.point.items()})
+    best, note = [], ""
+    for index, result in enumerate(results):
+        lead: dict[str, Cell] = {}
+        for key, value in result.point.items():
+            lead[key] = shown(value)
+        leads.append(lead)
+        if result is winner:
+            best.append(index)
+            note = f"The best by {entry.column} is marked."
     figures = sorted(columns(results), key=lambda name: name != entry.column)[:COLUMNS]
-    best = [index for index, result in enumerate(results) if result is entry.best]
-    note = f"The best by {entry.column} is marked." if best else ""
 
     sections = []
     if curves := _curves(entry):
@@ -113,19 +135,25 @@ def _runs(study: Study, entries: Sequence[StudyEntry]) -> list[Section]:
     and their losses."""
     if not entries:
         return []
-    results, leads = [], []
+    results, leads, losses = [], [], []
     for entry in entries:
         (result,) = entry.results
-        changed = study.runs[result.name].overrides.items()
+        changed = []
+        for key, value in study.runs[result.name].overrides.items():
+            changed.append(f"{key} {shown(value)}")
         lead: dict[str, Cell] = {"run": result.name, "experiment": entry.plan.experiment}
-        lead["changed in it"] = ", ".join(f"{key} {shown(value)}" for key, value in changed)
+        lead["changed in it"] = ", ".join(changed)
         results.append(result)
         leads.append(lead)
+        losses.append(result.figures.get("loss", math.inf))
+
+    # Among equal losses, and so in a table of one run, none is marked as the best.
+    best = []
+    if len(set(losses)) > 1:
+        best = [losses.index(min(losses))]
 
     # Figures of parts stay on the runs' own pages.
     figures = [name for name in columns(results) if "." not in name]
-    losses = [result.figures.get("loss", math.inf) for result in results]
-    best = [losses.index(min(losses))] if len(set(losses)) > 1 else []
     return [Section("Runs", blocks=[_table(results, leads, figures, study.folder, LOSSES, best)])]
 
 
@@ -144,10 +172,15 @@ def _table(
         row = {**lead, "state": result.state}
         if any(pages):
             row["page"] = page
-        row |= {name: _cell(result, name) for name in figures}
+        for name in figures:
+            row[name] = _cell(result, name)
         rows.append(row)
-    seeds = SEEDS if any(result.spread for result in results) else ""
-    return Table.of(rows, " ".join(filter(None, [note, seeds])), best)
+
+    # What the intervals mean is said where there are any.
+    notes = [note]
+    if any(result.spread for result in results):
+        notes.append(SEEDS)
+    return Table.of(rows, " ".join(filter(None, notes)), best)
 
 
 def _cell(result: RunResult, name: str) -> Cell:
@@ -165,10 +198,12 @@ def _times(seconds: Mapping[str, Mapping[str, float]]) -> list[Section]:
     rows: list[dict[str, Cell]] = []
     total = 0.0
     for name, of in seconds.items():
-        stages = " ".join(f"{stage} {spent:.0f}" for stage, spent in of.items())
-        spent = sum(of.values())
-        rows.append({"run": name, "stages, in seconds": stages, "seconds": round(spent)})
-        total += spent
+        stages = []
+        for stage, spent in of.items():
+            stages.append(f"{stage} {spent:.0f}")
+        of_run = sum(of.values())
+        rows.append({"run": name, "stages, in seconds": " ".join(stages), "seconds": round(of_run)})
+        total += of_run
     text = f"All runs together took {total / 60:.1f} minutes."
     return [Section("Time", text, [Table.of(rows)])]
 
@@ -180,14 +215,18 @@ def _curves(entry: StudyEntry) -> list[Curves]:
     Seeds have no lines of their own: the line is their mean, in a band from lowest to highest.
     """
     able = [result for result in entry.finished if result.has(entry.column)]
-    keys = _numeric_keys(able)
-    return [_curve(able, key, entry.column, key in entry.plan.logarithmic) for key in keys]
+    curves = []
+    for key in _numeric_keys(able):
+        curves.append(_curve(able, key, entry.column, key in entry.plan.logarithmic))
+    return curves
 
 
 def _numeric_keys(results: Sequence[RunResult]) -> list[str]:
     """Swept keys other than seeds that have only numbers, and at least two."""
+    if not results:
+        return []
     found = []
-    for key in results[0].point if results else ():
+    for key in results[0].point:
         values = [result.point[key] for result in results]
         if len(set(values)) > 1 and all(map(is_number, values)) and not _is_seed(key):
             found.append(key)
@@ -210,9 +249,12 @@ def _curve(results: Sequence[RunResult], key: str, column: str, logarithmic: boo
     series = []
     for name, at in lines.items():
         ordered = sorted(at)
-        figures = [at[x] for x in ordered]
-        mean, low, high = map(statistics.fmean, figures), map(min, figures), map(max, figures)
-        series.append(Series(name, ordered, list(mean), list(low), list(high)))
+        mean, low, high = [], [], []
+        for x in ordered:
+            mean.append(statistics.fmean(at[x]))
+            low.append(min(at[x]))
+            high.append(max(at[x]))
+        series.append(Series(name, ordered, mean, low, high))
     return Curves(series, x_label=key, y_label=column, log_x=log_x)
 
 

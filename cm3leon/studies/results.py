@@ -85,8 +85,10 @@ class StudyEntry:
     @property
     def best(self) -> RunResult | None:
         """The best finished point; None if none has the figure, or nothing is swept."""
+        if not self.plan.sweep:
+            return None
         sign = 1 if self.wanted.startswith("lowest") else -1
-        able = [result for result in self.finished if self.plan.sweep and result.has(self.column)]
+        able = [result for result in self.finished if result.has(self.column)]
         return min(able, key=lambda result: sign * result.figures[self.column], default=None)
 
     def check_best(self) -> None:
@@ -146,7 +148,9 @@ def _state(study: Study, name: str) -> tuple[State, str]:
         outcome = outcome_of(experiment, folder)
         return outcome.get("state", "missing"), outcome.get("error", "")
     last = experiment.until or stages_of(experiment)[-1].name
-    return ("finished" if (folder / last / MARKER).is_file() else "missing"), ""
+    if (folder / last / MARKER).is_file():
+        return "finished", ""
+    return "missing", ""
 
 
 def read_figures(folder: Path) -> dict[str, float]:
@@ -212,13 +216,21 @@ def as_csv(results: Sequence[RunResult], best: Collection[RunResult | None]) -> 
     for result in results:
         keys |= dict.fromkeys(result.point)
     names, text = columns(results), io.StringIO()
-    winners = [winner.name for winner in best if winner]
+    winners = set()
+    for winner in best:
+        if winner is not None:
+            winners.add(winner.name)
 
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["point", *keys, "state", "best", *names])
     for result in results:
-        point = [shown(result.point[key]) if key in result.point else "" for key in keys]
-        figures = [result.figures.get(name, "") for name in names]
-        mark = "best" if result.name in winners else ""
-        writer.writerow([result.name, *point, result.state, mark, *figures])
+        cells: list[Any] = [result.name]
+
+        # Another entry may sweep keys that this one does not; their cells are empty.
+        for key in keys:
+            cells.append(shown(result.point[key]) if key in result.point else "")
+        cells += [result.state, "best" if result.name in winners else ""]
+        for name in names:
+            cells.append(result.figures.get(name, ""))
+        writer.writerow(cells)
     return text.getvalue()

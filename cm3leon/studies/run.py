@@ -137,35 +137,48 @@ def write_results(study: Study, found: Found | None = None) -> None:
     """
     results, found, folder = results_of(study), found or {}, study.folder
     entries = entries_of(study, results)
-    alone = [name for name, run in study.runs.items() if not run.plan.sweep]
     spread = {}
     for entry in entries:
         for result in entry.results:
             if result.spread:
                 spread[result.name] = asdict(result)["spread"]
+
+    # Points of a sweep link to stages that they share, whose time would count at each of them.
+    seconds = {}
+    for name, run in study.runs.items():
+        if not run.plan.sweep:
+            seconds[name] = _seconds(folder / name)
+
+    # The file keeps the figures of each evaluation's rows, the page also shows their answers.
+    evaluations, examples = {}, {}
+    for name, (figures, items) in found.items():
+        evaluations[name] = figures
+        examples[name] = items
     content = {
         "again": command_line(f"experiment={study.file}", f"run={folder}"),
         study.kind: study.written,
-        "seconds": {name: _seconds(folder / name) for name in alone},
+        "seconds": seconds,
         "validation": {name: _validation(folder / name) for name in study.runs},
         "runs": [asdict(result) for result in results.values()],
         "over_seeds": spread,
-        "evaluations": {name: rows for name, (rows, _) in found.items()},
+        "evaluations": evaluations,
     }
     write_json(folder / RESULTS, content)
-    examples = {name: examples for name, (_, examples) in found.items()}
     study_report(folder / REPORT, study, content, examples, entries)
 
     # The same for the terminal.
     for result in results.values():
         if result.state != "finished":
             print(f"{result.state}: {result.name}{result.error and f', {result.error}'}")
+    winners = []
     for entry in entries:
-        if entry.best:
-            print(f"{entry.wanted}: {entry.best.figures[entry.column]:.6g} at {entry.best.name}")
+        best = entry.best
+        winners.append(best)
+        if best:
+            print(f"{entry.wanted}: {best.figures[entry.column]:.6g} at {best.name}")
     if study.runs:
         table = study.file.with_suffix(".csv")
-        write_page(table, as_csv(list(results.values()), [entry.best for entry in entries]))
+        write_page(table, as_csv(list(results.values()), winners))
         print(f"table: {table}")
     print(f"report: {folder / REPORT}", flush=True)
 
@@ -209,7 +222,10 @@ def rows_of_seeds(study: Study, name: str) -> list[list[Row]]:
     names, seeds = first_runs(study.runs), range(study.config.seeds)
     found = []
     for row in rows(name, study.evaluations[name]):
-        found.append([row_of_seed(row, names, study.folder, seed) for seed in seeds])
+        of_row = []
+        for seed in seeds:
+            of_row.append(row_of_seed(row, names, study.folder, seed))
+        found.append(of_row)
     return found
 
 
@@ -316,5 +332,7 @@ def _validation(folder: Path) -> dict[str, float]:
 
 def _seconds(folder: Path) -> dict[str, float]:
     """Seconds that each stage of a run took."""
-    stages = sorted(file.parent for file in folder.glob(f"*/{MARKER}"))
-    return {stage.name: read_stage(stage)["seconds"] for stage in stages}
+    seconds = {}
+    for stage in sorted(file.parent for file in folder.glob(f"*/{MARKER}")):
+        seconds[stage.name] = read_stage(stage)["seconds"]
+    return seconds

@@ -108,11 +108,15 @@ def _combined(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     The interval over items (`low`, `high`) is the mean of the runs' intervals: how well one run is
     known.
     """
-    values = [figure["value"] for figure in figures]
+    values, lows, highs = [], [], []
+    for figure in figures:
+        values.append(figure["value"])
+        lows.append(figure["low"])
+        highs.append(figure["high"])
     return {
         **figures[0],
         "value": float(np.mean(values)),
-        "low": float(np.mean([figure["low"] for figure in figures])),
-        "high": float(np.mean([figure["high"] for figure in figures])),
+        "low": float(np.mean(lows)),
+        "high": float(np.mean(highs)),
         "runs": {"values": values, **asdict(over_runs(values))},
     }
