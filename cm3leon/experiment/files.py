@@ -124,20 +124,29 @@ def load_mapping(
 ) -> dict[str, Any]:
     """What `load_experiment` checks: the sections as they are written, with those of a sweep,
     if it is one."""
-    given = [(split_key(key), value) for key, value in (reading.get("settings") or {}).items()]
-    _, mapping = load_listed(name_or_path, shipped, [*given, *_overrides(overrides, shipped)])
+    # The command line comes last, so that it has the last word.
+    given: list[Override] = []
+    for key, value in (reading.get("settings") or {}).items():
+        given.append((split_key(key), value))
+    given += _overrides(overrides, shipped)
+    _, mapping = load_listed(name_or_path, shipped, given)
     if _is_study(mapping):
         raise UserError(
             f"experiment: {name_or_path} is a study of several runs; give the experiment of one of "
             "them"
         )
     mapping = with_absolute_plugins({**mapping, **(reading.get("sections") or {})}, Path.cwd())
+
+    # A run of an earlier version has sections that are gone, and lacks a choice that is new.
     if reading.get("earlier"):
-        mapping = {name: value for name, value in mapping.items() if name not in EARLIER}
+        for section in EARLIER:
+            mapping.pop(section, None)
         text_tokenizer = mapping.get("text_tokenizer", {})
         if isinstance(text_tokenizer, Mapping):
             mapping["text_tokenizer"] = {**EARLIER_TEXT_TOKENIZER, **text_tokenizer}
     _refuse_earlier(name_or_path, mapping)
+
+    # Plugins first: they register what the sections name.
     trusted = reading.get("trusted_plugins")
     if trusted is not None:
         mapping["plugins"] = load_plugins(
@@ -169,13 +178,18 @@ def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str
     """
     given = [str(Path(path).expanduser().resolve()) for path in trusted]
     replaced = {Path(path).name for path in given}
-    others = [path for path in named if Path(path).name not in replaced]
-    for path in others:
+    others = []
+    for path in named:
+        if Path(path).name in replaced:
+            continue
         if not is_known_plugin(Path(path)):
             raise UserError(
                 f"{where} names {path}, whose code is not run unasked; if you trust it, add "
                 f"plugins={path}, or trust=true for every plugin named there"
             )
+        others.append(path)
+
+    # Nothing is imported before all of them are known to be trusted.
     discover(given)
     return [*others, *given]
 
@@ -294,7 +308,9 @@ def with_absolute_plugins(mapping: dict[str, Any], folder: Path) -> dict[str, An
     if "plugins" not in mapping:
         return mapping
     plugins = from_mapping(_Plugins, {"plugins": mapping["plugins"]}).plugins
-    absolute = [str((folder / Path(path).expanduser()).resolve()) for path in plugins]
+    absolute = []
+    for path in plugins:
+        absolute.append(str((folder / Path(path).expanduser()).resolve()))
     return {**mapping, "plugins": absolute}
 
 

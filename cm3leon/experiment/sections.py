@@ -212,9 +212,13 @@ class Experiment:
             )
 
         names = [logger.name for logger in self.loggers]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        twice = set()
+        for name in names:
+            if names.count(name) > 1:
+                twice.add(name)
+        if twice:
             raise UserError(
-                f"loggers: {', '.join(twice)} is named twice; each may stand there once"
+                f"loggers: {', '.join(sorted(twice))} is named twice; each may stand there once"
             )
         self._check_aims(self._rows())
 
