@@ -47,6 +47,9 @@ def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
     pieces: list[Sequence[int] | np.ndarray] = [[layout.begin]]
     segments: list[SegmentSpan] = []
     position = 1
+
+    # Something stands between the documents, and between the segments of each, but not in front of
+    # the first one. Positions count the ids around segments too.
     for document in (*sample.retrieved, sample.query):
         between: tuple[int, ...] = layout.between_documents if segments else ()
         for segment in document.segments:

@@ -105,6 +105,26 @@ def _sizes(tokens: int, *, least: int = 1) -> Iterator[Grid]:
                 yield rows, columns
 
 
+def _written_sizes(tokens: int, *, least: int = 1) -> dict[str, str]:
+    """Return sizes as Emu3's sequences write them: `2x3` as the text `2*3<|image token|>`."""
+    sizes = {}
+    for rows, columns in _sizes(tokens, least=least):
+        sizes[f"{rows}x{columns}"] = f"{rows}*{columns}<|image token|>"
+    return sizes
+
+
+def _named_sizes() -> dict[str, list[str]]:
+    """Return Lumina-mGPT's sizes: reserved tokens count them in steps of 32 pixels (two codes)."""
+    sizes = {}
+    for rows in range(1, 65):
+        for columns in range(1, 65):
+            sizes[f"{2 * rows}x{2 * columns}"] = [
+                f"<reserved{8800 + rows:05d}>",
+                f"<reserved{8800 + columns:05d}>",
+            ]
+    return sizes
+
+
 EMU3_LAYOUT = {
     "begin": "<|extra_203|>",
     "end": "<|extra_204|>",
@@ -114,9 +134,7 @@ EMU3_LAYOUT = {
     "image_close": ["<|extra_201|>", "<|image end|>"],
     "row_close": "<|extra_200|>",
     "unconditional_text": "none",
-    "sizes": {
-        f"{rows}x{columns}": f"{rows}*{columns}<|image token|>" for rows, columns in _sizes(9000)
-    },
+    "sizes": _written_sizes(9000),
 }
 """The size of an image is written as text in front of its codes, and two tokens close the image."""
 EMU3_NAMES = {
@@ -161,18 +179,10 @@ FAMILIES = {
         licence=f"{CHAMELEON_LICENCE} (of the weights that Lumina-mGPT was made from)",
         conditions=CHAMELEON_CONDITIONS,
         names=CHAMELEON_NAMES,
-        # Its size tokens count in steps of 32 pixels, which are two codes.
         layout={
             **CHAMELEON_LAYOUT,
             "row_close": "<reserved08799>",
-            "sizes": {
-                f"{2 * rows}x{2 * columns}": [
-                    f"<reserved{8800 + rows:05d}>",
-                    f"<reserved{8800 + columns:05d}>",
-                ]
-                for rows in range(1, 65)
-                for columns in range(1, 65)
-            },
+            "sizes": _named_sizes(),
         },
     ),
     "emu3": EMU3,
@@ -184,10 +194,7 @@ FAMILIES = {
             **EMU3_LAYOUT,
             "image_close": ["<|image end|>"],
             "last_row_closed": False,
-            "sizes": {
-                f"{rows}x{columns}": f"{rows}*{columns}<|image token|>"
-                for rows, columns in _sizes(4500, least=2)
-            },
+            "sizes": _written_sizes(4500, least=2),
         },
         image_size=1024,
         other_decoder=(
@@ -233,16 +240,25 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(f"{where}: its ids are not 0 to {len(ids) - 1}, each once")
 
-    # Find the image codes, the tokens that the family names, and the reserved ids for sentinels.
-    found = ((name, re.fullmatch(family.code, name)) for name in ids)
-    codes = {int(match[1].translate(LETTERS)): name for name, match in found if match}
+    # The image codes, by their numbers.
+    codes: dict[int, str] = {}
+    for name in ids:
+        match = re.fullmatch(family.code, name)
+        if match:
+            codes[int(match[1].translate(LETTERS))] = name
     if not codes or sorted(codes) != list(range(len(codes))):
         raise UserError(f"{where}: it names no image codes {family.code} from 0 on")
+
+    # The tokens that the family names, and the reserved ids that become sentinels.
     layout, pieces = _layout_in(family, published, ids)
     named = set(family.names.values()) | (_named(layout) - pieces)
     is_reserved = re.compile(family.reserved).fullmatch
-    reserved = [name for name in sorted(ids, key=ids.__getitem__) if is_reserved(name)]
-    masks = [name for name in reserved if name not in named][: family.sentinels]
+    in_order = sorted(ids, key=ids.__getitem__)
+    masks = []
+    for name in in_order:
+        if is_reserved(name) and name not in named:
+            masks.append(name)
+    masks = masks[: family.sentinels]
     for name in sorted(named - ids.keys()):
         raise UserError(f"{where}: it lacks the token {name}, which {family.title} has")
     if len(masks) < family.sentinels:
@@ -256,16 +272,14 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
     ours = {theirs: name for name, theirs in family.names.items()}
     first = [family.names[name] for name in SPECIALS]
     taken = {*first, *codes.values(), *masks}
-    others = [
-        name
-        for name in sorted(ids, key=ids.__getitem__)
-        if name not in taken and (name in added or name in named or is_reserved(name))
-    ]
-    text = [
-        name
-        for name in sorted(ids, key=ids.__getitem__)
-        if name not in taken and name not in others
-    ]
+    others, text = [], []
+    for name in in_order:
+        if name in taken:
+            continue
+        if name in added or name in named or is_reserved(name):
+            others.append(name)
+        else:
+            text.append(name)
     specials = [ours.get(name, name) for name in (*first, *others)]
     order = [*first, *others, *text, *(codes[n] for n in range(len(codes))), *masks]
 

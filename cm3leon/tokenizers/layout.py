@@ -171,9 +171,11 @@ class Layout:
         """
         if self.row_close is None:
             return ()
-        return tuple(
-            place - start for place in range(start, end) if place % (columns + 1) == columns
-        )
+        ends = []
+        for index in range(start, end):
+            if index % (columns + 1) == columns:
+                ends.append(index - start)
+        return tuple(ends)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ class LayoutTable:
         pieces = content.get("pieces", {})
         if not isinstance(pieces, dict) or not all(type(id_) is int for id_ in pieces.values()):
             raise UserError(f"{where}: pieces must be an object of ids by the names of pieces")
+
+        # A special token wins over a piece that is spelled like it.
         number = {**pieces, **number}
 
         # Every other field is a list of names, one name, or one of three exceptions.
@@ -228,10 +232,11 @@ class LayoutTable:
                     raise UserError(f"{where}: {key} is {value!r}; it must be true or false")
                 given[key] = value
             elif key == "sizes":
-                given[key] = {
-                    _grid(text, where): tuple(id_of(name, key) for name in tokens)
-                    for text, tokens in value.items()
-                }
+                sizes = {}
+                for text, tokens in value.items():
+                    grid = _grid(text, where)
+                    sizes[grid] = tuple(id_of(name, key) for name in tokens)
+                given[key] = sizes
             elif isinstance(value, list):
                 given[key] = tuple(id_of(name, key) for name in value)
             else:

@@ -150,6 +150,7 @@ class TextTokenizer:
                 f"text_tokenizer: {path} is damaged or no tokenizer.json: {error}"
             ) from error
 
+        # Any tokenizer.json may lie there: what this class promises is checked, not believed.
         specials = layout_table(folder).specials
         problem = _problem(tokenizer, specials)
         if problem:
@@ -188,11 +189,11 @@ class TextTokenizer:
         its ids are those of the whole text. Only where no word ends within `BATCH` characters is a
         word cut, and encoded as two.
         """
-        parts = [
-            self._tokenizer.encode(part, add_special_tokens=False).ids
-            for part in _parts(unicode_text(text))
-        ]
-        return np.concatenate([np.asarray(ids, dtype=np.int64) for ids in parts])
+        encoded = []
+        for part in _parts(unicode_text(text)):
+            ids = self._tokenizer.encode(part, add_special_tokens=False).ids
+            encoded.append(np.asarray(ids, dtype=np.int64))
+        return np.concatenate(encoded)
 
     def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
         """Encode many texts on all cores, each as by `encode`."""
@@ -232,8 +233,12 @@ class TextTokenizer:
 
         Pieces are spelled in the file's alphabet of bytes, in which a space is Ġ.
         """
-        names = (self._tokenizer.id_to_token(int(i)) for i in ids)
-        return [name for name in names if name is not None]
+        names = []
+        for i in ids:
+            name = self._tokenizer.id_to_token(int(i))
+            if name is not None:
+                names.append(name)
+        return names
 
     def ids(self, tokens: Sequence[str]) -> np.ndarray:
         """Invert `tokens`: ids (T,), int64. Raises UserError for an unknown name."""

@@ -116,19 +116,18 @@ class ImageTokenizer(nn.Module):
         Raises:
             ValueError: for images of another size.
         """
-        height, width = (side * self.downsampling for side in grid or (self.grid, self.grid))
+        rows, columns = grid or (self.grid, self.grid)
+        height, width = rows * self.downsampling, columns * self.downsampling
         if images_BHWC.shape[1:] != (height, width, 3):
             raise ValueError(
                 f"images must be {height}x{width} RGB, got an array of shape {images_BHWC.shape}"
             )
+
         batch_size = batch_size or self._batch_size
-        codes = [
-            self.codes_of(to_signal(self._tensor(images_BHWC[start : start + batch_size])))
-            .flatten(1)
-            .cpu()
-            .numpy()
-            for start in _starts_of_batches(len(images_BHWC), batch_size, title)
-        ]
+        codes = []
+        for start in _starts_of_batches(len(images_BHWC), batch_size, title):
+            batch_BHWC = self._tensor(images_BHWC[start : start + batch_size])
+            codes.append(self.codes_of(to_signal(batch_BHWC)).flatten(1).cpu().numpy())
         empty = np.zeros((0, height * width // self.downsampling**2), np.int64)
         return np.concatenate(codes) if codes else empty
 
@@ -142,18 +141,14 @@ class ImageTokenizer(nn.Module):
         grid: Grid | None = None,
     ) -> np.ndarray:
         """Decode codes (B, N) to uint8 images (B, H, W, C); other arguments as for `encode`."""
-        grid = grid or (self.grid, self.grid)
+        rows, columns = grid or (self.grid, self.grid)
         batch_size = batch_size or self._batch_size
-        images = [
-            to_pixels(
-                self.signal_of(
-                    self._tensor(codes_BN[start : start + batch_size]).unflatten(1, grid)
-                )
-            )
-            for start in _starts_of_batches(len(codes_BN), batch_size, title)
-        ]
+        images = []
+        for start in _starts_of_batches(len(codes_BN), batch_size, title):
+            codes_bN = self._tensor(codes_BN[start : start + batch_size])
+            images.append(to_pixels(self.signal_of(codes_bN.unflatten(1, (rows, columns)))))
         if not images:
-            height, width = (side * self.downsampling for side in grid)
+            height, width = rows * self.downsampling, columns * self.downsampling
             return np.zeros((0, height, width, 3), np.uint8)
         return np.concatenate(images)
 

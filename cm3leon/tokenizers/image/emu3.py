@@ -106,11 +106,12 @@ class Emu3VQ(ImageTokenizer):
         wanted = self.networks.state_dict()
         first = next(iter(wanted))
         prefix = next((each for each in PREFIXES if each + first in weights.tensors), PREFIXES[0])
-        given = {
-            name.removeprefix(prefix): stored
-            for name, stored in weights.tensors.items()
-            if name.startswith(prefix)
-        }
+        given = {}
+        for name, stored in weights.tensors.items():
+            if name.startswith(prefix):
+                given[name.removeprefix(prefix)] = stored
+
+        # Shapes are compared before any tensor is read.
         shapes = {name: torch.empty(stored.shape, device="meta") for name, stored in given.items()}
         try:
             check_fit(weights.path, shapes, wanted)

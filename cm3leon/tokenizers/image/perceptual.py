@@ -66,11 +66,10 @@ class Perceptual(nn.Module):
         # The weights of the file replace these, so they need no memory.
         with torch.device("meta"):
             features = torchvision.models.vgg16(weights=None).features[: LAYERS[-1] + 1]
-        given = {
-            name: weight
-            for name, weight in read_weights(path).items()
-            if not name.startswith("classifier.")
-        }
+        given = {}
+        for name, weight in read_weights(path).items():
+            if not name.startswith("classifier."):
+                given[name] = weight
         fit_weights(nn.ModuleDict({"features": features}), given, path)
         return cls(features, _linear_weights())
 
@@ -88,10 +87,10 @@ class Perceptual(nn.Module):
 
         # The linear layers are written as products, because autocast would round a convolution.
         x, y = self._directions(images_BCHW), self._directions(reconstructed_BCHW)
-        per_level = [
-            (self.get_buffer(f"linear{level}") * (x[level] - y[level]).square()).sum(1).mean((1, 2))
-            for level in range(len(LAYERS))
-        ]
+        per_level = []
+        for level in range(len(LAYERS)):
+            weighted_BCHW = self.get_buffer(f"linear{level}") * (x[level] - y[level]).square()
+            per_level.append(weighted_BCHW.sum(1).mean((1, 2)))
         return torch.stack(per_level).sum(0)
 
     def _directions(self, images_BCHW: Tensor) -> list[Tensor]:

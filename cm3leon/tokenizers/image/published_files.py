@@ -111,7 +111,9 @@ def open_weights(path: Path, *, adapter_allowed: bool = False) -> Weights:
 
     settings = _json(path / "config.json")
     files = _weight_files(path)
-    tensors = {key: tensor for file in files for key, tensor in _stored(file).items()}
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        tensors |= _stored(file)
     return Weights(path, (path / "config.json", *files), tensors, settings)
 
 
@@ -178,17 +180,18 @@ def _harmless() -> list[Any]:
     Classes of Lightning and paths are replaced by `_Unused`; the others are plain data. Python 3.13
     and numpy 2 moved some of them, so these are listed under both names.
     """
-    functions = [
-        (value.__reduce__()[0], f"{module}.{name}")
-        for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct"))
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-    ]
+    # What pickles of numpy's numbers and arrays call.
+    functions = []
+    for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct")):
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            functions.append((value.__reduce__()[0], f"{module}.{name}"))
     numbers = [type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSU"]
-    paths = [
-        (_Unused, f"{module}.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    ]
+
+    # What only describes the training, and is replaced.
+    paths = []
+    for module in ("pathlib", "pathlib._local"):
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+            paths.append((_Unused, f"{module}.{name}"))
     lightning = [
         (_Unused, f"{package}.callbacks.model_checkpoint.ModelCheckpoint")
         for package in ("pytorch_lightning", "lightning.pytorch")
@@ -226,6 +229,7 @@ def _torch_saved(file: Path) -> dict[str, Stored]:
         AttributeError,
         TypeError,
     ) as error:
+        # torch names what a pickle would call, if that is why it was refused.
         code = re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", str(error))
         if code:
             raise UserError(

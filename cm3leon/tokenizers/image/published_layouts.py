@@ -159,11 +159,10 @@ def layout_of(weights: Weights, asked: str) -> tuple[TensorNames, dict[str, Stor
     """
     for layout in LAYOUTS:
         for prefix in _prefixes(weights.tensors, layout.shown_by[0]):
-            part = {
-                key.removeprefix(prefix): t
-                for key, t in weights.tensors.items()
-                if key.startswith(prefix)
-            }
+            part = {}
+            for key, stored in weights.tensors.items():
+                if key.startswith(prefix):
+                    part[key.removeprefix(prefix)] = stored
             if "quant_conv.weight" in part and all(key in part for key in layout.shown_by):
                 if asked not in ("auto", layout.name):
                     raise UserError(
@@ -214,10 +213,9 @@ class PublishedTensors:
     def architecture(self) -> Architecture:
         """Read the shape of the networks off the encoder's tensors."""
         channels = self.shape("encoder.conv_in.weight")[0]
-        widths = [
-            self.shape(f"encoder.levels.{level}.blocks.0.conv1.weight")[0]
-            for level in range(self.levels)
-        ]
+        widths = []
+        for level in range(self.levels):
+            widths.append(self.shape(f"encoder.levels.{level}.blocks.0.conv1.weight")[0])
         for width in (channels, *widths):
             if width % channels or width % GROUPS:
                 raise UserError(
@@ -225,15 +223,16 @@ class PublishedTensors:
                     f"down; both must be multiples of {GROUPS}, and the second one of the first"
                 )
 
+        # A level has attention if its first residual block is followed by one.
+        attention_levels = []
+        for level in range(self.levels):
+            if self.has(f"encoder.levels.{level}.attentions.0.q.weight"):
+                attention_levels.append(level)
         return Architecture(
             channels=channels,
             multipliers=tuple(width // channels for width in widths),
             residual_blocks=self._count("encoder.levels.0.blocks.{}.conv1.weight"),
-            attention_levels=tuple(
-                level
-                for level in range(self.levels)
-                if self.has(f"encoder.levels.{level}.attentions.0.q.weight")
-            ),
+            attention_levels=tuple(attention_levels),
             z_channels=self.shape("encoder.conv_out.weight")[0],
         )
 
