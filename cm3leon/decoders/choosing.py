@@ -138,9 +138,10 @@ class Chooser:
     def _rows(self, lanes: list[Lane], streams: int) -> Tensor:
         """Rows (C, B) of the first streams of some lanes,
         as a tensor that is kept for later steps."""
-        rows: list[int] = []
+        rows = []
         for stream in range(streams):
-            rows += [lane.rows[stream] for lane in lanes]
+            for lane in lanes:
+                rows.append(lane.rows[stream])
         numbers = tuple(rows)
         if numbers not in self._indices:
             if len(self._indices) > 1000:

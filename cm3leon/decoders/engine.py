@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -153,7 +152,8 @@ class Engine:
 
         # An answer of no tokens is finished before it begins.
         if not request.length:
-            self._answers += [FinishedSample(ticket, number, []) for number in range(samples)]
+            for number in range(samples):
+                self._answers.append(FinishedSample(ticket, number, []))
             return ticket
 
         # More samples than a group has rows for take several groups.
@@ -214,8 +214,10 @@ class Engine:
 
     def _admit(self) -> None:
         """Compute the prompts of as many waiting pieces as there are free groups."""
-        free = [slot for slot in range(self.shape.groups) if slot not in self._groups]
-        entering = [(slot, self._waiting.popleft()) for slot in free[: len(self._waiting)]]
+        entering: list[tuple[int, _Piece]] = []
+        for slot in range(self.shape.groups):
+            if self._waiting and slot not in self._groups:
+                entering.append((slot, self._waiting.popleft()))
 
         # First what all streams of a prompt share, once for each group.
         for batch in self._batches(entering):
@@ -238,10 +240,12 @@ class Engine:
 
     def _prefill_prefixes(self, batch: Sequence[tuple[int, _Piece]]) -> None:
         """Compute the keys and values that all streams of a prompt share."""
-        prefixes = [piece.request.streams[0][: piece.request.shared()] for _, piece in batch]
+        slots, prefixes = [], []
+        for slot, piece in batch:
+            slots.append(slot)
+            prefixes.append(piece.request.streams[0][: piece.request.shared()])
         ids_BT, length_B = self._padded(prefixes)
-        group_B = self._tensor([slot for slot, _ in batch])
-        self._pass(ids_BT, self._cache.prefix_pass(group_B, length_B))
+        self._pass(ids_BT, self._cache.prefix_pass(self._tensor(slots), length_B))
 
     def _prefill_tails(self, batch: Sequence[tuple[int, _Piece]], streams: int) -> None:
         """Compute each stream behind the prefix, but not its last token: the first step does that.
@@ -249,17 +253,18 @@ class Engine:
         A stream is computed once and written to the row of that stream in every lane. With a width
         of 6 and two streams, row_BCN of slot 1 is [[6, 8, 10], [7, 9, 11]].
         """
-        tails = []
-        for _, piece in batch:
+        slots, tails = [], []
+        for slot, piece in batch:
+            slots.append(slot)
             for ids_T in piece.request.used():
                 tails.append(ids_T[piece.request.shared() : -1])
         ids_QT, length_Q = self._padded(tails)
 
         lanes = self.shape.width // streams
         row_CN = np.arange(lanes * streams).reshape(lanes, streams).T
-        first_B11 = self.shape.width * np.array([[[slot]] for slot, _ in batch])
+        first_B11 = self.shape.width * np.array(slots).reshape(-1, 1, 1)
         row_BCN = torch.from_numpy(row_CN + first_B11).to(self._device)
-        group_B = self._tensor([slot for slot, _ in batch])
+        group_B = self._tensor(slots)
         self._pass(ids_QT, self._cache.tail_pass(group_B, row_BCN, length_Q.view(-1, streams)))
 
     def _pass(self, ids_BT: Tensor, attend: Any) -> None:
@@ -273,7 +278,7 @@ class Engine:
 
     def _padded(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Ids (B, T) padded on the right, and lengths (B,)."""
-        lengths = [len(ids_T) for ids_T in rows]
+        lengths = list(map(len, rows))
         ids_BT = np.full((len(rows), max(lengths)), self.vocab.pad, np.int64)
         for row, ids_T in enumerate(rows):
             ids_BT[row, : len(ids_T)] = ids_T
@@ -316,7 +321,9 @@ class Engine:
 
     def _add_tokens(self) -> None:
         """Compute every row's window, let each lane take its tokens, and release finished lanes."""
-        lanes = [*chain.from_iterable(group.lanes for group in self._groups.values())]
+        lanes: list[Lane] = []
+        for group in self._groups.values():
+            lanes += group.lanes
         length_before = {lane: lane.grown for lane in lanes}
         hidden_RWD = self._hidden()
 
@@ -354,8 +361,11 @@ class Engine:
                     lane.take(tokens, kind.drafts)
 
         # Commit what was accepted. A failed lane has not moved, and would only fail again.
-        growing = [lane for lane in lanes if not lane.finished and lane not in failed]
-        self._commit([(lane, lane.grown - length_before[lane]) for lane in growing])
+        growing = []
+        for lane in lanes:
+            if not lane.finished and lane not in failed:
+                growing.append((lane, lane.grown - length_before[lane]))
+        self._commit(growing)
 
         # Hand out what is finished, and free its rows.
         finished = [lane for lane in lanes if lane.finished]

@@ -44,17 +44,21 @@ def footprint(model: Model, ids: int, bandwidth: float) -> Footprint:
 
     # As `keep_weights` keeps them: tables in float32, the head in bf16, the layers' matrices in
     # the given precision. A step reads only the last two.
-    weights = {"bf16": 2.0 * matrices}
+    of_layers = {"bf16": 2.0 * matrices}
     if model.matrices:
-        weights["int8"] = 1.0 * matrices
-    read = {kind: size + 2 * head for kind, size in weights.items()}
+        of_layers["int8"] = 1.0 * matrices
 
     # On average, half of an image's keys and values stand before a token.
     cache = 2 * STREAMS * model.cache_numbers
+    weights, seconds = {}, {}
+    for kind, size in of_layers.items():
+        read = size + 2 * head
+        weights[kind] = read + 4 * (embedding + rest)
+        seconds[kind] = ids * (read + cache * ids / 2) / bandwidth
     return Footprint(
         ids=ids,
-        weights={kind: size + 4 * (embedding + rest) for kind, size in read.items()},
+        weights=weights,
         cache=float(cache * ids),
         full_cache=float(cache * model.seq_len),
-        seconds={kind: ids * (size + cache * ids / 2) / bandwidth for kind, size in read.items()},
+        seconds=seconds,
     )

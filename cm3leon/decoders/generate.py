@@ -146,7 +146,10 @@ def _unanswered(
     """The samples of each request that are not found yet, by the request's index."""
     left = {}
     for number, request in enumerate(requests):
-        samples = [each for each in range(len(request.seeds)) if each not in found[number]]
+        samples = []
+        for sample in range(len(request.seeds)):
+            if sample not in found[number]:
+                samples.append(sample)
         if samples:
             left[number] = samples
     return left
@@ -197,10 +200,9 @@ def generate(
     # Equal prompts become the samples of one request.
     same: dict[tuple[Any, ...], list[int]] = {}
     for number, prompt in enumerate(prompts):
-        streams = [
-            None if ids_T is None else ids_T.tobytes()
-            for ids_T in (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
-        ]
+        streams = []
+        for ids_T in (prompt.ids_T, prompt.unconditional_T, prompt.partial_T):
+            streams.append(None if ids_T is None else ids_T.tobytes())
         key = (*streams, prompt.modality, prompt.length, prompt.ends)
         same.setdefault(key, []).append(number)
 

@@ -37,11 +37,11 @@ class Request:
 
     def part(self, numbers: Sequence[int]) -> Request:
         """The request with only these samples."""
-        return replace(
-            self,
-            decoders=[self.decoders[number] for number in numbers],
-            seeds=[self.seeds[number] for number in numbers],
-        )
+        decoders, seeds = [], []
+        for number in numbers:
+            decoders.append(self.decoders[number])
+            seeds.append(self.seeds[number])
+        return replace(self, decoders=decoders, seeds=seeds)
 
     def _all_decoders(self) -> list[Decoder]:
         found: list[Decoder] = []

@@ -41,10 +41,14 @@ def log_likelihoods(
         # The longest that are left, as many as fit a batch when padded to the first one.
         length = len(sequences[order[-1]])
         taken = [order.pop() for _ in range(min(len(order), max(1, TOKENS // length)))]
-        answers_of = [answers[number] for number in taken]
-        nll_N = _answer_losses(model, [sequences[number] for number in taken], answers_of)
+        whole, answers_of = [], []
+        for number in taken:
+            whole.append(sequences[number])
+            answers_of.append(answers[number])
+        nll_N = _answer_losses(model, whole, answers_of)
 
-        counts = [len(answer) for answer in answers_of]
+        # The losses of all answers stand one after the other.
+        counts = list(map(len, answers_of))
         for number, part_N in zip(taken, nll_N.split(counts), strict=True):
             result[number] = -float(part_N.sum())
             if not math.isfinite(result[number]):
