@@ -20,8 +20,10 @@ _CONTRACTED = """
 
 
 def _without_apostrophes() -> dict[str, str]:
-    """Ways to leave out apostrophes, the first or the second, with the correct words; the official
-    list has such pairs."""
+    """Correct words by their spellings without an apostrophe, the first or the second of two.
+
+    The official list has such pairs: "couldnt've" and "couldn'tve" are both "couldn't've".
+    """
     table: dict[str, str] = {}
     for word in _CONTRACTED.split():
         table[word.replace("'", "", 1)] = word
@@ -53,8 +55,10 @@ _PERIOD = re.compile(r"\.(?!\d)")
 
 
 def normalized(answer: str) -> str:
-    """An answer in lower case without punctuation and articles, with digits for number words and
-    apostrophes in contractions.
+    """Bring an answer into the form in which answers are compared: lower case, no punctuation, no
+    articles, digits for number words, and apostrophes in contractions.
+
+        Two dogs, dont they?   ->   2 dogs don't they
 
     Source: the evaluation tools of VQA (Antol et al. 2015), unchanged: punctuation beside a space
     is dropped, other punctuation becomes a space, unless a comma stands inside a number; a period
@@ -63,17 +67,24 @@ def normalized(answer: str) -> str:
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     result = text
     for mark in PUNCTUATION:
+        # The original text decides, not what earlier marks have left of it.
         dropped = f"{mark} " in text or f" {mark}" in text or _COMMA_IN_NUMBER.search(text)
         result = result.replace(mark, "" if dropped else " ")
-    words = [NUMBERS.get(word, word) for word in _PERIOD.sub("", result).lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+    words = []
+    for word in _PERIOD.sub("", result).lower().split():
+        counted = NUMBERS.get(word, word)
+        if counted not in ARTICLES:
+            words.append(CONTRACTIONS.get(counted, counted))
+    return " ".join(words)
 
 
 def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
-    """min(1, number of other people with this answer / 3), averaged over leaving each person out.
+    """VQA accuracy: min(1, number of other people with this answer / 3), averaged over leaving each
+    person out.
 
-    As in the official tools, answers are normalised only if people disagree. Used for VQA2, OKVQA
-    and VizWiz.
+    As in the official tools, answers are normalised only if people disagree. VQA2, OKVQA and VizWiz
+    are measured by it.
 
     Raises:
         ValueError: without answers.
@@ -83,14 +94,23 @@ def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
     said = [each.replace("\n", " ").replace("\t", " ").strip() for each in given]
     mine = answer.replace("\n", " ").replace("\t", " ").strip()
     if len(set(said)) > 1:
-        said, mine = [normalized(each) for each in said], normalized(mine)
+        said = [normalized(each) for each in said]
+        mine = normalized(mine)
+
+    # A person who is left out takes one from the count if they gave this answer.
     equal = [each == mine for each in said]
-    return float(np.mean([min(1.0, (sum(equal) - one) / 3) for one in equal]))
+    accuracies = []
+    for is_equal in equal:
+        accuracies.append(min(1.0, (sum(equal) - is_equal) / 3))
+    return float(np.mean(accuracies))
 
 
 def option_of(answer: str, options: Sequence[str]) -> int | None:
-    """Index of the option that an answer names: by its letter behind "answer is", a letter in
-    brackets, a letter alone, or its text."""
+    """Index of the option that an answer names, None if it names none.
+
+    It is named by its letter behind "answer is", a letter in brackets, a letter alone, or by its
+    text.
+    """
     allowed = "".join(chr(ord("A") + number) for number in range(len(options)))
     for pattern in (
         rf"answer is \(?([{allowed}])\b",
@@ -104,12 +124,15 @@ def option_of(answer: str, options: Sequence[str]) -> int | None:
     # The whole text of exactly one option.
     named = answer.strip(" .").lower()
     same = [number for number, each in enumerate(options) if each.strip().lower() == named]
-    return same[0] if len(same) == 1 else None
+    if len(same) != 1:
+        return None
+    return same[0]
 
 
 def ndcg(scores_K: Sequence[float], relevance_K: Sequence[float]) -> float:
-    """VisDial's NDCG of the first k candidates by score, where k candidates have any relevance; 0
-    if none has.
+    """VisDial's NDCG of the first k candidates by score, where k candidates have any relevance.
+
+    It is 0 if no candidate has any.
 
     Source: Visual Dialog challenge: gains are the relevances, discounts 1 / log2(rank + 1).
 

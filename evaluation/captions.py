@@ -29,8 +29,7 @@ class CaptionScores:
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
-    """Scores of one caption an image against its references,
-    as the COCO evaluation tools compute them.
+    """Compare one caption of each image with its references, as the COCO evaluation tools do.
 
     CIDEr is the tools' CIDEr-D: 10 for captions of four words or more that equal all their
     references. Papers print 100 times it: 61.6 in the paper's table 2 is 0.616 here.
@@ -56,9 +55,12 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
             "captions are scored by the package pycocoevalcap (pip install pycocoevalcap)"
         ) from error
 
-    # The official tokenizer and METEOR are Java programs.
+    # The official tokenizer and METEOR are Java programs. Without Java, words are found by a
+    # pattern and METEOR stays unknown.
     has_java = shutil.which("java") is not None
-    cut = _penn_treebank if has_java else _words
+    cut, tokenizer = _penn_treebank, "PTB"
+    if not has_java:
+        cut, tokenizer = _words, "words (no Java for PTB)"
     given = cut({number: [caption] for number, caption in enumerate(captions)})
     expected = cut(dict(enumerate(map(list, references))))
 
@@ -71,7 +73,7 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
         bleu=(float(bleu[0]), float(bleu[1]), float(bleu[2]), float(bleu[3])),
         rouge_l=float(rouge),
         meteor=meteor,
-        tokenizer="PTB" if has_java else "words (no Java for PTB)",
+        tokenizer=tokenizer,
         images=len(captions),
     )
 
@@ -79,7 +81,7 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 def caption_figures(
     captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, Measured]:
-    """The scores as figures, named with the tokenizer."""
+    """The scores as figures without an interval, named with the tokenizer: `CIDEr (PTB)`."""
     found = caption_scores(captions, references)
     figures = {
         "CIDEr": found.cider,
@@ -96,6 +98,7 @@ def caption_figures(
 
 
 def _penn_treebank(texts: dict[int, list[str]]) -> dict[int, list[str]]:
+    """Divide texts into words by the official tokenizer, with spaces between the words."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     captions = {}
@@ -105,6 +108,8 @@ def _penn_treebank(texts: dict[int, list[str]]) -> dict[int, list[str]]:
 
 
 def _words(texts: dict[int, list[str]]) -> dict[int, list[str]]:
+    """Divide texts into words by a pattern, with spaces between the words."""
+
     def words_of(text: str) -> str:
         return " ".join(re.findall(r"[^\W_]+(?:'[a-z]+)?", text.lower()))
 

@@ -127,10 +127,15 @@ def named(point: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A swept value as in the name of a row."""
+    """A swept value as in the name of a row: `2`, `0.5`, `contrastive alpha 0.3`."""
     if isinstance(value, Mapping):
-        others = (f"{k} {shown(v)}" for k, v in value.items() if k != "name")
-        return " ".join([str(value.get("name", "")), *others]).strip()
+        words = [str(value.get("name", ""))]
+        for key, of_key in value.items():
+            if key != "name":
+                words.append(f"{key} {shown(of_key)}")
+        return " ".join(words).strip()
     if isinstance(value, list):
         return " and ".join(map(shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

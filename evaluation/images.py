@@ -52,7 +52,10 @@ def ssim(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
 
 
 def _ssim_of_one(image_HWC: np.ndarray, reconstructed_HWC: np.ndarray) -> float:
-    # In float64: the differences below are of nearly equal numbers.
+    """Mean over all windows of how alike luminance is, times how alike contrast and structure are.
+
+    In float64, since variances are differences of nearly equal numbers.
+    """
     x_HWC, y_HWC = image_HWC.astype(np.float64), reconstructed_HWC.astype(np.float64)
     x_mean, y_mean = _in_windows(x_HWC), _in_windows(y_HWC)
     x_variance, y_variance = _in_windows(x_HWC**2) - x_mean**2, _in_windows(y_HWC**2) - y_mean**2
@@ -86,7 +89,9 @@ def lpips(
             original = to_signal(torch.from_numpy(images_BHWC[part]).to(device))
             rebuilt = to_signal(torch.from_numpy(reconstructed_BHWC[part]).to(device))
             distances.append(perceptual(original, rebuilt).cpu().numpy())
-    return np.concatenate(distances) if distances else np.zeros(0, np.float32)
+    if not distances:
+        return np.zeros(0, np.float32)
+    return np.concatenate(distances)
 
 
 # ----------------------------------------------------------------------------------- sets of images
@@ -122,7 +127,8 @@ class FeatureStatistics:
         mean_D = features_BD.mean(0)
         centred_BD = features_BD - mean_D
 
-        # The scatter within the new features, and that between their mean and the old one.
+        # What the new features add: the scatter around their own mean, and the scatter of the two
+        # means around the common one.
         step_D = mean_D - self.mean_D
         total = self.count + len(features_BD)
         between = self.count * len(features_BD) / total
@@ -206,6 +212,7 @@ def precision_recall(
     real_radius_M = _squared_radii(real, neighbours)
     generated_radius_N = _squared_radii(generated, neighbours)
 
+    # Some generated features at a time, so that their distances to all real ones fit the memory.
     within_real_N = torch.zeros(len(generated), dtype=torch.bool, device=device)
     within_generated_M = torch.zeros(len(real), dtype=torch.bool, device=device)
     rows = _rows_at_once(len(real))
@@ -229,14 +236,14 @@ def _squared_radii(features_MD: Tensor, neighbours: int) -> Tensor:
     """Squared distance (M,) of each feature to its k-th nearest other feature."""
     radii = []
     for part_AD in features_MD.split(_rows_at_once(len(features_MD))):
-        # The nearest feature is the feature itself. A few spare ones, since products can confuse
-        # neighbours with nearly equal distances.
+        # The nearest feature is the feature itself. A few spare ones are looked at, since products
+        # can confuse neighbours with nearly equal distances; the differences then order them.
         squares_AM, _ = _squared_distances(part_AD, features_MD)
         found = min(neighbours + 1 + SPARE, len(features_MD))
         nearest_AK = squares_AM.topk(found, dim=1, largest=False).indices
-        columns = [
-            (part_AD - features_MD[nearest_A]).square().sum(1) for nearest_A in nearest_AK.unbind(1)
-        ]
+        columns = []
+        for nearest_A in nearest_AK.unbind(1):
+            columns.append((part_AD - features_MD[nearest_A]).square().sum(1))
         radii.append(torch.stack(columns, 1).sort(1).values[:, neighbours])
     return torch.cat(radii)
 
@@ -250,12 +257,13 @@ def _squared_distances(a_AD: Tensor, b_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_at_once(columns: int) -> int:
+    """Rows of a matrix of that many columns that may be in memory at a time."""
     return max(1, HELD // columns)
 
 
 def cell_features(images_BHWC: np.ndarray, cells: int = 6) -> np.ndarray:
-    """Mean colours of cells x cells fields of each image, (B, 3 * cells * cells): features for
-    small, plain images."""
+    """Mean colours (B, 3 * cells * cells) of the cells of each image, with `cells` of them a side:
+    features for small, plain images."""
     B, H, W, _ = images_BHWC.shape
     rows, columns = np.arange(cells) * H // cells, np.arange(cells) * W // cells
     sums_BRWC = np.add.reduceat(images_BHWC.astype(np.float64), rows, axis=1)
@@ -291,12 +299,12 @@ class Inception:
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Inception:
-        """Load pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth,
-        or the same as safetensors).
+        """Load pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth, or the same as
+        safetensors).
 
         Raises:
-            UserError: for a file that is missing, cannot be read,
-                or does not hold this network's weights.
+            UserError: for a file that is missing, cannot be read, or does not hold this network's
+                weights.
         """
         # The file's weights replace the initial ones, which need no memory.
         with torch.device("meta"):
@@ -320,8 +328,8 @@ class Inception:
 
 @contextmanager
 def _whole_float32() -> Iterator[None]:
-    """Inside, cuDNN does not round factors to 10 bits (TF32),
-    so that distances are the same on a GPU."""
+    """Keep cuDNN from rounding factors to 10 bits (TF32), so that distances are the same on a
+    GPU."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -330,8 +338,10 @@ def _whole_float32() -> Iterator[None]:
 
 
 def _network() -> nn.Module:
+    """Inception v3 as it was trained in TensorFlow, made of torchvision's blocks."""
     from torchvision.models import inception  # takes seconds, see `perceptual.py`
 
+    # Where torchvision averages over the zeros around an image too, this network does not.
     blocks = [
         inception.BasicConv2d,
         _pooled(inception.InceptionA, _average),
@@ -346,6 +356,8 @@ def _network() -> nn.Module:
         inception_blocks=[*blocks, inception.InceptionAux],
         init_weights=False,
     )
+
+    # Its last block takes the largest of the pixels instead of their average.
     network.Mixed_7c = _pooled(
         inception.InceptionE, partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
     )(2048)

@@ -23,8 +23,8 @@ class Measured:
 
 
 def proportion(hits_B: np.ndarray) -> Measured:
-    """Share of True values, with the Wilson score interval (Wilson 1927).
-    Raises ValueError for none."""
+    """Share of True values, with the Wilson score interval (Wilson 1927). Raises ValueError for no
+    values."""
     n = len(hits_B)
     if not n:
         raise ValueError("a proportion of no items is undefined")
@@ -41,7 +41,9 @@ def average(values_B: np.ndarray) -> Measured:
     if not n:
         raise ValueError("a mean of no items is undefined")
     mean = float(np.mean(values_B))
-    half = Z95 * float(np.std(values_B, ddof=1)) / sqrt(n) if n > 1 else float("inf")
+    half = float("inf")  # a single value says nothing of its spread
+    if n > 1:
+        half = Z95 * float(np.std(values_B, ddof=1)) / sqrt(n)
     return Measured(mean, mean - half, mean + half, n)
 
 
@@ -92,11 +94,14 @@ def psnr_each(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.nda
 def psnr(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> float:
     """Mean over images of their PSNR in dB, as on every page and in every record.
 
-    Images that come back exactly have none and do not count; infinite if all do.
+    Images that come back exactly have no PSNR and do not count; if all come back so, the mean is
+    infinite.
     """
     psnr_B = psnr_each(images_BHWC, reconstructed_BHWC)
     known_B = np.isfinite(psnr_B)
-    return float(psnr_B[known_B].mean()) if known_B.any() else float("inf")
+    if not known_B.any():
+        return float("inf")
+    return float(psnr_B[known_B].mean())
 
 
 def codebook_use(codes_BN: np.ndarray, codebook_size: int) -> tuple[float, float]:

@@ -1,5 +1,5 @@
-"""Where a page of several runs comes from: experiment, command, date, machines,
-and links to pages."""
+"""Where a page of several runs comes from: experiment, command, date, machines, and links to the
+pages of its runs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ class Origin:
         rows: list[tuple[str, str]] = [
             ("experiment", self.experiment),
             ("page made", f"{self.date.astimezone(UTC):%Y-%m-%d %H:%M} UTC"),
-            *(("machine", machine) for machine in self.machines),
         ]
+        for machine in self.machines:
+            rows.append(("machine", machine))
         return Section(
             "To run it again",
             "This command makes the page again, and of its runs only what is missing.",

@@ -40,13 +40,14 @@ def reconstruction_figures(
     perceptual: Perceptual | None = None,
     extractor: Extractor | None = None,
 ) -> dict[str, Any]:
-    """All figures; those of single images with the 95 % interval of their mean,
-    None if not measured.
+    """All figures of reconstructions by name, None for those that were not measured.
+
+    Figures of single images come with the 95 % interval of their mean.
 
     Args:
-        perceptual: gives `lpips`.
-        extractor: gives `rfid`, the Fréchet distance of originals
-            and reconstructions in its features.
+        perceptual: measures `lpips`.
+        extractor: measures `rfid`, the Fréchet distance of originals and reconstructions in its
+            features.
     """
     figures: dict[str, Any] = {"psnr_db": None, "ssim": None, "lpips": None, "rfid": None}
 

@@ -27,8 +27,8 @@ from cm3leon.types import Document, UserError
 
 @PROTOCOLS.register("ranked_answers")
 class RankedAnswers(Protocol):
-    """Candidates ranked by their log-likelihoods,
-    measured by VisDial's NDCG over its dense annotations."""
+    """Candidates ranked by their log-likelihoods, measured by VisDial's NDCG over its dense
+    annotations."""
 
     answers_in = "text"
     ranks = True
@@ -79,8 +79,8 @@ class RankedAnswers(Protocol):
 
 @PROTOCOLS.register("answers")
 class TextAnswers(Protocol):
-    """Answers in text to each image or question of a source,
-    measured by the rule of its data set."""
+    """Answers in text to each image or question of a source, measured by the rule of its data
+    set."""
 
     answers_in = "text"
     has_truth = False
@@ -131,14 +131,17 @@ class TextAnswers(Protocol):
         if self.config.measure == "options":
             right = [self.right(item, answer) for item, answer in zip(items, answers, strict=True)]
             return {"accuracy": proportion(np.array(right))}
-        values = [vqa_accuracy(text, item.truth) for text, item in zip(texts, items, strict=True)]
+
+        values = []
+        for text, item in zip(texts, items, strict=True):
+            values.append(vqa_accuracy(text, item.truth))
         return {"VQA accuracy": average(np.array(values))}
 
     def right(self, item: Item, answer: Answer) -> bool | None:
         if self.config.measure == "captions":
             return None
         if self.config.measure == "options":
-            chosen, *options = item.truth
+            chosen, *options = item.truth  # the right option's text, then all options
             named = option_of(answer.text, options)
             return named is not None and options[named] == chosen
         return vqa_accuracy(answer.text, item.truth) > 0
@@ -150,7 +153,7 @@ class TextAnswers(Protocol):
 def asked_items(
     data: Component, count: int | None, missing: float, size: int | None
 ) -> list[tuple[Document, Any]]:
-    """What a source of instructions asks, at most `count` items, each with its example.
+    """Read what a source of instructions asks: at most `count` documents, each with its example.
 
     Images are resized to `size` as they are read; None keeps their own size.
 

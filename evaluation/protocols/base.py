@@ -47,8 +47,8 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """An answer: a text, or a uint8 image (H, W, C) with its CLIP score,
-    or scores of the candidates."""
+    """An answer: a text, or a uint8 image (H, W, C) with its CLIP score, or scores of the
+    candidates."""
 
     text: str = ""
     image_HWC: np.ndarray | None = None
@@ -63,8 +63,8 @@ class Answer:
     retrieved: Sequence[np.ndarray] = ()
     """Codes of the images retrieved for its prompt, for a protocol of a run's own corpus."""
     features_D: np.ndarray | None = None
-    """Features of an image, for a protocol that is `scored_by` them;
-    then the image may be missing."""
+    """Features of an image, for a protocol that is `scored_by` them; then the image may be
+    missing."""
     given_kept: bool | None = None
     """Whether everything given is unchanged, for a protocol of a run's own corpus; None for answers
     that no model made: true answers, and those to other items."""
@@ -84,12 +84,16 @@ class ShownItem:
 def clip_score(answers: Sequence[Answer]) -> dict[str, Measured]:
     """The mean CLIP score of images, by name; {} if the run's retriever has no CLIP."""
     scores = np.array([answer.clip for answer in answers])
-    return {} if np.isnan(scores).any() else {"CLIP score": average(scores)}
+    if np.isnan(scores).any():
+        return {}
+    return {"CLIP score": average(scores)}
 
 
 class Protocol(ABC):
-    """Registered in `PROTOCOLS`, built as `cls(config)`;
-    the same config always gives the same items."""
+    """Base class of protocols, which are registered in `PROTOCOLS` and built as `cls(config)`.
+
+    The same config always gives the same items.
+    """
 
     answers_in: Modality
     """The modality of the answers."""
@@ -102,15 +106,15 @@ class Protocol(ABC):
     lowest_is_best: ClassVar[Collection[str]] = ()
     """Figures of which the lowest is best, such as distances."""
     scored_by: str = ""
-    """The features that images are scored by, different after any change to them; "":
-    the images."""
+    """Names the features that images are scored by, and changes with them; "" if the images
+    themselves are needed."""
     device: torch.device = torch.device("cpu")
     """Device that features are computed on."""
     folder: Path | None = None
-    """Where it may keep what is the same for all models; None: nowhere."""
+    """Folder in which it may keep what is the same for all models; None if it must keep nothing."""
     attribution: ClassVar[str] = ""
-    """What a page that shows its items must say of their licensor,
-    as in a source (`data/source.py`)."""
+    """What a page that shows its items must say of their licensor, as in a source
+    (`data/source.py`)."""
     explained: ClassVar[Mapping[str, str]] = {}
     """Sentences for a page that explain figures whose names do not, by name."""
 
@@ -122,15 +126,15 @@ class Protocol(ABC):
         """The items, in a fixed order.
 
         Raises:
-            UserError: for data that is missing or of another form,
-                or too few items for the figures.
+            UserError: for data that is missing or of another form, or too few items for the
+                figures.
         """
 
     def items_squared(self, size: int) -> list[Item]:
         """The items with images resized to (size, size, 3), see `cm3leon.data.images.square`.
 
-        A protocol of photographs resizes each as it is read,
-        so that memory does not grow with them.
+        A protocol of photographs resizes each as it is read, so that memory does not grow with
+        them.
         """
         return [replace(item, document=squared(item.document, size)) for item in self.items()]
 
@@ -160,8 +164,8 @@ class Protocol(ABC):
 
 
 def check_missing(skipped: int, usable: int, share: float) -> None:
-    """Raise UserError if more than a share of a data set's items cannot be used,
-    as it is not complete."""
+    """Raise UserError if more than a share of a data set's items cannot be used, since figures of
+    an incomplete data set cannot be compared."""
     if skipped > share * (skipped + usable):
         raise UserError(
             f"data: {skipped} of {skipped + usable} items cannot be used (missing images, broken "
@@ -179,6 +183,7 @@ def asked(item: Item) -> str:
         if not isinstance(segment, TextSegment):
             continue
         text = " …" if segment.role == "answer" else segment.text
+        # A joined text continues the one before it, within one sentence of a template.
         if segment.joined and runs:
             runs[-1] += text
         else:
@@ -190,9 +195,14 @@ def given_image(item: Item) -> np.ndarray | None:
     """The image (H, W, C) that is given with an item; None without one."""
     images = [segment for segment in item.document.segments if isinstance(segment, ImageSegment)]
     has_answer = any(segment.role == "answer" for segment in item.document.segments)
+
     # With an answer in text, every image is given; otherwise the last image is asked for.
-    fewest = 1 if has_answer or item.task == "caption" else 2
-    return images[0].pixels_HWC if len(images) >= fewest else None
+    fewest = 2
+    if has_answer or item.task == "caption":
+        fewest = 1
+    if len(images) < fewest:
+        return None
+    return images[0].pixels_HWC
 
 
 def true_answer(item: Item, modality: Modality) -> Answer:

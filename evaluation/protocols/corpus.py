@@ -1,5 +1,5 @@
-"""The documents that a model's run kept from training, asked by one of its tasks,
-read by a judge."""
+"""The documents that a model's run kept from training, asked by one of its tasks and read by a
+judge."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ GREY = 128
 
 @dataclass(frozen=True, eq=False)
 class OwnCorpus:
-    """What a run knows of its corpus: the documents that it kept from training,
-    and its training images."""
+    """What a run knows of its corpus: the documents that it kept from training, and its training
+    images."""
 
     documents: Callable[[Split], Sequence[Document]]
     """The documents of a split that fit a block of the model."""
@@ -41,7 +41,8 @@ class OwnCorpus:
 
     @cached_property
     def judge(self) -> Judge | None:
-        """Trained on the training images only; None where documents have no known class."""
+        """The judge of the corpus, which learns from its training images only; None where documents
+        have no known class, or all have the same."""
         labels_B = self.training_labels_B
         if (labels_B == UNKNOWN).any() or len(set(labels_B.tolist())) < 2:
             return None
@@ -51,13 +52,15 @@ class OwnCorpus:
         """The class that the judge reads in each image, or that each text names; -1 if none."""
         named = [UNKNOWN] * len(answers)
 
+        # Images are judged together, texts one by one.
         if answers and answers[0].image_HWC is not None:
             if self.judge is None:
                 return np.array(named)
             return self.judge.read(np.stack([np.asarray(answer.image_HWC) for answer in answers]))
         for number, answer in enumerate(answers):
             found = self.class_in(answer.text)
-            named[number] = UNKNOWN if found is None else found
+            if found is not None:
+                named[number] = found
         return np.array(named)
 
 
@@ -94,8 +97,14 @@ class CorpusTask(Protocol):
     config: Config
     lowest_is_best = ("copies",)
     explained: ClassVar[Mapping[str, str]] = {
-        "accuracy": "Accuracy: the share in which the class asked for is read, in images by an independent judge.",
-        "copies": "Copies have the codes of a training image, of one of its varied versions, or of a retrieved one.",
+        "accuracy": (
+            "Accuracy: the share in which the class asked for is read, in images by an independent "
+            "judge."
+        ),
+        "copies": (
+            "Copies have the codes of a training image, of one of its varied versions, or of a "
+            "retrieved one."
+        ),
         "distinct": "Distinct: the share of different images.",
         "given_kept": "Given kept: the share beside which what was given is as it was.",
     }
@@ -118,6 +127,7 @@ class CorpusTask(Protocol):
 
     def items(self) -> list[Item]:
         documents = self.corpus.documents(self.config.split)
+        # As many rounds as reach `at_least`, rounded up; the first one keeps the documents' ids.
         rounds = max(1, -(-self.config.at_least // max(1, len(documents))))
         items = []
         for number in range(rounds):
@@ -141,9 +151,11 @@ class CorpusTask(Protocol):
         if self.answers_in == "image":
             codes_BN = np.stack([np.asarray(answer.codes_N) for answer in answers])
             figures["copies"] = proportion(self._copied(answers, codes_BN))
+            # Of equal images, the first one counts as a different one.
             _, first, of_row = np.unique(codes_BN, axis=0, return_index=True, return_inverse=True)
             figures["distinct"] = proportion(first[of_row.ravel()] == np.arange(len(codes_BN)))
 
+        # Whether what was given was left alone, where a model made the answer.
         kept = [answer.given_kept for answer in answers if answer.given_kept is not None]
         if kept:
             figures["given_kept"] = proportion(np.array(kept))
@@ -174,7 +186,10 @@ class CorpusTask(Protocol):
         if image_HWC is None or self.config.task not in ("infill_top", "infill_bottom"):
             return ShownItem(text, None)
 
+        # The half that the model is to fill in is grey.
         given_HWC, middle = image_HWC.copy(), len(image_HWC) // 2
-        missing = slice(0, middle) if self.config.task == "infill_top" else slice(middle, None)
-        given_HWC[missing] = GREY
+        if self.config.task == "infill_top":
+            given_HWC[:middle] = GREY
+        else:
+            given_HWC[middle:] = GREY
         return ShownItem(text, given_HWC, image_HWC)

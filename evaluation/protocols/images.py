@@ -42,8 +42,8 @@ FID, CELLS = "FID", "Fréchet distance of cells"
 
 @PROTOCOLS.register("captioned_images")
 class CaptionedImages(Protocol):
-    """Text to image for the captions of a corpus,
-    measured against its images like zero-shot MS-COCO FID.
+    """Text to image for the captions of a corpus, measured against its images like zero-shot
+    MS-COCO FID.
 
     The documents are those whose ids come first by their SHA-256, one for each image; their own
     images are the reference, cropped to the central square and resized (bicubic, antialiased).
@@ -85,8 +85,11 @@ class CaptionedImages(Protocol):
             elif found.text and found.image is not None:
                 documents[found.id] = replace(found, segments=(TextSegment(found.text),))
 
+        # Digests of ids choose the same documents in whatever order the corpus is read.
         check_missing(skipped, len(documents), config.missing)
         chosen = sorted(documents, key=self._order)[: config.count]
+
+        # With fewer images, the covariance of the features could not have full rank.
         least = self._features + 2
         if len(chosen) < max(config.count, least):
             wanted = f"{config.count} captions are asked for"
@@ -103,20 +106,25 @@ class CaptionedImages(Protocol):
         reference.add(reference_BD)
         precision, recall = precision_recall(reference_BD, generated_BD, device=self.device)
 
+        # These figures are of the whole set, and have no interval.
         name = FID if self.config.inception_file else CELLS
         found = {name: generated.frechet(reference), "precision": precision, "recall": recall}
-        figures = {key: Measured(value, value, value, len(items)) for key, value in found.items()}
+        figures: dict[str, Measured] = {}
+        for key, value in found.items():
+            figures[key] = Measured(value, value, value, len(items))
         return {**figures, **clip_score(answers)}
 
     @cached_property
     def scored_by(self) -> str:  # type: ignore[override]  # read only, and known by its file alone
-        inception = self.config.inception_file
-        extractor = f"Inception {path_digest(inception)}" if inception else "cells 6"
+        extractor = "cells 6"
+        if self.config.inception_file:
+            extractor = f"Inception {path_digest(self.config.inception_file)}"
         return f"{extractor}, version {VERSION}"
 
     def features(self, images_BHWC: np.ndarray) -> np.ndarray:
-        at_once = AT_ONCE_ON_GPU if self.device.type == "cuda" else AT_ONCE
-        return features(self._extractor, images_BHWC, at_once)
+        if self.device.type == "cuda":
+            return features(self._extractor, images_BHWC, AT_ONCE_ON_GPU)
+        return features(self._extractor, images_BHWC, AT_ONCE)
 
     def fingerprint(self) -> str:
         return self._source().fingerprint()
@@ -125,29 +133,35 @@ class CaptionedImages(Protocol):
         pixels = self._reference(items).pixels
         prompts = digest_of("\n".join(item.id for item in items))
         size, inception = self.config.size, self.config.inception_file
+        compared_by = "mean colours of 6 x 6 cells"
+        if inception:
+            compared_by = f"Inception {inception}"
         return {
             "reference": f"sha256 of the pixels {pixels}",
             "prompts": f"sha256 of the ids {prompts}",
             "resized": f"the central square, bicubic with antialiasing, {size} x {size}",
-            "features": f"Inception {inception}" if inception else "mean colours of 6 x 6 cells",
+            "features": compared_by,
         }
 
     # ---------------------------------------------------------------------------------------- parts
 
     @property
     def _features(self) -> int:
+        """The number of an image's features."""
         return 2048 if self.config.inception_file else 108
 
     def _source(self) -> Any:
         return SOURCES.build(self.config.data)
 
     def _order(self, id_: str) -> str:
+        """What a document is sorted by: a digest of its id, which the seed changes."""
         return digest_of(f"{self.config.seed} {id_}")
 
     @cached_property
     def _extractor(self) -> Extractor:
-        file = self.config.inception_file
-        return Inception.load(file, self.device) if file else cell_features
+        if self.config.inception_file:
+            return Inception.load(self.config.inception_file, self.device)
+        return cell_features
 
     def _features_of(self, answers: Sequence[Answer]) -> Iterator[np.ndarray]:
         """Features of the answers in batches, computed for those that have none."""
@@ -157,11 +171,14 @@ class CaptionedImages(Protocol):
             if len(known) == len(few):
                 yield np.stack(known)
                 continue
+
+            # One answer without features is enough to look at all images of its batch.
             images = [answer.image_HWC for answer in few if answer.image_HWC is not None]
             yield self.features(np.stack(images))
 
     def _reference(self, items: Sequence[Item]) -> Reference:
         """The reference of these items, made once for all models; a damaged file is made again."""
+        # Everything that the reference depends on; its digest names the file.
         ids = [item.id for item in items]
         made_from = {
             "corpus": self.fingerprint(),
@@ -172,10 +189,14 @@ class CaptionedImages(Protocol):
         }
         key = digest_of(json.dumps(made_from, sort_keys=True))
 
+        # The model before this one may have needed it in this process, or another process kept it.
         if self._known is not None and self._known[0] == key:
             return self._known[1]
-        file = None if self.folder is None else self.folder / REFERENCES / f"{key[:16]}.arrow"
+        file = None
+        if self.folder is not None:
+            file = self.folder / REFERENCES / f"{key[:16]}.arrow"
         reference = file and read_reference(file, made_from)
+
         if not reference:
             reference = self._made_reference(ids)
             if file:
@@ -185,10 +206,11 @@ class CaptionedImages(Protocol):
         return reference
 
     def _made_reference(self, ids: Sequence[str]) -> Reference:
-        """Read the reference images again in batches,
-        since a corpus of them need not fit the memory."""
+        """Read the reference images again in batches, since a corpus of them need not fit the
+        memory."""
         found: list[np.ndarray] = []
 
+        # One pass over the corpus gives both the features and the digest of the pixels.
         def pixels() -> Iterator[bytes]:
             for images_BHWC in self._reference_images(set(ids)):
                 found.append(self.features(images_BHWC))
@@ -229,8 +251,8 @@ def write_reference(file: Path, reference: Reference, made_from: Mapping[str, An
 
 
 def read_reference(file: Path, made_from: Mapping[str, Any]) -> Reference | None:
-    """The reference in a file; None if there is none,
-    or it was made from something else or is damaged."""
+    """The reference in a file; None if the file is missing or damaged, or the reference was made
+    from something else."""
     if not file.is_file():
         return None
     try:

@@ -1,5 +1,5 @@
-"""Pages of several texts and images: images given what stands before them,
-or the texts behind them."""
+"""Pages of several texts and images: images given what stands before them, or the texts behind
+them."""
 
 from __future__ import annotations
 
@@ -67,12 +67,16 @@ class Pages(Protocol):
         if self.answers_in == "text":
             return caption_figures([answer.text for answer in answers], [[i.truth] for i in items])
 
+        # Images smaller than the window of SSIM have none.
         similar = []
         for item, answer in zip(items, answers, strict=True):
             image_HWC = answer.image_HWC
             if image_HWC is not None and min(image_HWC.shape[:2]) >= WINDOW:
                 similar.append(ssim(item.document.images[-1][None], image_HWC[None])[0])
-        figures = {"SSIM": average(np.array(similar))} if similar else {}
+
+        figures: dict[str, Measured] = {}
+        if similar:
+            figures["SSIM"] = average(np.array(similar))
         return {**figures, **clip_score(answers)}
 
     def fingerprint(self) -> str:
@@ -107,9 +111,12 @@ class Pages(Protocol):
                 f"protocol.data: none of {pages} pages is of the split {config.split} and has "
                 f"{wanted}"
             )
+
+        # The last page that was read may have given more items than were still missing.
         return items[: config.count]
 
     def _is_asked(self, page: Document) -> bool:
+        """Whether a page is of the split that is asked."""
         config = self.config
         return config.split in (
             "all",
@@ -128,6 +135,7 @@ class Pages(Protocol):
 
             until = index + 1
             if self.config.asks == "image":
+                # The first segment has nothing before it that an image could follow from.
                 if index:
                     begun = replace(page, segments=page.segments[:until])
                     yield Item(f"{page.id}#{number}", "page_image", begun)

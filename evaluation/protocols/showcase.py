@@ -1,4 +1,4 @@
-"""Prompts to look at: the showcase of a model (the paper's figures 1, 5 to 7, 12 to 16,
+"""Prompts to look at: the showcase of a model (the paper's figures 1, 5 to 7, 12 to 16, and
 appendix A)."""
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ IMAGES = ("image", "image1", "feature_image")
 
 @PROTOCOLS.register("showcase")
 class Showcase(Protocol):
-    """Prompts of one task, each with what is given for it; there are no true answers, its result is
-    to be looked at.
+    """Prompts of one task, each with what is given for it.
 
-    Its figures are the CLIP score of images, and the number of words of texts.
+    There are no true answers, and the result is to be looked at. The figures are the CLIP score of
+    images, and the number of words of texts.
     """
 
     has_truth = False
@@ -66,9 +66,12 @@ class Showcase(Protocol):
                     "prompts is empty; give at least one, for example [{text: a red dog}] for "
                     "text_to_image"
                 )
+
+            # A prompt fills all slots of its task, and no others.
             for number, prompt in enumerate(self.prompts):
                 if set(prompt) != set(SLOTS[self.task]):
-                    has, takes = ", ".join(sorted(prompt)) or "nothing", ", ".join(SLOTS[self.task])
+                    has = ", ".join(sorted(prompt)) or "nothing"
+                    takes = ", ".join(SLOTS[self.task])
                     raise UserError(f"prompts.{number} has {has}; {self.task} takes {takes}")
                 if prompt.get("feature", "depth") not in FEATURES:
                     raise UserError(
@@ -102,11 +105,12 @@ class Showcase(Protocol):
     # ---------------------------------------------------------------------------------------- parts
 
     def _item(self, number: int, prompt: Mapping[str, str]) -> Item:
+        """The item of a prompt: its values in the first of the task's templates."""
         task, id_ = self.config.task, f"{self.config.task}-{number}"
         if task == "text_to_image":
             return Item(id_, task, Document(id_, (TextSegment(prompt["text"]),)))
 
-        # The answer's slot holds a placeholder.
+        # Slots that the prompt leaves empty, the answer's among them, hold a placeholder.
         blank_HWC = np.zeros((1, 1, 3), np.uint8)
         values: dict[str, Any] = {
             "answer": "?",
@@ -114,6 +118,8 @@ class Showcase(Protocol):
             "image": blank_HWC,
             "image2": blank_HWC,
         }
+
+        # Paths are replaced by pixels, and a kind of features by its name in the paper's templates.
         for slot, value in prompt.items():
             if slot in IMAGES:
                 values[slot] = self._image(value)
@@ -132,6 +138,7 @@ class Showcase(Protocol):
 
 
 def _existing(path: str) -> Path:
+    """The file at a path of a prompt. Raises UserError if there is none."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"prompts: there is no image {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -85,6 +85,7 @@ def aim_fact(aim: Aim, evaluations: Mapping[str, Any]) -> Fact:
         known = choices(aim.metric, row["metrics"])
         return Fact(aim.label, numbers.DASH, f"{aim.row} has no figure {aim.metric}; {known}")
 
+    # The note: the figure's spread and interval, what it should be, and what it could be.
     notes, bounds = [_spread(found), _interval(found)], []
     if aim.at_least is not None:
         bounds.append(f"at least {numbers.metric(aim.at_least)}")
@@ -108,13 +109,19 @@ AIMED: dict[Status, str] = {
 
 def aim_status(aim: Aim, found: Mapping[str, Any]) -> Status:
     """Whether a figure reaches an aim ("good"), or its interval reaches it ("plain")."""
-    lowest = -math.inf if aim.at_least is None else aim.at_least
-    highest = math.inf if aim.at_most is None else aim.at_most
+    lowest, highest = -math.inf, math.inf
+    if aim.at_least is not None:
+        lowest = aim.at_least
+    if aim.at_most is not None:
+        highest = aim.at_most
+
     if lowest == -math.inf and highest == math.inf:
         return "plain"
     if lowest <= found["value"] <= highest:
         return "good"
-    return "plain" if found["high"] >= lowest and found["low"] <= highest else "bad"
+    if found["high"] >= lowest and found["low"] <= highest:
+        return "plain"
+    return "bad"
 
 
 def evaluation_section(
@@ -139,13 +146,20 @@ def evaluation_section(
         blocks.insert(0, _curves(evaluation.plot, rows, by_compute))
 
     for number, (row, few) in enumerate(zip(rows, examples, strict=True)):
-        answered = Gallery([_card(example) for example in few], caption=row["row"])
-        several = [example for example in few if len(example.samples) > 1]
-        drawn = [_samples(row["row"], several)] if several else []
+        cards, several = [], []
+        for example in few:
+            cards.append(_card(example))
+            if len(example.samples) > 1:
+                several.append(example)
+        answers: list[Content] = [Gallery(cards, caption=row["row"])]
+        if several:
+            answers.append(_samples(row["row"], several))
+
+        # A sweep may have dozens of rows, of which only the first ones are shown unasked.
         if number < _PICTURED:
-            blocks += [answered, *drawn]
+            blocks += answers
         else:
-            blocks.append(Folded(f"Answers of {row['row']}", [answered, *drawn]))
+            blocks.append(Folded(f"Answers of {row['row']}", answers))
     return Section(evaluation.title, text, blocks)
 
 
@@ -153,6 +167,7 @@ def _table(
     evaluation: EvaluationConfig, rows: Sequence[Mapping[str, Any]], best: Collection[int]
 ) -> Table:
     """A line for each row, then for ceiling and chance, with notes below."""
+    # All figures of all rows in the order of their first appearance: a row may lack some.
     found: dict[str, None] = {}
     for row in rows:
         found |= dict.fromkeys(row["metrics"])
@@ -176,10 +191,17 @@ def _table(
         figures = _cells(metrics, rows[0][level])
         lines.append({**open_cells, "": level, **figures, "items": rows[0]["items"]})
 
+    # Every figure was measured over the same seeds, so one of them tells how many there are.
     one: Mapping[str, Any] = next(iter(rows[0]["metrics"].values()), {})
-    notes = [SEEDS.format(count=len(one["runs"]["values"])) if "runs" in one else NOTE]
+    notes = [NOTE]
+    if "runs" in one:
+        notes = [SEEDS.format(count=len(one["runs"]["values"]))]
+
+    # Only what the table has is explained.
     explained = PROTOCOLS.get(evaluation.protocol.name).explained
-    notes += [explained[metric] for metric in metrics if metric in explained]
+    for metric in metrics:
+        if metric in explained:
+            notes.append(explained[metric])
     if "truncated" in lines[0]:
         lengths = list(dict.fromkeys(row["max_tokens"] for row in rows))
         notes.append(TRUNCATED.format(lengths=" or ".join(map(str, lengths))))
@@ -191,6 +213,7 @@ def _table(
 
 
 def _cells(metrics: Sequence[str], found: Mapping[str, Any]) -> dict[str, Cell]:
+    """The figures of a line by the names of their columns; a missing one leaves its cell empty."""
     return {metric.replace("_", " "): _cell(found.get(metric)) for metric in metrics}
 
 
@@ -216,23 +239,33 @@ def _samples(row: str, examples: Sequence[AnsweredItem]) -> Folded:
 def _can_be_drawn(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) -> bool:
     """Whether every row has the metric, and a number to draw it against."""
     key = next(iter(rows[0]["point"]), "")
-    values = [row["point"].get(key) for row in rows]
-    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in values)
-    return (by_compute or numbers) and all(metric in row["metrics"] for row in rows)
+    for row in rows:
+        value = row["point"].get(key)
+        # Python counts True and False as numbers, but they have no place on an axis.
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if metric not in row["metrics"] or not (by_compute or is_number):
+            return False
+    return True
 
 
 def _curves(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) -> Curves:
-    """The metric against the first swept key,
-    one line for each model and combination of the other keys.
+    """The metric against the first swept key, with one line for each model and combination of the
+    other keys.
 
     By compute, it is against the FLOPs of training, one line for each model and combination of all
     keys but the checkpoint's.
     """
     swept = list(rows[0]["point"])
-    key = "" if by_compute else swept[0]
-    others = [each for each in swept if each != "checkpoint"] if by_compute else swept[1:]
-    most = max(row["training_flops"] for row in rows) if by_compute else 1.0
-    power = 3 * (math.floor(math.log10(most)) // 3)
+    if by_compute:
+        # The checkpoints of one training are the points of one line. The axis counts in thousands,
+        # millions, billions and so on, whichever keeps its numbers short.
+        key, others = "", [each for each in swept if each != "checkpoint"]
+        most = max(row["training_flops"] for row in rows)
+        power = 3 * (math.floor(math.log10(most)) // 3)
+        label = f"FLOPs of training, in units of 10^{power}"
+    else:
+        key, others, power = swept[0], swept[1:], 0
+        label = key.split(".")[-1]
 
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -241,33 +274,46 @@ def _curves(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) ->
         lines.setdefault(name, []).append(row)
 
     def x_of(row: Mapping[str, Any]) -> float:
-        return row["training_flops"] / 10**power if by_compute else float(row["point"][key])
+        if by_compute:
+            return row["training_flops"] / 10**power
+        return float(row["point"][key])
 
     series, every_x = [], []
-    for name, of in lines.items():
-        xs, found = list(map(x_of, of)), [row["metrics"][metric] for row in of]
-        ys = [each["value"] for each in found]
-        lows, highs = [each["low"] for each in found], [each["high"] for each in found]
+    for name, of_line in lines.items():
+        xs, ys, lows, highs = [], [], [], []
+        for row in of_line:
+            figure = row["metrics"][metric]
+            xs.append(x_of(row))
+            ys.append(figure["value"])
+            lows.append(figure["low"])
+            highs.append(figure["high"])
         series.append(Series(name, xs, ys, lows, highs))
         every_x += xs
-    label = f"FLOPs of training, in units of 10^{power}" if by_compute else key.split(".")[-1]
+
+    # All lines share one axis, so their points decide together whether it is logarithmic.
     log_x = is_logarithmic(key, every_x)
     return Curves(series, x_label=label, y_label=metric, log_x=log_x)
 
 
 def _card(example: AnsweredItem) -> Card:
+    """An item with its answer as a card: images side by side, the text of the answer as title."""
     looked_at = [
         ("given", example.given_HWC),
         ("answer", example.answer.image_HWC),
         ("original", example.original_HWC),
     ]
-    images = [(label, image) for label, image in looked_at if image is not None]
+    pictures = []
+    for label, image_HWC in looked_at:
+        if image_HWC is not None:
+            pictures.append(Picture(image_HWC, label))
     # A single image needs no label.
-    pictures = [Picture(image, label if len(images) > 1 else "") for label, image in images]
+    if len(pictures) == 1:
+        pictures = [replace(pictures[0], label="")]
 
     status: Literal["good", "bad"] | None = None
     if example.right is not None:
         status = "good" if example.right else "bad"
+    # An empty text is an answer too, which a reader should see.
     title = example.answer.text
     if not title and example.answer.image_HWC is None:
         title = "(empty)"
@@ -285,6 +331,7 @@ def _card(example: AnsweredItem) -> Card:
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
+    """A figure with its spread and interval, `0.912 [0.880, 0.940]`; "" for a missing one."""
     if found is None:
         return ""
     parts = [numbers.metric(found["value"]), _spread(found), _interval(found)]
@@ -295,9 +342,14 @@ def _spread(found: Mapping[str, Any]) -> str:
     """How a figure varies over the seeds, `± 0.012 (0.880 to 0.940)`; "" for a single seed."""
     if "runs" not in found:
         return ""
-    runs = {name: numbers.metric(found["runs"][name]) for name in ("deviation", "low", "high")}
-    return f"± {runs['deviation']} ({runs['low']} to {runs['high']})"
+    runs = found["runs"]
+    deviation = numbers.metric(runs["deviation"])
+    low, high = numbers.metric(runs["low"]), numbers.metric(runs["high"])
+    return f"± {deviation} ({low} to {high})"
 
 
 def _interval(found: Mapping[str, Any]) -> str:
-    return numbers.interval(found["low"], found["high"]) if found["low"] < found["high"] else ""
+    """The interval of a figure, `[0.880, 0.940]`; "" for an exact one."""
+    if found["low"] < found["high"]:
+        return numbers.interval(found["low"], found["high"])
+    return ""

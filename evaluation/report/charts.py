@@ -93,12 +93,18 @@ def logged(
     """
     series = []
     for name, key in names.items():
-        records = [record for record in log if key in record]
-        if records:
-            steps = [record["step"] for record in records]
-            series.append(Series(name, steps, [record[key] for record in records]))
-    longest = max((len(each.x) for each in series), default=0)
-    smooth = longest // 20 if is_noisy else 0
+        # Some figures are logged at a few steps only, or never.
+        steps, values = [], []
+        for record in log:
+            if key in record:
+                steps.append(record["step"])
+                values.append(record[key])
+        if steps:
+            series.append(Series(name, steps, values))
+
+    smooth = 0
+    if is_noisy:
+        smooth = max((len(each.x) for each in series), default=0) // 20
     return Curves(series, "step", unit, title=title, smooth=smooth)
 
 
@@ -114,8 +120,8 @@ class Stroke:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template shows: the inside of an SVG element of `SIZE`, its description,
-    the legend."""
+    """What the template shows: the inside of an SVG element of `SIZE`, its description, and the
+    legend."""
 
     drawing: Markup
     about: str
@@ -125,11 +131,14 @@ class Chart:
 
 def chart(curves: Curves, key: str) -> Chart:
     """Draw curves; `key` is unique in the page."""
+    # A series without points that can be drawn stays in the legend, where it is said to have none.
     lines = [line_of(series, log_x=curves.log_x, log_y=curves.log_y) for series in curves.series]
     strokes = []
     for index, (series, line) in enumerate(zip(curves.series, lines, strict=True)):
         has_points = len(line.x) > 0
         strokes.append(Stroke(series.name, index % COLOURS + 1, _dash(index), has_points))
+
+    # What a screen reader says in place of the drawing.
     about = curves.title or f"{curves.y_label} by {curves.x_label}"
     if strokes:
         about += f": {', '.join(stroke.name for stroke in strokes)}"
@@ -137,6 +146,7 @@ def chart(curves: Curves, key: str) -> Chart:
 
 
 def _dash(index: int) -> str:
+    """The dashes of a series, others in each round through the colours."""
     return DASHES[index // COLOURS % len(DASHES)]
 
 
@@ -153,7 +163,9 @@ class Line:
 
     def at(self, index: np.ndarray) -> Line:
         """The points chosen by a mask or by indices."""
-        band = None if self.band is None else (self.band[0][index], self.band[1][index])
+        band = None
+        if self.band is not None:
+            band = (self.band[0][index], self.band[1][index])
         return Line(self.x[index], self.y[index], band)
 
 
@@ -163,7 +175,7 @@ def line_of(series: Series, *, log_x: bool, log_y: bool) -> Line:
     band = None
     if series.y_low is not None and series.y_high is not None:
         band = (np.asarray(series.y_low, dtype=float), np.asarray(series.y_high, dtype=float))
-    if len({len(values) for values in (x, y, *(band or ()))}) > 1:
+    if len(set(map(len, (x, y, *(band or ()))))) > 1:
         raise ValueError(f"the arrays of series {series.name!r} differ in length")
     has_place = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
     return Line(x, y, band).at(has_place)
@@ -177,8 +189,8 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def thinned(line: Line) -> Line:
-    """At most `MAX_POINTS` points: the lowest and the highest of each stretch,
-    so that spikes survive."""
+    """At most `MAX_POINTS` points: the lowest and the highest of each stretch, so that spikes
+    survive."""
     if len(line.y) <= MAX_POINTS:
         return line
     extremes = []
@@ -192,12 +204,14 @@ def thinned(line: Line) -> Line:
 
 
 def _drawn(curves: Curves, lines: Sequence[Line]) -> str:
-    """The chart as matplotlib writes it: lines, bands and the numbers of the axes,
-    no other text."""
+    """The chart as matplotlib writes it: lines, bands and the numbers of the axes, but no other
+    text."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+    # A fixed salt gives the same ids, and so the same bytes, each time. Text stays text, for the
+    # page's own font.
     width, height = SIZE
     buffer = io.StringIO()
     with matplotlib.rc_context(
@@ -210,19 +224,23 @@ def _drawn(curves: Curves, lines: Sequence[Line]) -> str:
         for reference in curves.references:
             axes.axhline(reference.y, color=_INK, alpha=0.6, linewidth=1, linestyle=(0, (4, 3)))
 
+        # The limits of the axes are known only now that everything is drawn.
         axes.set_xscale("log" if curves.log_x else "linear")
         axes.set_yscale("log" if curves.log_y else "linear")
         for axis, is_log, count, (low, high) in (
             (axes.xaxis, curves.log_x, 6, axes.get_xlim()),
             (axes.yaxis, curves.log_y, 5, axes.get_ylim()),
         ):
-            subs = (1, 2, 3, 5) if high < 100 * low else (1,)
-            axis.set_major_locator(
-                LogLocator(subs=subs) if is_log else MaxNLocator(count, steps=STEPS)
-            )
+            if is_log:
+                # Within two decades, powers of ten alone would give one or two numbers.
+                subs = (1, 2, 3, 5) if high < 100 * low else (1,)
+                axis.set_major_locator(LogLocator(subs=subs))
+            else:
+                axis.set_major_locator(MaxNLocator(count, steps=STEPS))
             axis.set_minor_formatter(NullFormatter())
             axis.set_major_formatter(FuncFormatter(lambda value, _: numbers.tick(value)))
 
+        # Faint lines and no frame, so that the curves stand out.
         axes.tick_params(which="both", length=0, labelcolor=_INK)
         axes.grid(axis="y", color=_INK, alpha=0.14, linewidth=1)
         axes.spines[["left", "top", "right"]].set_visible(False)
@@ -253,10 +271,16 @@ def _for_page(svg: str, prefix: str) -> Markup:
     body = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL
     )
+
+    # A tenth of a pixel is fine enough for a path, and makes the page a good deal smaller.
     body = re.sub(r' d="[^"]*"', lambda match: re.sub(r"\.(\d)\d+", r".\1", match[0]), body)
     body = re.sub(r"font(-size|-family)?: [^;\"]*;? ?", "", body)
+
+    # Several charts stand in one page, whose ids must differ.
     body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", body)
     body = re.sub(r"\s*\n\s*", "\n", body)
+
+    # The colours of drawing stand for variables, which follow the reader's light or dark scheme.
     for index, ink in enumerate(_SERIES_INKS, start=1):
         body = body.replace(ink, f"var(--series-{index})")
     return Markup(body.replace(_INK, "currentColor"))

@@ -64,7 +64,9 @@ def tick(value: float) -> str:
 
 def metric(value: float) -> str:
     """A figure of any size: 0.912, 27.3."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    if abs(value) < 10:
+        return f"{value:.3f}"
+    return f"{value:.1f}"
 
 
 def interval(low: float, high: float, write: Callable[[float], str] = metric) -> str:

@@ -1,5 +1,5 @@
-"""The parts of a report, and how they become a page:
-templates are filled with these dataclasses."""
+"""The parts of a report, and how they become a page: templates are filled with these
+dataclasses."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Link:
 
     @property
     def address(self) -> str:
-        """The path as an address in which no character can become a protocol,
-        a query or an anchor."""
+        """The path as an address in which no character can become a protocol, a query or an
+        anchor."""
         return f"./{quote(self.path.as_posix())}"
 
 
@@ -47,8 +47,8 @@ Cell = str | int | float | Link | None
 
 @dataclass(frozen=True)
 class Fact:
-    """One large figure at the top: its `value`, the `label` of what it measures,
-    and a `note` on it."""
+    """One large figure at the top: its `value`, the `label` of what it measures, and a `note` on
+    it."""
 
     label: str
     value: str
@@ -89,8 +89,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """One sample: its images, the title and caption under them,
-    retrieved documents at half the size."""
+    """One sample: its images, the title and caption under them, and retrieved documents at half the
+    size."""
 
     images: Sequence[Picture]
     title: str = ""
@@ -100,8 +100,8 @@ class Card:
 
     @property
     def width(self) -> int:
-        """CSS pixels that it needs: its images side by side,
-        and retrieved documents with their captions."""
+        """CSS pixels that it needs: its images side by side, and retrieved documents with their
+        captions."""
         gap, words, narrowest = 12, 104, 128
         width = sum(image.size(image.height)[0] + gap for image in self.images)
         if self.retrieved:
@@ -180,12 +180,21 @@ class Table:
         head: list[WrittenCell] = []
         body: list[list[WrittenCell]] = [[] for _ in self.rows]
         for index, name in enumerate(self.columns):
-            cells = [row[index] for row in self.rows]
-            texts = numbers.column([c.text if isinstance(c, Link) else c for c in cells])
+            # A link is written as its text, and leads to its address.
+            cells: list[str | float | None] = []
+            addresses = []
+            for row in self.rows:
+                cell, address = row[index], ""
+                if isinstance(cell, Link):
+                    cell, address = cell.text, cell.address
+                cells.append(cell)
+                addresses.append(address)
+
+            # A cell's decimals, and the side it stands at, depend on its whole column.
+            texts = numbers.column(cells)
             is_number = numbers.is_numeric(texts)
             head.append(WrittenCell(name, is_number))
-            for line, cell, text in zip(body, cells, texts, strict=True):
-                address = cell.address if isinstance(cell, Link) else ""
+            for line, text, address in zip(body, texts, addresses, strict=True):
                 line.append(WrittenCell(text, is_number, address))
         return head, body
 
@@ -302,7 +311,10 @@ def png_uri(pixels_HWC: np.ndarray) -> str:
         raise ValueError(
             f"a picture is uint8 (H, W, 1, 3 or 4), not {pixels_HWC.dtype} {pixels_HWC.shape}"
         )
-    pixels = pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC
+    # Pillow takes grey images without the axis of channels.
+    pixels = pixels_HWC
+    if pixels_HWC.shape[2] == 1:
+        pixels = pixels_HWC[:, :, 0]
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

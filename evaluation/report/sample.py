@@ -96,15 +96,15 @@ def mask_name(number: int) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with all that cannot be seen escaped: newlines as `\\n`, terminal codes,
-    marks of direction."""
+    """The text with all that cannot be seen escaped: newlines as `\\n`, terminal codes, marks of
+    direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True, eq=False)
 class ShownSegment:
-    """A segment of the laid-out sample; for an image its pictures with labels,
-    that of its codes first."""
+    """A segment of the laid-out sample; for an image its pictures with labels, that of its codes
+    first."""
 
     span: SegmentSpan
     pictures: Sequence[tuple[str, np.ndarray]] = ()
@@ -122,8 +122,8 @@ class ShownDocument:
 
 @dataclass(frozen=True)
 class Companion:
-    """A sample, or a piece of one, in a block: its name, the id of its query,
-    and its number of tokens."""
+    """A sample, or a piece of one, in a block: its name, the id of its query, and its number of
+    tokens."""
 
     name: str
     query: str
@@ -193,8 +193,10 @@ class ShownSample:
         """The name and the positions of each moved span, over all pieces."""
         found: list[tuple[str, Span]] = []
         for number, piece in enumerate(self.pieces, 1):
+            # Masks are numbered in each piece, so that with several the piece is named too.
             where = f" of piece {number}" if len(self.pieces) > 1 else ""
-            found += [(mask_name(k) + where, span) for k, span in enumerate(piece.spans or ())]
+            for mask, span in enumerate(piece.spans or ()):
+                found.append((mask_name(mask) + where, span))
         return found
 
     @cached_property
@@ -209,6 +211,7 @@ class ShownSample:
         """Index in `spans` of each token of a piece, sentinels included, -1 outside: int64 (T,)."""
         if piece.source_T is None:
             return np.full(len(piece.ids_T), -1)
+        # A sentinel is numbered in its piece, and a span over all pieces.
         before = sum(len(other.spans or ()) for other in self.pieces if other.start < piece.start)
         numbers_T = np.where(piece.source_T >= 0, self.span_numbers[piece.source_T], -1)
         masks_T = self.names.vocab.is_sentinel(piece.ids_T)
@@ -237,6 +240,7 @@ class ShownSample:
         for start, end in pairwise(borders):
             if start == end or number_T[start] < 0:
                 continue
+            # A run of codes that goes over the end of a row continues at the start of the next.
             for row in range(start // self.grid, (end - 1) // self.grid + 1):
                 first = row * self.grid
                 left, right = max(start, first), min(end, first + self.grid)
@@ -281,8 +285,8 @@ def write_sample_page(
 
 
 def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]], footer: str = "") -> str:
-    """The page as HTML; `facts` are the rows of its first table,
-    `footer` names the images' licensors."""
+    """The page as HTML; `facts` are the rows of its first table, and `footer` names the images'
+    licensors."""
     return fill(
         "sample.html",
         sample=sample,
@@ -331,8 +335,8 @@ def folds_of(sample: ShownSample, piece: ShownPiece) -> Iterator[tuple[int, int,
 
 @dataclass(frozen=True)
 class Bar:
-    """A run of tokens from `start` as a box of the drawing,
-    with its left and right side in CSS pixels."""
+    """A run of tokens from `start` as a box of the drawing, with its left and right side in CSS
+    pixels."""
 
     start: int
     left: float
@@ -357,8 +361,8 @@ class Band:
 
 @dataclass(frozen=True)
 class Rotation:
-    """The drawing of a rotation: the sides of each document, bands of moved spans,
-    boxes of tokens."""
+    """The drawing of a rotation: the sides of each document, bands of moved spans, and boxes of
+    tokens."""
 
     documents: Mapping[str, tuple[float, float]]
     bands: Sequence[Band]
@@ -370,6 +374,7 @@ class Rotation:
 
 def rotation_of(sample: ShownSample, piece: ShownPiece) -> Rotation:
     """Three rows: the piece as it is laid out, what stays of it, and the moved spans behind it."""
+    # What is laid out has no loss yet, so all of it is drawn as if it had.
     names, start, end, tail = sample.names, piece.start, piece.end, piece.tail
     moved_T, has_loss_T = sample.moved(piece), piece.loss_T > 0
     role_T = np.array([sample.document_at(position) for position in range(start, end)])
@@ -390,6 +395,7 @@ def rotation_of(sample: ShownSample, piece: ShownPiece) -> Rotation:
         documents.setdefault(str(role_T[bar.start]), []).append(bar)
     documents.pop("", None)  # special tokens between documents
 
+    # Bands lead from where a span was to its sentinel, and on to where it went.
     bands = []
     for span in dict.fromkeys(bar.span for bar in above if bar.span >= 0):
         bands += [_band(above, stays, span), _band(stays, behind, span)]
@@ -428,6 +434,7 @@ def _bars(
 
 
 def _sides(bars: Sequence[Bar]) -> tuple[float, float]:
+    """The left side of the first box, and the right side of the last."""
     return bars[0].left, bars[-1].right
 
 
