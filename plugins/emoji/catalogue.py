@@ -116,8 +116,14 @@ def catalogue() -> tuple[Emoji, ...]:
             named[code] = _plain(about["en"]), tuple(map(_plain, about.get("alias", ())))
 
     # Names without tones, by which drawings of the same thing are found.
-    names = {code: _without_tones(code, name) for code, (name, _) in named.items()}
-    toned = {name for code, name in names.items() if _tones(code)}
+    names: dict[str, str] = {}
+    toned: set[str] = set()
+    for code, (name, _) in named.items():
+        names[code] = _without_tones(code, name)
+        if _tones(code):
+            toned.add(names[code])
+
+    # Whether a name leaves the gender open shows only beside all other names, see `_gender`.
     everyone = set(names.values())
     found = []
     for code in sorted(named):
@@ -155,7 +161,9 @@ def _points(code: str) -> list[int]:
 def _tones(code: str) -> tuple[str, ...]:
     """The tones of a drawing; the swatch of a tone alone has none."""
     points = _points(code)
-    return tuple(TONES[point] for point in points if point in TONES) if len(points) > 1 else ()
+    if len(points) <= 1:
+        return ()
+    return tuple(TONES[point] for point in points if point in TONES)
 
 
 def _without_tones(code: str, name: str) -> str:
@@ -180,7 +188,8 @@ def _worded(code: str, name: str) -> str:
     if name.endswith(" bald"):
         return f"bald {name.removesuffix(' bald')}"
     if (hair := _HAIR.fullmatch(name)) and _PERSON.fullmatch(hair[1]):
-        return f"{hair[1]} with {'a ' if hair[2] == 'beard' else ''}{hair[2]}"
+        article = "a " if hair[2] == "beard" else ""
+        return f"{hair[1]} with {article}{hair[2]}"
     if related := _RELATED.fullmatch(name):
         return f"{related[1]} of {', '.join(related[2].split())}"
     if _kind(code, name, False) == "flag" and "flag" not in name:
@@ -190,6 +199,7 @@ def _worded(code: str, name: str) -> str:
 
 def _kind(code: str, name: str, has_tones: bool) -> Kind:
     """The kind of a drawing, by its code points and its name."""
+    # Two letters are a country's flag; the flag of a part of a country ends in a mark of its own.
     points = _points(code)
     if len(points) > 1 and (points[0] in _LETTERS or 0xE007F in points):
         return "flag"
@@ -199,8 +209,11 @@ def _kind(code: str, name: str, has_tones: bool) -> Kind:
         return "pair"
     if name.startswith(("men ", "women ", "people ", "woman and man ")):
         return "pair"
+    # What has a skin is a person, or a part of one.
     if has_tones:
-        return "gesture" if _BODY.search(name) and not _PERSON.fullmatch(name) else "person"
+        if _BODY.search(name) and not _PERSON.fullmatch(name):
+            return "gesture"
+        return "person"
     if re.search(r"\bface\b", name):
         return "face"
     if _PERSON.fullmatch(name):

@@ -29,6 +29,7 @@ def drawings(side: int) -> np.ndarray:
     Raises:
         UserError: if one of the packages is not installed.
     """
+    # A file of the cache is mapped, not read: processes that need it share its memory.
     file = _cache() / f"emoji-{made_with()}-{side}.npy"
     try:
         images_MHWC = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -73,6 +74,7 @@ def _drawn(side: int) -> np.ndarray:
     progress = tqdm(catalogue(), desc=f"drawings of {side} pixels", mininterval=2.0)
     for number, emoji in enumerate(progress):
         file = folder() / f"{emoji.code}.svg"
+        # Fonts of this machine are left out, as they would make other pixels elsewhere.
         try:
             png = svg_to_bytes(
                 svg_string=file.read_text(encoding="utf-8"),
@@ -91,4 +93,6 @@ def _cache() -> Path:
     """The folder for this user's files that can be made again, as the XDG base directory
     specification names it."""
     given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if given else Path.home() / ".cache") / "cm3leon"
+    if given:
+        return Path(given) / "cm3leon"
+    return Path.home() / ".cache" / "cm3leon"

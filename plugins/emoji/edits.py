@@ -73,6 +73,8 @@ def _edits() -> Iterator[EmojiEdit]:
             by_name[emoji.name].append(number)
             by_subject[emoji.subject, emoji.tones].append(number)
 
+    # The instruction names what the second drawing of a pair has. A tone or a gender that is left
+    # open cannot be asked for.
     for before, after in _pairs(by_name.values()):
         if tones := catalogue()[after].tones:
             yield EmojiEdit("tone", before, after, f"change the skin tone to {tones[0]}")

@@ -42,7 +42,7 @@ class Drawings:
         gradients_MD, colours_MD = gradients(images_MHWC), colours(images_MHWC)
 
         # Both parts weigh the same: each is measured in units of its own spread over all drawings.
-        self._units = tuple(float(np.sqrt(p.var(axis=0).sum())) for p in (gradients_MD, colours_MD))
+        self._units = _spread(gradients_MD), _spread(colours_MD)
         self._features_MD = self._scaled(gradients_MD, colours_MD)
 
     def nearest_by_pixels(self, images_BHWC: np.ndarray) -> list[int]:
@@ -126,18 +126,17 @@ def gradients(images_BHWC: np.ndarray) -> np.ndarray:
     hog = _scikit_image("feature").hog
     side = images_BHWC.shape[1]
     cell = max(2, side // CELLS)
-    return np.stack(
-        [
-            hog(
-                image_HWC,
-                orientations=ORIENTATIONS,
-                pixels_per_cell=(cell, cell),
-                cells_per_block=(CELLS, CELLS),
-                channel_axis=-1,
-            )
-            for image_HWC in images_BHWC
-        ]
-    )
+    histograms = []
+    for image_HWC in images_BHWC:
+        histogram_D = hog(
+            image_HWC,
+            orientations=ORIENTATIONS,
+            pixels_per_cell=(cell, cell),
+            cells_per_block=(CELLS, CELLS),
+            channel_axis=-1,
+        )
+        histograms.append(histogram_D)
+    return np.stack(histograms)
 
 
 def colours(images_BHWC: np.ndarray) -> np.ndarray:
@@ -161,6 +160,11 @@ def _scikit_image(module: str) -> Any:
         raise UserError(
             "protocol: emoji compares images by scikit-image (pip install scikit-image)"
         ) from error
+
+
+def _spread(features_MD: np.ndarray) -> float:
+    """The root of the mean squared distance of features to their mean."""
+    return float(np.sqrt(features_MD.var(axis=0).sum()))
 
 
 def _flat(images_BHWC: np.ndarray) -> np.ndarray:

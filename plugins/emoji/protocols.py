@@ -103,10 +103,12 @@ class EmojiTask(Protocol):
             **_aspects(known, numbers, by_pixels),
         }
 
-        kinds = sorted({item.kind for item in items})
+        # Figures of each kind, if there are several.
+        kind_B = np.array([item.kind for item in items])
+        kinds = sorted(set(kind_B.tolist()))
         if len(kinds) > 1:
             for kind in kinds:
-                figures[kind] = proportion(right_B[np.array([i.kind == kind for i in items])])
+                figures[kind] = proportion(right_B[kind_B == kind])
         if len(items) >= LEAST:
             truths_BHWC = drawings(self.config.side)[numbers]
             figures[CELLS] = _frechet(images_BHWC, truths_BHWC)
@@ -126,19 +128,19 @@ class EmojiTask(Protocol):
     def shown(self, item: Item) -> ShownItem:
         """What a reader is shown of an item: the prompt, what is given, and what is asked for."""
         image_HWC, task = item.document.images[-1], self.config.task
-        if task in ("caption", "edit"):
-            of_base = super().shown(item)
-            truth = item.document.text if task == "caption" else of_base.text
-            return replace(
-                of_base, text=truth, original_HWC=None if task == "caption" else image_HWC
-            )
+        if task == "caption":
+            return replace(super().shown(item), text=item.document.text)
+        if task == "edit":
+            return replace(super().shown(item), original_HWC=image_HWC)
         if task == "text_to_image":
             return ShownItem(item.document.text, None, image_HWC)
 
         # The half that is to be filled in is grey.
-        given_HWC = image_HWC.copy()
-        middle = len(image_HWC) // 2
-        given_HWC[slice(0, middle) if task == "infill_top" else slice(middle, None)] = GREY
+        given_HWC, middle = image_HWC.copy(), len(image_HWC) // 2
+        if task == "infill_top":
+            given_HWC[:middle] = GREY
+        else:
+            given_HWC[middle:] = GREY
         return ShownItem(item.document.text, given_HWC, image_HWC)
 
     def fingerprint(self) -> str:
@@ -196,19 +198,22 @@ class EmojiTask(Protocol):
         known = all_drawings(self.config.side)
         right, base, tone = [], [], []
         for item, answer in zip(items, answers, strict=True):
+            # A caption is a name, and behind a colon the tones: "woman: dark skin tone".
             emoji, text = catalogue()[item.truth], _read(answer.text)
             name, _, tones = text.partition(": ")
             right.append(self.right(item, answer))
             base.append(name in {each.name.lower() for each in known.named(item.truth)})
-            tone.append(tones == emoji.caption.lower().partition(": ")[2])
+            # Tones count only where the drawing has one.
+            if emoji.tones:
+                tone.append(tones == emoji.caption.lower().partition(": ")[2])
 
-        # Tones count only where the drawing has one.
-        has_tone_B = np.array([bool(catalogue()[item.truth].tones) for item in items])
-        figures = {"right": right, "base_name": base}
-        found = {key: proportion(np.array(hits)) for key, hits in figures.items()}
-        if has_tone_B.any():
-            found["tone"] = proportion(np.array(tone)[has_tone_B])
-        return found
+        figures = {
+            "right": proportion(np.array(right)),
+            "base_name": proportion(np.array(base)),
+        }
+        if tone:
+            figures["tone"] = proportion(np.array(tone))
+        return figures
 
 
 def _aspects(known: Drawings, asked: Sequence[int], found: Sequence[int]) -> dict[str, Measured]:
@@ -219,10 +224,14 @@ def _aspects(known: Drawings, asked: Sequence[int], found: Sequence[int]) -> dic
         "gender": (lambda emoji: emoji.gender in ("woman", "man"), gender_met),
         "subject": (lambda emoji: True, lambda emoji, other: emoji.subject == other.subject),
     }
-    pairs = [(catalogue()[a], known.named(f)) for a, f in zip(asked, found, strict=True)]
     figures = {}
     for name, (says, met) in aspects.items():
-        hits = [any(met(emoji, twin) for twin in twins) for emoji, twins in pairs if says(emoji)]
+        hits = []
+        for wanted, nearest in zip(asked, found, strict=True):
+            emoji = catalogue()[wanted]
+            # The nearest drawing may be that of several emojis, of which one is enough.
+            if says(emoji):
+                hits.append(any(met(emoji, twin) for twin in known.named(nearest)))
         if hits:
             figures[name] = proportion(np.array(hits))
     return figures

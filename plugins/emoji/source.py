@@ -95,11 +95,10 @@ class EmojiSource(EmojiDocuments):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._numbers = [
-            number
-            for number, (emoji, part) in enumerate(zip(catalogue(), parts(), strict=True))
-            if emoji.kind in config.kinds and part == config.part
-        ]
+        self._numbers: list[int] = []
+        for number, (emoji, part) in enumerate(zip(catalogue(), parts(), strict=True)):
+            if emoji.kind in config.kinds and part == config.part:
+                self._numbers.append(number)
 
     def count(self) -> int:
         return len(self._numbers)
@@ -136,7 +135,9 @@ class EmojiEditsSource(EmojiDocuments):
 
     def count(self) -> int:
         there = len(edits(held_out=False))
-        return there if self.config.count is None else min(there, self.config.count)
+        if self.config.count is None:
+            return there
+        return min(there, self.config.count)
 
     def document(self, number: int) -> Document:
         return edit_document(edits(held_out=False)[number], self.config.side)

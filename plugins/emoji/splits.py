@@ -62,11 +62,10 @@ def _compositions() -> Iterator[int]:
     """Yield the drawings that are held out for what they combine; drawings equal to them are held
     out too."""
     tones = tuple(TONES.values())
-    single = {
-        (emoji.subject, emoji.gender, emoji.tones[0]): number
-        for number, emoji in enumerate(catalogue())
-        if len(emoji.tones) == 1 and emoji.kind in ("person", "gesture")
-    }
+    single: dict[tuple[str, Gender, str], int] = {}
+    for number, emoji in enumerate(catalogue()):
+        if len(emoji.tones) == 1 and emoji.kind in ("person", "gesture"):
+            single[emoji.subject, emoji.gender, emoji.tones[0]] = number
     for subject in sorted({subject for subject, *_ in single}):
         first = int(share(f"composition {subject}") * len(tones))
         taken: set[str] = set()

@@ -83,6 +83,7 @@ def export(output: Path, folder: Path) -> None:
     if not (checkpoints / "model.yaml").is_file() or not any(checkpoints.glob("step_*/model")):
         raise UserError(f"{output} holds no checkpoint of fairseq2's trainer")
 
+    # fairseq2 loads a checkpoint like any model once it knows our family.
     def extras(container: DependencyContainer) -> None:
         register_families(container)
         register_checkpoint_models(container, checkpoints)
@@ -92,6 +93,8 @@ def export(output: Path, folder: Path) -> None:
     state = from_fairseq2(
         model_hub().load_model("last_checkpoint", device=torch.device("cpu")).state_dict()
     )
+
+    # The shape is written as our own training writes it, without what fairseq2 adds.
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / WEIGHTS, state)
     shape = {name: getattr(config, name) for name in vars(Transformer.Config())}

@@ -40,6 +40,7 @@ def open_blocks(config: BlocksConfig) -> Blocks:
     from cm3leon.stages.opening import open_run
     from cm3leon.stages.table import stages_of
 
+    # Training needs what our own pretraining of the run needs.
     run = open_run(config.run.expanduser())
     (needed,) = (
         stage.needs or () for stage in stages_of(run.experiment) if stage.name == "pretraining"
@@ -94,6 +95,8 @@ class Blocks:
                 f"a batch has {batch_size} blocks; {gangs.dp.size} ranks with "
                 f"trainer.grad_accumulation.num_batches={num_accumulate} cannot share them evenly"
             )
+
+        # The stream stays on the CPU: fairseq2's trainer moves each batch to its device.
         stream = BlockStream(
             self.samples,
             self.run.objective,
@@ -165,12 +168,13 @@ class BlockReader(DataReader[PackedBlocks]):
         parts = batch.split(len(batch.ids_BT) // self._num_accumulate)
         weights = [float(part.weight_BT.sum()) for part in parts]
         whole = float(all_sum(self._gangs.dp, sum(weights)))
+
         # The trainer averages over ranks and parts; parts with more targets weigh more.
         count = len(parts) * self._gangs.dp.size
-        return [
-            PackedBlocks(part, weight * count / whole)
-            for part, weight in zip(parts, weights, strict=True)
-        ]
+        packed = []
+        for part, weight in zip(parts, weights, strict=True):
+            packed.append(PackedBlocks(part, weight * count / whole))
+        return packed
 
     def reset(self) -> None:
         self._stream.load_state_dict(self._start)

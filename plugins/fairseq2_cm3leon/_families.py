@@ -68,9 +68,12 @@ def register_families(container: DependencyContainer) -> None:
         fsdp_applier=apply_fsdp_to_transformer_lm,
         layerwise_ac_applier=apply_ac_to_transformer_lm,
     )
+
+    # A preset is made only when its architecture is asked for.
     architecture = ConfigRegistrar(container, CM3LeonConfig)
     for name in ARCHITECTURES:
         architecture(name)(partial(_preset, name))
+
     register_tokenizer_family(
         container, FAMILY, kls=TextTokenizerAdapter, config_kls=VocabConfig, loader=load_tokenizer
     )
@@ -102,4 +105,6 @@ def _under_fairseq2_names(state: dict[str, Tensor], config: CM3LeonConfig) -> di
     """The weights of our checkpoints under fairseq2's names, which its own checkpoints have."""
     from cm3leon.plugins.fairseq2_cm3leon.convert import to_fairseq2
 
-    return to_fairseq2(state) if "head.weight" in state else state
+    if "head.weight" not in state:
+        return state
+    return to_fairseq2(state)

@@ -88,6 +88,7 @@ class ScheduleConfig:
 
 
 def _optimizer(**fields: Any) -> OptimizerSection:
+    """AdamW with the defaults of our own pretraining, other than the given fields."""
     config = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "impl": "fused", **fields}
     return OptimizerSection(name=ADAMW_OPTIMIZER, config=AdamWConfig(**config))
 
@@ -216,6 +217,7 @@ class PretrainUnit(TrainUnit[PackedBlocks]):
         ids_N, layout = batch.as_input()
         mean, figures = self._wrapped(ids_N, layout, targets=batch.batch.target_BT[0])
 
+        # Means over ranks weigh each rank by its targets, as the loss does.
         with torch.inference_mode():
             metric_bag.get("nll_loss", Mean).update(mean.detach(), weight=batch.weight)
             for modality in MODALITIES:
@@ -264,6 +266,7 @@ def recipe_of(run: RunFolder) -> PretrainConfig:
     Raises:
         UserError: for a training that fairseq2's trainer cannot do.
     """
+    # Rather than leaving out what a run asks for, say that it cannot be done.
     training, model = run.experiment.training, run.experiment.model.config
     for name, asked in (
         ("average_decay", training.average_decay is not None),
@@ -279,6 +282,7 @@ def recipe_of(run: RunFolder) -> PretrainConfig:
 
     batch_size = training.blocks(run.seq_len)
     bf16 = uses_bf16(best_device(), training.precision)
+    # Attention is left out, since fairseq2 has a setting of its own for it.
     shape = {
         name: getattr(model, name) for name in vars(Transformer.Config()) if name != "attention"
     }
@@ -342,9 +346,8 @@ def _undecayed(words: Sequence[str], layers: int) -> list[AdamWGroupConfig]:
     smallest = Transformer(
         Transformer.Config(layers=layers, width=1, head_size=1, seq_len=1), vocab_size=1
     )
-    marked = {
-        name: torch.full_like(weight, any(word in name for word in words))
-        for name, weight in smallest.state_dict().items()
-    }
+    marked = {}
+    for name, weight in smallest.state_dict().items():
+        marked[name] = torch.full_like(weight, any(word in name for word in words))
     names = [re.escape(name) for name, mark in to_fairseq2(marked).items() if mark.any()]
     return [AdamWGroupConfig(params=names, weight_decay=0.0)]

@@ -77,6 +77,7 @@ class XformersSDPA(SDPA):
 
         from xformers.ops import memory_efficient_attention
 
+        # xformers does not follow autocast by itself, and takes all sequences as one row.
         device = q.device.type
         if torch.is_autocast_enabled(device):
             q, k, v = (each.to(torch.get_autocast_dtype(device)) for each in (q, k, v))
@@ -118,14 +119,17 @@ class XformersSDPA(SDPA):
         would have a row for every position."""
         if not q_layout.packed or q_layout is not k_layout or needs_weights:
             return self._torch(q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights)
+
+        # Each sequence is a batch of its own for a moment, whose mask is no larger than it needs.
         lengths = _lengths(q_layout)
         pieces = []
-        for piece in zip(*(each.split(lengths) for each in (q, k, v)), strict=True):
-            one_q, one_k, one_v = (each[None] for each in piece)
-            layout = BatchLayout.of(one_q)
-            pieces.append(
-                self._torch(one_q, layout, one_k, layout, one_v, AttentionBiasCache())[0][0]
+        sequences = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        for one_q, one_k, one_v in sequences:
+            layout = BatchLayout.of(one_q[None])
+            attended, _ = self._torch(
+                one_q[None], layout, one_k[None], layout, one_v[None], AttentionBiasCache()
             )
+            pieces.append(attended[0])
         return torch.cat(pieces), None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
@@ -166,10 +170,19 @@ def _lengths(layout: BatchLayout) -> list[int]:
     """The lengths of a batch's sequences in the order of memory; padding counts as sequences,
     too."""
     if layout.packed:
-        padding = layout.width - sum(layout.seq_lens)
-        return [*layout.seq_lens, *([padding] if padding else [])]
-    pairs = ((length, layout.width - length) for length in layout.seq_lens)
-    return [length for pair in pairs for length in pair if length]
+        lengths = list(layout.seq_lens)
+        padding = layout.width - sum(lengths)
+        if padding:
+            lengths.append(padding)
+        return lengths
+
+    # Each row is a sequence and its padding, either of which may be empty.
+    lengths = []
+    for length in layout.seq_lens:
+        for part in (length, layout.width - length):
+            if part:
+                lengths.append(part)
+    return lengths
 
 
 def _is_padded(layout: BatchLayout) -> list[bool]:

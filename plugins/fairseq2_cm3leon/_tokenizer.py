@@ -105,6 +105,8 @@ class TextTokenizerAdapter(Tokenizer):
 
 
 class _Encoder(TokenEncoder):
+    """Encodes texts between up to one special token before and one after them."""
+
     def __init__(
         self,
         text: TextTokenizer,
@@ -132,11 +134,15 @@ class _Encoder(TokenEncoder):
 
     @property
     def prefix_indices(self) -> Tensor | None:
-        return self._tensor(self._text.ids(self._before)) if self._before else None
+        if not self._before:
+            return None
+        return self._tensor(self._text.ids(self._before))
 
     @property
     def suffix_indices(self) -> Tensor | None:
-        return self._tensor(self._text.ids(self._after)) if self._after else None
+        if not self._after:
+            return None
+        return self._tensor(self._text.ids(self._after))
 
     def _tensor(self, ids: Sequence[int] | np.ndarray) -> Tensor:
         return torch.tensor(
@@ -145,6 +151,8 @@ class _Encoder(TokenEncoder):
 
 
 class _Decoder(TokenDecoder):
+    """Decodes ids to text, special tokens by their names unless they are left out."""
+
     def __init__(self, text: TextTokenizer, skip_special_tokens: bool) -> None:
         self._text = text
         self._skip = skip_special_tokens
@@ -156,10 +164,13 @@ class _Decoder(TokenDecoder):
 
         # Special tokens stand as they are between runs of text.
         special = range(len(SPECIALS))
-        return "".join(
-            "".join(SPECIALS[i] for i in run) if is_special else self._text.decode(list(run))
-            for is_special, run in groupby(ids, key=special.__contains__)
-        )
+        parts: list[str] = []
+        for is_special, run in groupby(ids, key=special.__contains__):
+            if is_special:
+                parts.extend(SPECIALS[id_] for id_ in run)
+            else:
+                parts.append(self._text.decode(list(run)))
+        return "".join(parts)
 
     def decode_from_tokens(self, tokens: Sequence[str]) -> str:
         return self(torch.from_numpy(self._text.ids(tokens)))

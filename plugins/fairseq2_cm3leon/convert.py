@@ -39,6 +39,7 @@ def to_fairseq2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer in range(_layers(state, r"blocks\.(\d+)\.")):
         for ours, names in INNER.items():
             weight = state[f"blocks.{layer}.{ours}.weight"]
+            # Parts of a matrix are copied, so that none shares its memory with another.
             for name, part in zip(names, weight.chunk(len(names)), strict=True):
                 theirs[f"decoder.layers.{layer}.{name}.weight"] = (
                     part.clone() if len(names) > 1 else part

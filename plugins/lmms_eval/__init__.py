@@ -84,6 +84,7 @@ class CM3LeonModel(Base):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         found = []
         for context, settings, doc_to_visual, doc_id, task, split in self._arguments(requests):
+            # With a folder for images, every request is answered by an image.
             if self._images is not None:
                 given = self._given(doc_to_visual, doc_id, task, split, (0, 1))
                 found.append(self._drawn(context, given, self._images / _file_name(task, doc_id)))

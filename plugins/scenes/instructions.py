@@ -88,17 +88,16 @@ class SceneInstructionsSource(DrawnSource):
         table, values = example.table, example.values
         # Without a template, it is a caption and its picture.
         if not table:
-            return Document(
-                id_,
-                (TextSegment(values["caption"]), ImageSegment(values["image"])),
-                group=scene_name(seed),
-            ), example
+            segments = (TextSegment(values["caption"]), ImageSegment(values["image"]))
+            return Document(id_, segments, group=scene_name(seed)), example
 
-        segments = fill_with_pixels(pick(rng, TABLE_5[table]), values, ROLES[table])
-        return Document(id_, segments, group=scene_name(seed)), example
+        filled = fill_with_pixels(pick(rng, TABLE_5[table]), values, ROLES[table])
+        return Document(id_, filled, group=scene_name(seed)), example
 
 
 # ------------------------------------------------------------------------------------------ tasks
+
+# Each function makes what its task asks about a scene; None if the scene does not suit the task.
 
 
 def _text_to_image(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
@@ -157,11 +156,14 @@ def _edit(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | 
 
 
 def _grounded(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
-    objects = []
+    names, objects = [], []
     for thing, box in zip(scene.things, render.boxes(scene, side), strict=True):
+        name = language.short_name(thing)
         left, top, right, bottom = (edge / side for edge in box)
-        objects.append((language.short_name(thing), (left, top, right, bottom)))
-    names = [name for name, _ in objects]
+        names.append(name)
+        objects.append((name, (left, top, right, bottom)))
+
+    # Several things of one name are named once; their boxes say how many there are.
     caption = " and ".join(dict.fromkeys(names))
     return SceneExample(
         "grounded",
@@ -239,16 +241,12 @@ def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray
         # The outlines of an unsteady hand: they are moved by a slow wave.
         y, x = np.indices((side, side)).astype(np.float32)
         phase = [rng.random() * 6.3 for _ in range(4)]
-        shift_y = 0.015 * side * np.sin(9 * x / side + phase[0]) + 0.01 * side * np.sin(
-            17 * y / side + phase[1]
-        )
-        shift_x = 0.015 * side * np.sin(9 * y / side + phase[2]) + 0.01 * side * np.sin(
-            17 * x / side + phase[3]
-        )
-
-        return _grey(
-            255 * map_coordinates(edge_HW.astype(np.float32), [y + shift_y, x + shift_x], order=1)
-        )
+        shift_y = 0.015 * side * np.sin(9 * x / side + phase[0])
+        shift_y = shift_y + 0.01 * side * np.sin(17 * y / side + phase[1])
+        shift_x = 0.015 * side * np.sin(9 * y / side + phase[2])
+        shift_x = shift_x + 0.01 * side * np.sin(17 * x / side + phase[3])
+        moved = [y + shift_y, x + shift_x]
+        return _grey(255 * map_coordinates(edge_HW.astype(np.float32), moved, order=1))
     return _grey(255 * edge_HW.astype(np.float32))
 
 
@@ -265,8 +263,11 @@ def _pose(scene: Scene, side: int) -> np.ndarray:
     for thing in scene.things:
         if thing.kind == "figure":
             half = SIZES[thing.size] / 2
-            joints = render.joints(thing.pose).items()
-            at = {name: (thing.x + jx * half, thing.y + jy * half) for name, (jx, jy) in joints}
+            at = {}
+            for name, (jx, jy) in render.joints(thing.pose).items():
+                at[name] = (thing.x + jx * half, thing.y + jy * half)
+
+            # However small the figure is, its bones are at least about a pixel wide.
             for number, (first, second) in enumerate((("head", "neck"), *render.BONES)):
                 near_HW = render.segment_distance(x, y, at[first], at[second]) <= max(
                     0.05 * half, 0.6 / side

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from random import Random
 
 from .world import (
@@ -85,10 +86,14 @@ def short_name(thing: Thing) -> str:
 
 def full_name(thing: Thing) -> str:
     """Everything that a thing is: "small red striped circle"."""
+    if thing.kind == "word":
+        return f"{thing.size} {short_name(thing)}"
     if thing.kind != "shape":
-        return short_name(thing) if thing.kind != "word" else f"{thing.size} {short_name(thing)}"
-    texture = [] if thing.texture == "plain" else [thing.texture]
-    return " ".join([thing.size, thing.colour, *texture, thing.shape])
+        return short_name(thing)
+    words = [thing.size, thing.colour]
+    if thing.texture != "plain":
+        words.append(thing.texture)
+    return " ".join([*words, thing.shape])
 
 
 def _an(name: str) -> str:
@@ -124,10 +129,9 @@ def caption(scene: Scene, rng: Random) -> str:
 
     # Several things are named with their places, or counted.
     if rng.random() < 0.5:
-        return _listed(
-            [f"{_an(short_name(thing))} at the {place_name(thing)}" for thing in scene.things]
-        )
-    return _listed(_counted([short_name(thing) for thing in scene.things]))
+        placed = [f"{_an(short_name(each))} at the {place_name(each)}" for each in scene.things]
+        return _listed(placed)
+    return _listed(_counted(list(map(short_name, scene.things))))
 
 
 def long_caption(scene: Scene) -> str:
@@ -136,24 +140,28 @@ def long_caption(scene: Scene) -> str:
     if scene.things[0].kind == "entity":
         return f"The picture shows {noun(scene.things[0])} on a {scene.background} background."
     count = len(scene.things)
-
     amount = "is one thing" if count == 1 else f"are {NUMBERS[count]} things"
     sentences = [f"There {amount} on a {scene.background} background."]
+
     for number, thing in enumerate(scene.things):
+        # A thing may hide parts of those before it, which are farther away.
         behind = [short_name(other) for other in scene.things[:number] if touches(other, thing)]
         before = f", in front of the {_listed(behind)}" if behind else ""
-        sentences.append(
-            f"{_an(full_name(thing)).replace('a', 'A', 1)} is at the {place_name(thing)}{before}."
-        )
+        name = _an(full_name(thing)).replace("a", "A", 1)
+        sentences.append(f"{name} is at the {place_name(thing)}{before}.")
     return " ".join(sentences)
 
 
 def _counted(names: list[str]) -> list[str]:
     """Names with their numbers, such as "two red circles"."""
-    counts = {name: names.count(name) for name in names}
-    return [
-        _an(name) if count == 1 else f"{NUMBERS[count]} {name}s" for name, count in counts.items()
-    ]
+    counted = []
+    for name in dict.fromkeys(names):
+        count = names.count(name)
+        if count == 1:
+            counted.append(_an(name))
+        else:
+            counted.append(f"{NUMBERS[count]} {name}s")
+    return counted
 
 
 def _side(thing: Thing) -> float:
@@ -182,17 +190,18 @@ def questions(scene: Scene, world: World, rng: Random) -> list[Question]:
             Question("who", "who is this?", noun(scene.things[0])),
             Question("background", "what color is the background?", scene.background),
         ]
-    return [question for ask in _ASKERS for question in ask(scene, world, rng)]
+    found: list[Question] = []
+    for ask in _ASKERS:
+        found.extend(ask(scene, world, rng))
+    return found
 
 
 def _alone(scene: Scene, name: Callable[[Thing], str]) -> Iterator[tuple[str, Thing]]:
     """Yield the things that a name fits alone, each with that name."""
     names = [name(thing) for thing in scene.things]
-    return (
-        (each, thing)
-        for each, thing in zip(names, scene.things, strict=True)
-        if names.count(each) == 1
-    )
+    for each, thing in zip(names, scene.things, strict=True):
+        if names.count(each) == 1:
+            yield each, thing
 
 
 def _about_one(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
@@ -218,9 +227,10 @@ def _about_all(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
         yield Question("background", "what color is the background?", scene.background)
     if len(world.things) > 1:
         yield Question("count", "how many things are there?", NUMBERS[len(scene.things)])
-        colour = pick(rng, [thing.colour for thing in scene.things])
-        number = sum(thing.colour == colour for thing in scene.things)
-        yield Question("count", f"how many {colour} things are there?", NUMBERS[number])
+        colours = [thing.colour for thing in scene.things]
+        colour = pick(rng, colours)
+        number = NUMBERS[colours.count(colour)]
+        yield Question("count", f"how many {colour} things are there?", number)
 
 
 def _about_existence(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
@@ -229,14 +239,22 @@ def _about_existence(scene: Scene, world: World, rng: Random) -> Iterator[Questi
     if there:
         yield Question("exists", f"is there {_an(' '.join(pick(rng, sorted(there))))}?", "yes")
 
-    # Half of the time the absent thing shares a word with the scene, which is harder.
-    absent = [(c, s) for c in world.colours for s in world.shapes if (c, s) not in there]
-    near = [
-        (c, s) for c, s in absent if any((c == colour) != (s == shape) for colour, shape in there)
-    ]
+    # Those near to what is there share a colour or a shape with one of the things, but not both.
+    absent, near = [], []
+    for colour, shape in product(world.colours, world.shapes):
+        if (colour, shape) in there:
+            continue
+        absent.append((colour, shape))
+        if any((colour == c) != (shape == s) for c, s in there):
+            near.append((colour, shape))
+
+    # Half of the time the absent thing is such a near one, which is harder.
     chosen = near if near and rng.random() < 0.5 else absent
     if chosen:
         yield Question("exists", f"is there {_an(' '.join(pick(rng, chosen)))}?", "no")
+
+
+_OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def _about_two(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
@@ -244,20 +262,17 @@ def _about_two(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
     named = list(_alone(scene, short_name))
     for name, thing in named:
         for other_name, other in named:
-            relation = _relation(thing, other) if thing is not other else ""
+            if thing is other:
+                continue
+            relation = _relation(thing, other)
             if relation:
                 yield Question("relation", f"is the {name} {relation} the {other_name}?", "yes")
-                wrong = {
-                    "left of": "right of",
-                    "right of": "left of",
-                    "above": "below",
-                    "below": "above",
-                }[relation]
+                wrong = _OPPOSITES[relation]
                 yield Question("relation", f"is the {name} {wrong} the {other_name}?", "no")
 
             # The nearer of two things comes later in the scene.
             before = scene.things.index(thing) > scene.things.index(other)
-            if thing is not other and before and touches(thing, other):
+            if before and touches(thing, other):
                 yield Question("depth", f"what is in front of the {other_name}?", name)
 
 
@@ -270,6 +285,7 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
     asked: list[tuple[str, str, str, str]] = []
     for name, thing in named:
         for other_name, other in named:
+            # This explains the answer to a question about places.
             places = (
                 f"The {name} is at the {place_name(thing)}, "
                 f"the {other_name} at the {place_name(other)}."
@@ -284,6 +300,7 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
     if not asked:
         return None
 
+    # The right option comes first as often as second.
     what, right, wrong, why = pick(rng, asked)
     options = (right, wrong) if rng.random() < 0.5 else (wrong, right)
     number = NUMBERS[len(scene.things)]
@@ -298,11 +315,10 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
 
 def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
     """One edit of each kind that a scene allows, each of a thing that its words fit alone."""
-    named = [
-        (name, scene.things.index(thing))
-        for name, thing in _alone(scene, short_name)
-        if thing.kind != "entity"
-    ]
+    named = []
+    for name, thing in _alone(scene, short_name):
+        if thing.kind != "entity":
+            named.append((name, scene.things.index(thing)))
 
     # Edits of the scene as a whole.
     result: list[Edit] = []
@@ -369,11 +385,13 @@ def _free_places(scene: Scene) -> list[int]:
     result = []
     for place in range(9):
         x, y = (place % 3 + 0.5) / 3, (place // 3 + 0.5) / 3
-        reach = [(_side(thing) + 1 / 3) / 2 - 0.005 for thing in scene.things]
-        if all(
-            abs(thing.x - x) >= r or abs(thing.y - y) >= r
-            for thing, r in zip(scene.things, reach, strict=True)
-        ):
+        is_free = True
+        for thing in scene.things:
+            # Squares may touch at their edges; without the spare 0.005, rounding could forbid it.
+            reach = (_side(thing) + 1 / 3) / 2 - 0.005
+            if abs(thing.x - x) < reach and abs(thing.y - y) < reach:
+                is_free = False
+        if is_free:
             result.append(place)
     return result
 
@@ -381,10 +399,8 @@ def _free_places(scene: Scene) -> list[int]:
 def place_of(name: str) -> tuple[str, str] | None:
     """The row and column that a place's name stands for; None for any other text."""
     words = name.split()
-    rows, columns = (
-        [word for word in words if word in ROWS],
-        [word for word in words if word in COLUMNS],
-    )
+    rows = [word for word in words if word in ROWS]
+    columns = [word for word in words if word in COLUMNS]
     if not words or len(rows) + len(columns) != len(words) or len(rows) > 1 or len(columns) > 1:
         return None
     return (rows or ["middle"])[0], (columns or ["center"])[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -131,15 +131,13 @@ def _blobs(pixels_HWC: np.ndarray, background: str, world: World) -> list[_Blob]
             votes = np.bincount(colour_HW[blob_HW], minlength=len(names))
 
         # A colour with enough votes is a thing of its own; every pixel goes to the nearest of them.
-        main = [
-            number
-            for number in range(len(names))
-            if votes[number] >= max(SHARE * votes.sum(), least)
-        ]
-        main = main or [int(votes.argmax())]
+        main: list[int] = np.flatnonzero(votes >= max(SHARE * votes.sum(), least)).tolist()
+        if not main:
+            main = [int(votes.argmax())]
         chosen = np.array([*main, *(number + len(names) for number in main)])
         part_HW = np.array(main)[_which(pixels_HWC, tones[chosen])[0] % len(main)]
-        parts += [(blob_HW & (part_HW == number), names[number]) for number in main]
+        for number in main:
+            parts.append((blob_HW & (part_HW == number), names[number]))
 
     everything_HW = np.zeros((side, side), bool)
     for mask_HW, _ in parts:
@@ -162,19 +160,17 @@ def _candidates(
 ) -> tuple[Thing, ...]:
     """Everything that a thing can be, apart from its colour and position."""
     base = Thing("shape", "", "", 0.5, 0.5)
-    found = [
-        replace(base, shape=shape, size=size, texture=texture)
-        for shape, size, texture in product(shapes, sizes, textures)
-    ]
+    found = []
+    for shape, size, texture in product(shapes, sizes, textures):
+        found.append(replace(base, shape=shape, size=size, texture=texture))
     if words:
-        found += [
-            replace(base, kind="word", word=word, size=size) for word, size in product(WORDS, sizes)
-        ]
+        for word, size in product(WORDS, sizes):
+            found.append(replace(base, kind="word", word=word, size=size))
     if figures:
-        found += [
-            replace(base, kind="figure", size=max(sizes, key=SIZES.__getitem__), pose=pose)
-            for pose in product(ANGLES, repeat=len(LIMBS))
-        ]
+        # Figures are drawn in the largest size only, see `draw_thing`.
+        largest = max(sizes, key=SIZES.__getitem__)
+        for pose in product(ANGLES, repeat=len(LIMBS)):
+            found.append(replace(base, kind="figure", size=largest, pose=pose))
     return tuple(found)
 
 
@@ -191,6 +187,7 @@ class _Stamps(NamedTuple):
 @lru_cache(maxsize=4096)
 def _stamps(candidates: tuple[Thing, ...], colour: str, side: int) -> tuple[_Stamps, ...]:
     """The pictures of candidates in a colour, grouped by size."""
+    # Pictures of one size make one array, by which all of them are compared at once.
     by_size: dict[int, list[Thing]] = {}
     for thing in candidates:
         coloured = replace(thing, colour=colour)
@@ -198,17 +195,14 @@ def _stamps(candidates: tuple[Thing, ...], colour: str, side: int) -> tuple[_Sta
 
     result = []
     for things in by_size.values():
-        pictures = [stamp_of(thing, side) for thing in things]
-        spots = [np.nonzero(covered(thing, side)) for thing in things]
-        box = [(ys.min(), xs.min(), ys.max() + 1, xs.max() + 1) for ys, xs in spots]
-        result.append(
-            _Stamps(
-                tuple(things),
-                np.stack([np.broadcast_to(each[0], (*each[1].shape[:2], 3)) for each in pictures]),
-                np.stack([each[1] for each in pictures]),
-                np.array(box),
-            )
-        )
+        coloured, rests, boxes = [], [], []
+        for thing in things:
+            coloured_SSC, rest_SS1 = stamp_of(thing, side)
+            coloured.append(np.broadcast_to(coloured_SSC, (*rest_SS1.shape[:2], 3)))
+            rests.append(rest_SS1)
+            ys, xs = np.nonzero(covered(thing, side))
+            boxes.append((ys.min(), xs.min(), ys.max() + 1, xs.max() + 1))
+        result.append(_Stamps(tuple(things), np.stack(coloured), np.stack(rests), np.array(boxes)))
     return tuple(result)
 
 
@@ -220,20 +214,20 @@ def _things(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) 
 
     # Letters apart from each other make one word, but may also be two things of the same colour.
     labels_HW, count = ndimage.label(blob.mask_HW, np.ones((3, 3)))
-    masks = [labels_HW == label for label in range(1, count + 1)]
-    masks = [mask_HW for mask_HW in masks if mask_HW.sum() >= _least(len(pixels_HWC))]
+    masks = []
+    for label in range(1, count + 1):
+        mask_HW = labels_HW == label
+        if mask_HW.sum() >= _least(len(pixels_HWC)):
+            masks.append(mask_HW)
     if together.error < GOOD or len(masks) < 2:
         return [together.thing]
 
-    parts = [
-        _thing(
-            _Blob(mask_HW, blob.colour, blob.others_HW | (blob.mask_HW & ~mask_HW)),
-            pixels_HWC,
-            background,
-            world,
-        )
-        for mask_HW in masks
-    ]
+    # To each part, the rest of the blob is another thing.
+    parts = []
+    for mask_HW in masks:
+        others_HW = blob.others_HW | (blob.mask_HW & ~mask_HW)
+        part = _Blob(mask_HW, blob.colour, others_HW)
+        parts.append(_thing(part, pixels_HWC, background, world))
 
     if max(part.error for part in parts) < together.error:
         return [part.thing for part in parts]
@@ -335,28 +329,29 @@ def _from_back_to_front(
 ) -> tuple[Thing, ...]:
     """Sort things in the order in which they hide each other."""
     order = list(things)
-    for first, second in ((a, b) for i, a in enumerate(things) for b in things[i + 1 :]):
-        there = [_mask(thing, side) for thing in (first, second)]
-
-        # Where both could be seen, the nearer one's colour is seen, in one of its tones or between.
-        both_HW = there[0] & there[1]
+    for first, second in combinations(things, 2):
+        # Where both could be seen, the nearer one's colour is seen.
+        both_HW = _mask(first, side) & _mask(second, side)
         if both_HW.sum() < 3:
             continue
-        tones = [np.array(COLOURS[thing.colour], np.float32) for thing in (first, second)]
-        shades = (1, (1 + DARK) / 2, DARK)
-        errors = [
-            min(
-                np.linalg.norm(pixels_HWC[both_HW] - tone * shade, axis=-1).mean()
-                for shade in shades
-            )
-            for tone in tones
-        ]
-
-        nearer, farther = (first, second) if errors[0] < errors[1] else (second, first)
+        seen_NC = pixels_HWC[both_HW]
+        nearer, farther = second, first
+        if _distance_to(first.colour, seen_NC) < _distance_to(second.colour, seen_NC):
+            nearer, farther = first, second
         if order.index(nearer) < order.index(farther):
             order.remove(nearer)
             order.insert(order.index(farther) + 1, nearer)
     return tuple(order)
+
+
+def _distance_to(colour: str, pixels_NC: np.ndarray) -> float:
+    """The mean distance of pixels to a colour: to one of its two tones, or to their middle,
+    whichever is closest."""
+    tone = np.array(COLOURS[colour], np.float32)
+    distances = []
+    for shade in (1, (1 + DARK) / 2, DARK):
+        distances.append(np.linalg.norm(pixels_NC - tone * shade, axis=-1).mean())
+    return float(min(distances))
 
 
 def _mask(thing: Thing, side: int) -> np.ndarray:
@@ -396,6 +391,7 @@ def cells_of(pixels_HWC: np.ndarray, background: str) -> np.ndarray:
 def _looks(count: int) -> np.ndarray:
     """The looks of all entities, with indices as in `cells_of`: (count, CELLS * CELLS)."""
     numbers = {name: number for number, name in enumerate(COLOURS)}
-    return np.array(
-        [[numbers[name] if name else -1 for name in entity_look(entity)] for entity in range(count)]
-    )
+    looks = []
+    for entity in range(count):
+        looks.append([numbers[name] if name else -1 for name in entity_look(entity)])
+    return np.array(looks)

@@ -70,6 +70,8 @@ class SceneTask(Protocol):
         source = SceneInstructionsSource(
             SceneInstructionsSource.Config(world=config.world, side=config.side, task=config.task)
         )
+        # Scenes that the task cannot be about are passed over, up to a limit: a world without words
+        # would be searched forever for one to write.
         items: list[Item] = []
         for tried in count():
             if len(items) == config.count:
@@ -91,11 +93,14 @@ class SceneTask(Protocol):
         right_B = np.array(
             [self.right(item, answer) for item, answer in zip(items, answers, strict=True)]
         )
-        kinds = sorted({item.kind for item in items})
         result = {"right": proportion(right_B)}
+
+        # Figures of each kind, if there are several.
+        kind_B = np.array([item.kind for item in items])
+        kinds = sorted(set(kind_B.tolist()))
         if len(kinds) > 1:
             for kind in kinds:
-                result[kind] = proportion(right_B[np.array([item.kind == kind for item in items])])
+                result[kind] = proportion(right_B[kind_B == kind])
         return result
 
     def right(self, item: Item, answer: Answer) -> bool:
@@ -181,14 +186,19 @@ class SceneCompositions(Protocol):
         right_B = np.array(
             [self.right(item, answer) for item, answer in zip(items, answers, strict=True)]
         )
-        of = {tag: right_B[np.array([item.kind == tag for item in items])] for tag in TAGS}
-        mean = composition_score({tag: list(right) for tag, right in of.items()})
+        kind_B = np.array([item.kind for item in items])
+        right_by_tag = {tag: right_B[kind_B == tag] for tag in TAGS}
+        mean = composition_score({tag: list(right) for tag, right in right_by_tag.items()})
 
         # The six shares are independent and weigh the same, so the variance of their mean is a 36th
         # of the sum of theirs.
-        half = 1.96 * float(np.sqrt(sum(right.var() / len(right) for right in of.values()))) / 6
+        variances = [right.var() / len(right) for right in right_by_tag.values()]
+        half = 1.96 * float(np.sqrt(sum(variances))) / 6
         whole = Measured(mean, max(0.0, mean - half), min(1.0, mean + half), len(items))
-        return {"mean of six kinds": whole, **{tag: proportion(right) for tag, right in of.items()}}
+        figures = {"mean of six kinds": whole}
+        for tag, right in right_by_tag.items():
+            figures[tag] = proportion(right)
+        return figures
 
 
 @PROTOCOLS.register("scene_entities")
@@ -238,16 +248,15 @@ class SceneEntities(Protocol):
         return self._found(answer).things == item.truth.things
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
-        found = [self._found(answer) for answer in answers]
-        truths: list[Scene] = [item.truth for item in items]
-        pairs = list(zip(truths, found, strict=True))
+        recognised, background = [], []
+        for item, answer in zip(items, answers, strict=True):
+            asked: Scene = item.truth
+            seen = self._found(answer)
+            recognised.append(asked.things == seen.things)
+            background.append(asked.background == seen.background)
         return {
-            "recognised": proportion(
-                np.array([asked.things == seen.things for asked, seen in pairs])
-            ),
-            "background": proportion(
-                np.array([asked.background == seen.background for asked, seen in pairs])
-            ),
+            "recognised": proportion(np.array(recognised)),
+            "background": proportion(np.array(background)),
         }
 
     def _found(self, answer: Answer) -> Scene:

@@ -72,10 +72,9 @@ def boxes(scene: Scene, side: int) -> list[tuple[int, int, int, int]]:
         mask_HW = covered(thing, side)
         rows, columns, part = _region(thing, len(mask_HW), side)
         ys, xs = np.nonzero(mask_HW[part])
-        result.append(
-            (int(columns.start + xs.min()), int(rows.start + ys.min()), int(columns.start + xs.max()) + 1,
-             int(rows.start + ys.max()) + 1)
-        )  # fmt: skip
+        left, top = int(columns.start + xs.min()), int(rows.start + ys.min())
+        right, bottom = int(columns.start + xs.max()) + 1, int(rows.start + ys.max()) + 1
+        result.append((left, top, right, bottom))
     return result
 
 
@@ -151,6 +150,8 @@ def _stamp(
     """The stamp of a thing, see `stamp_of`."""
     if kind == "entity":
         return _entity_stamp(int(what), side)
+
+    # Shapes and figures are sampled at several points of a pixel, whose mean is its cover.
     pixels = max(3, round(SIZES[size] * side))
     tone = np.array(COLOURS[colour], np.float32)
     colour_SSC: np.ndarray = np.broadcast_to(tone, (pixels, pixels, 3))
@@ -238,9 +239,11 @@ def _second_tone(texture: str, size: int) -> np.ndarray:
 
 def _written(word: str, size: int) -> np.ndarray:
     """Write a word across a square, as large as whole pixels of its letters allow."""
-    letters = [np.array(list(_FONT[letter]), np.float32).reshape(5, 3) for letter in word]
     gap = np.zeros((5, 1), np.float32)
-    row = np.concatenate([part for letter in letters for part in (letter, gap)][:-1], 1)
+    parts = []
+    for letter in word:
+        parts += [np.array(list(_FONT[letter]), np.float32).reshape(5, 3), gap]
+    row = np.concatenate(parts[:-1], 1)  # without the last gap
 
     # Letters are scaled to the width of the square, and stand in the middle of its height.
     scale = size / row.shape[1]
@@ -257,13 +260,15 @@ def joints(pose: tuple[int, ...]) -> dict[str, tuple[float, float]]:
     """The positions of a figure's joints, in a square from -1 to 1, y downwards."""
     result = {"head": (0.0, -0.72), "neck": (0.0, -0.45), "hips": (0.0, 0.15)}
     for limb, angle in zip(LIMBS, pose, strict=True):
-        start = result["neck" if "arm" in limb else "hips"]
-        length = 0.62 if "arm" in limb else 0.8
-        spread = np.radians(angle if "arm" in limb else angle / 3)
+        # Legs are longer than arms, and spread a third as wide.
+        if "arm" in limb:
+            start, length, spread = result["neck"], 0.62, np.radians(angle)
+        else:
+            start, length, spread = result["hips"], 0.8, np.radians(angle / 3)
         sideways = -1 if "left" in limb else 1
-        result[limb] = (
-            start[0] + sideways * length * float(np.sin(spread)), start[1] + length * float(np.cos(spread))
-        )  # fmt: skip
+        x = start[0] + sideways * length * float(np.sin(spread))
+        y = start[1] + length * float(np.cos(spread))
+        result[limb] = (x, y)
     return result
 
 

@@ -26,7 +26,10 @@ Field = Literal["kind", "shape", "colour", "size", "texture", "word", "pose", "e
 
 def counted(scene: Scene, fields: Sequence[Field]) -> Counter[tuple[object, ...]]:
     """Count a scene's things by the given fields, such as (colour, shape)."""
-    return Counter(tuple(getattr(thing, name) for name in fields) for thing in scene.things)
+    counts: Counter[tuple[object, ...]] = Counter()
+    for thing in scene.things:
+        counts[tuple(getattr(thing, name) for name in fields)] += 1
+    return counts
 
 
 def shows(
@@ -86,13 +89,14 @@ def boxes_met(
     A thing that was found counts only for one that was asked for; the closest pairs are matched
     first.
     """
-    pairs = sorted(
-        ((iou(box, other), i, j) for i, (name, box) in enumerate(asked) for j, (seen, other) in enumerate(found)
-         if name == seen),
-        reverse=True,
-    )  # fmt: skip
+    pairs: list[tuple[float, int, int]] = []
+    for i, (name, box) in enumerate(asked):
+        for j, (seen, other) in enumerate(found):
+            if name == seen:
+                pairs.append((iou(box, other), i, j))
+
     met, used = [False] * len(asked), set()
-    for overlap, i, j in pairs:
+    for overlap, i, j in sorted(pairs, reverse=True):
         if overlap >= at_least and not met[i] and j not in used:
             met[i] = True
             used.add(j)
@@ -128,9 +132,13 @@ def compositions(world: World, tag: Tag, count: int, seed: int = 0) -> list[Comp
     """Draw prompts of one kind by seed."""
     rng = Random(f"{tag} {seed}")
     make = {
-        "single_object": _single, "two_object": _two, "counting": _counting, "colors": _colors, "position": _position,
+        "single_object": _single,
+        "two_object": _two,
+        "counting": _counting,
+        "colors": _colors,
+        "position": _position,
         "color_attr": _attribution,
-    }[tag]  # fmt: skip
+    }[tag]
     return [make(world, rng) for _ in range(count)]
 
 
@@ -150,10 +158,18 @@ def _of(scene: Scene, shape: str, colour: str | None = None) -> list[Thing]:
     ]
 
 
+def _article(colour: str) -> str:
+    """The article before a colour: "an" orange circle, "a" red one."""
+    return "an" if colour[0] in "aeiou" else "a"
+
+
 def _two_shapes(world: World, rng: Random) -> tuple[str, str]:
     """Draw two different shapes."""
     first = pick(rng, world.shapes)
     return first, pick(rng, [shape for shape in world.shapes if shape != first])
+
+
+# Each of these functions draws a prompt of one kind.
 
 
 def _single(world: World, rng: Random) -> Composition:
@@ -171,10 +187,8 @@ def _two(world: World, rng: Random) -> Composition:
 
 
 def _counting(world: World, rng: Random) -> Composition:
-    shape, number = (
-        pick(rng, world.shapes),
-        pick(rng, [each for each in world.things if each > 1] or [2]),
-    )
+    shape = pick(rng, world.shapes)
+    number = pick(rng, [each for each in world.things if each > 1] or [2])
     plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
     return Composition(
         "counting", f"{NUMBERS[number]} {plural}", lambda scene: len(_of(scene, shape)) == number
@@ -183,10 +197,8 @@ def _counting(world: World, rng: Random) -> Composition:
 
 def _colors(world: World, rng: Random) -> Composition:
     colour, shape = pick(rng, world.colours), pick(rng, world.shapes)
-    article = "an" if colour[0] in "aeiou" else "a"
-    return Composition(
-        "colors", f"{article} {colour} {shape}", lambda scene: bool(_of(scene, shape, colour))
-    )
+    text = f"{_article(colour)} {colour} {shape}"
+    return Composition("colors", text, lambda scene: bool(_of(scene, shape, colour)))
 
 
 def _position(world: World, rng: Random) -> Composition:
@@ -202,8 +214,11 @@ def _position(world: World, rng: Random) -> Composition:
 def _stands(one: Thing, other: Thing, relation: str) -> bool:
     """Whether a thing is clearly in that direction from another."""
     further = {
-        "left of": other.x - one.x, "right of": one.x - other.x, "above": other.y - one.y, "below": one.y - other.y
-    }  # fmt: skip
+        "left of": other.x - one.x,
+        "right of": one.x - other.x,
+        "above": other.y - one.y,
+        "below": one.y - other.y,
+    }
     return further[relation] > _MARGIN
 
 
@@ -211,9 +226,8 @@ def _attribution(world: World, rng: Random) -> Composition:
     one, other = _two_shapes(world, rng)
     first = pick(rng, world.colours)
     second = pick(rng, [colour for colour in world.colours if colour != first])
-    articles = ["an" if colour[0] in "aeiou" else "a" for colour in (first, second)]
     return Composition(
         "color_attr",
-        f"{articles[0]} {first} {one} and {articles[1]} {second} {other}",
+        f"{_article(first)} {first} {one} and {_article(second)} {second} {other}",
         lambda scene: bool(_of(scene, one, first) and _of(scene, other, second)),
     )

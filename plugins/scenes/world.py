@@ -117,6 +117,7 @@ class World:
 
     def check(self) -> None:
         """Check that all names are known and the numbers agree. Raises UserError if not."""
+        # A list may leave out what could be drawn, but not all of it.
         known = {
             "colours": COLOURS,
             "shapes": SHAPES,
@@ -153,6 +154,7 @@ def draw_scene(world: World, seed: int) -> Scene:
             background, (Thing("entity", "", "", 0.5, 0.5, entity=_below(rng, world.entity_ends)),)
         )
 
+    # Each thing has a place of its own; only then may the second one move over the first.
     places = list(range(9))
     things: list[Thing] = []
     for _ in range(pick(rng, world.things)):
@@ -169,7 +171,10 @@ def draw_thing(world: World, rng: Random, place: int) -> Thing:
     is_figure = world.words <= kind < world.words + world.figures
     colour, size = pick(rng, world.colours), pick(rng, world.sizes)
     # Limbs are thin, so figures are drawn as large as possible.
-    size = max(world.sizes, key=SIZES.__getitem__) if is_figure else size
+    if is_figure:
+        size = max(world.sizes, key=SIZES.__getitem__)
+
+    # A thing may be anywhere in its place, as far as the jitter allows.
     room = (1 / 3 - SIZES[size]) * world.jitter
     x = (place % 3 + 0.5) / 3 + (rng.random() - 0.5) * room
     y = (place // 3 + 0.5) / 3 + (rng.random() - 0.5) * room
@@ -194,7 +199,9 @@ def _overlapping(far: Thing, near: Thing, others: list[Thing], rng: Random) -> l
     others."""
     moved = _in_front_of(far, near, rng)
     apart = {far.kind, near.kind} == {"shape"} and far.colour != near.colour
-    return [far, moved if apart and not any(touches(moved, other) for other in others) else near]
+    if apart and not any(touches(moved, other) for other in others):
+        return [far, moved]
+    return [far, near]
 
 
 def touches(one: Thing, other: Thing) -> bool:
@@ -207,11 +214,15 @@ def _in_front_of(far: Thing, near: Thing, rng: Random) -> Thing:
     """Move the near thing so that it hides a part of the far one, but not its middle."""
     reach = 0.45 * (SIZES[far.size] + SIZES[near.size]) / 2 + 0.06
     dx, dy = pick(rng, ((1, 0.4), (-1, 0.4), (0.4, 1), (0.4, -1)))
+
+    # It turns back where it would move out of the picture, and stays inside of it in any case.
+    turn_x = 1 if far.x < 0.6 or dx < 0 else -1
+    turn_y = 1 if far.y < 0.6 or dy < 0 else -1
     half = SIZES[near.size] / 2
     return replace(
         near,
-        x=min(max(far.x + dx * reach * (1 if far.x < 0.6 or dx < 0 else -1), half), 1 - half),
-        y=min(max(far.y + dy * reach * (1 if far.y < 0.6 or dy < 0 else -1), half), 1 - half),
+        x=min(max(far.x + dx * reach * turn_x, half), 1 - half),
+        y=min(max(far.y + dy * reach * turn_y, half), 1 - half),
     )
 
 
@@ -254,9 +265,12 @@ def entity_look(number: int) -> tuple[str | None, ...]:
     """The colours of an entity's cells, row by row; None shows the background. The corners are
     always empty."""
     rng = Random(f"look {number}")
-    colours = [pick(rng, tuple(COLOURS)) for _ in range(CELLS**2)]
     corners = (0, CELLS - 1, CELLS * (CELLS - 1), CELLS**2 - 1)
-    return tuple(None if cell in corners else colour for cell, colour in enumerate(colours))
+    look: list[str | None] = []
+    for cell in range(CELLS**2):
+        colour = pick(rng, tuple(COLOURS))  # drawn for the corners, too
+        look.append(None if cell in corners else colour)
+    return tuple(look)
 
 
 def entity_name(number: int) -> str:
