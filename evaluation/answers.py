@@ -83,6 +83,9 @@ def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
     """VQA accuracy: min(1, number of other people with this answer / 3), averaged over leaving each
     person out.
 
+    Of ten people, two say "dog" and eight say "cat". For the answer "dog", one other person is left
+    where one of the two is left out, and two are left otherwise: (2 x 1/3 + 8 x 2/3) / 10 = 0.6.
+
     As in the official tools, answers are normalised only if people disagree. VQA2, OKVQA and VizWiz
     are measured by it.
 
@@ -132,7 +135,9 @@ def option_of(answer: str, options: Sequence[str]) -> int | None:
 def ndcg(scores_K: Sequence[float], relevance_K: Sequence[float]) -> float:
     """VisDial's NDCG of the first k candidates by score, where k candidates have any relevance.
 
-    It is 0 if no candidate has any.
+    It is 0 if no candidate has any. Three candidates of relevance 0, 1 and 0.5, of which the second
+    has the highest score and the first the next one, have k = 2 and an NDCG of
+    (1 / log2 2 + 0 / log2 3) / (1 / log2 2 + 0.5 / log2 3) = 0.76.
 
     Source: Visual Dialog challenge: gains are the relevances, discounts 1 / log2(rank + 1).
 
