@@ -186,7 +186,8 @@ class Table:
             for row in self.rows:
                 cell, address = row[index], ""
                 if isinstance(cell, Link):
-                    cell, address = cell.text, cell.address
+                    address = cell.address
+                    cell = cell.text
                 cells.append(cell)
                 addresses.append(address)
 

@@ -195,14 +195,14 @@ def _stamps(candidates: tuple[Thing, ...], colour: str, side: int) -> tuple[_Sta
 
     result = []
     for things in by_size.values():
-        coloured, rests, boxes = [], [], []
+        pictures, rests, boxes = [], [], []
         for thing in things:
             coloured_SSC, rest_SS1 = stamp_of(thing, side)
-            coloured.append(np.broadcast_to(coloured_SSC, (*rest_SS1.shape[:2], 3)))
+            pictures.append(np.broadcast_to(coloured_SSC, (*rest_SS1.shape[:2], 3)))
             rests.append(rest_SS1)
             ys, xs = np.nonzero(covered(thing, side))
             boxes.append((ys.min(), xs.min(), ys.max() + 1, xs.max() + 1))
-        result.append(_Stamps(tuple(things), np.stack(coloured), np.stack(rests), np.array(boxes)))
+        result.append(_Stamps(tuple(things), np.stack(pictures), np.stack(rests), np.array(boxes)))
     return tuple(result)
 
 
