@@ -140,7 +140,10 @@ class Emu3VQ(ImageTokenizer):
     def codes_of(self, signal_BCHW: Tensor) -> Tensor:
         height, width = signal_BCHW.shape[-2:]
         sizes = torch.tensor([[height, width]] * len(signal_BCHW))
-        return torch.stack(list(self.networks.encode(signal_BCHW, sizes).image_tokens))
+        found = self.networks.encode(signal_BCHW, sizes)
+        # Before its version 5, transformers returned the codes without what is around them.
+        codes = found if isinstance(found, list) else found.image_tokens
+        return torch.stack(list(codes))
 
     def signal_of(self, codes_BHW: Tensor) -> Tensor:
         return self.networks.decode(codes_BHW)
