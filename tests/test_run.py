@@ -241,6 +241,7 @@ NOT_COMMANDS = {
     "schema",
     "sample",
     "sample_words",
+    "traced_sample",
     "words",
 }
 """Modules that commands have in common."""
