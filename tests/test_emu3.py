@@ -30,6 +30,7 @@ pytestmark = pytest.mark.stack
 
 transformers = pytest.importorskip("transformers")
 
+OLD = int(transformers.__version__.split(".")[0]) < 5
 CODES = 16
 TEXTS = ["a red dog on a blue sofa", "two cats, 12 dogs", "What is it? It is a cow."] * 4
 VQ: dict[str, Any] = {
@@ -134,8 +135,7 @@ def theirs(run: Path) -> Any:
 @pytest.fixture(scope="module")
 def processor(run: Path) -> Any:
     # Before version 5, Emu3Processor insisted on the class of GPT-2's tokenizers.
-    old = int(transformers.__version__.split(".")[0]) < 5
-    kind = transformers.GPT2TokenizerFast if old else transformers.PreTrainedTokenizerFast
+    kind = transformers.GPT2TokenizerFast if OLD else transformers.PreTrainedTokenizerFast
     tokenizer = kind(
         tokenizer_file=str(run.parent / "emu3" / "tokenizer.json"),
         bos_token="<|extra_203|>",
@@ -257,7 +257,8 @@ def test_images_are_read_as_its_processor_and_model_read_them(
     shown = model._image(model._pixels(pixels))
     sample = Sample(TokenDocument("", (shown, model._text("a dog"))))
     assert old[lay_out(sample, model.run.vocab).ids_T][:-1].tolist() == ids_T.tolist()
-    assert len(set(shown.ids_T.tolist())) >= 3
+    # The random weights of older versions tell two codes apart here, those of newer ones three.
+    assert len(set(shown.ids_T.tolist())) > (2 if OLD else 3)
 
 
 def test_it_is_asked_like_any_other_run(run: Path) -> None:
