@@ -3,6 +3,7 @@
     python benchmarks/scale.py                             # for 340 million documents
     python benchmarks/scale.py --documents 10000000
     python benchmarks/scale.py --search 444 --add 16667    # queries and vectors a second and core, from index.py
+    python benchmarks/scale.py --candidate 18.8           # µs for the vectors of a candidate, from rescoring.py
 
 Documents are a caption of about 60 characters and a JPEG of 256 x 256 pixels, 1,024 codes of 16 bits. The encoder is
 CLIP ViT-B/32 with random weights, the image tokenizer the registered `vq` at the paper's geometry: speed does not
@@ -67,6 +68,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--add", type=float, default=0.0, help="vectors added a second and core, from there"
+    )
+    parser.add_argument(
+        "--candidate",
+        type=float,
+        default=0.0,
+        help="microseconds to read the vectors of a candidate, from benchmarks/rescoring.py",
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -146,6 +153,10 @@ def main() -> None:
     per_query, per_vector = (
         1 / rate if rate else float("nan") for rate in (options.search, options.add)
     )
+    # A search reads the vectors of the candidates that it orders, and of those that the strategy looks at. The rates of
+    # index.py are of one shard in memory; in a corpus of many, each candidate lies in another one.
+    read_candidates = IndexConfig().rescored + retriever.config.candidates
+    per_query += read_candidates * (options.candidate or float("nan")) * 1e-6
     print("| constant | measured, one core |\n|---|---|")
     for name, value in (
         ("JPEG to 256 x 256 pixels", f"{1 / decode:,.0f} images/s"),
@@ -161,6 +172,12 @@ def main() -> None:
         ("token shard, read and checked", f"{(TEXT_TOKENS + CODES) / read / 1e6:,.0f} M tokens/s"),
         ("SHA-256", f"{1 / digest / 1e9:.2f} GB/s"),
         ("strategy, a document and variant", f"{1 / strategy:,.0f} /s"),
+        ("search, from index.py", f"{options.search:,.0f} queries/s"),
+        ("vectors added, from index.py", f"{options.add:,.0f} /s"),
+        (
+            f"vectors of a candidate, from rescoring.py; {read_candidates} a search",
+            f"{options.candidate:,.1f} µs",
+        ),
     ):
         print(f"| {name} | {value} |")
 
