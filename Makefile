@@ -3,7 +3,7 @@
 # make test-all      run them all: those of test, those marked slow, those that need SLURM, and all on the cluster's stack
 # make test-slurm    run those that need SLURM, on a small cluster brought up here (root on Debian or Ubuntu)
 # make test-cluster  run the tests with the versions of requirements/cluster.lock, those of fairseq2 and xformers too
-# make test-stack    of these, only those that may differ there: marked stack or cluster
+# make test-stack    of these, only those that may differ there: marked stack or cluster, and not once
 # make lint          check style and types
 # Each installs first, into .venv or .venv-cluster, once: again only when what it installs has changed.
 
@@ -16,7 +16,7 @@ CLUSTER_BIN := $(CLUSTER_VENV)/bin
 CLUSTER_INSTALLED := $(CLUSTER_VENV)/.installed
 
 # Files without such a test need not be imported.
-STACK := -m '(stack or cluster) and not slow' $(shell grep -lE 'mark\.(stack|cluster)' tests/test_*.py)
+STACK := -m '(stack or cluster) and not slow and not once' $(shell grep -lE 'mark\.(stack|cluster)' tests/test_*.py)
 
 .PHONY: demo test test-all test-slurm test-cluster test-stack lint
 

@@ -458,7 +458,7 @@ def test_guidance_drops_the_text_as_the_publisher_does(run: Path) -> None:
     assert task.prompt(document).unconditional_T.tolist() == [layout.begin, *layout.image_open]
 
 
-@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("lora", [None, pytest.param(2, marks=pytest.mark.once)])
 def test_a_run_of_ones_own_starts_from_it(run: Path, lora: int | None, tmp_path: Path) -> None:
     """With retrieval, whole and by LoRA: tokens in its layout, its tokenizers taken over, its weights gone on from."""
     words = ["experiment=digits_smoke", f"shards.tokenizers={run}", f"training.start={run}"]

@@ -149,6 +149,7 @@ def test_the_weights_of_a_checkpoint_are_those_of_its_adapters_added_in(
 FIELDS = {"lora_rank": 4, "learning_rate": 0.1}
 
 
+@pytest.mark.once
 def test_two_ranks_are_one_and_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     weights = trained(tmp_path / "alone", None, fields=FIELDS)
     assert not any("lora" in name for name in weights)

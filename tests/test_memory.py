@@ -136,6 +136,7 @@ def _peak_of_a_step(
     return live.peak
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("lora", [0, 8])
 @pytest.mark.parametrize(
@@ -177,6 +178,7 @@ LLAMAS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("lora", [0, 8])
 @pytest.mark.parametrize("fields", LLAMAS)

@@ -301,6 +301,7 @@ HARD = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [*((name, "qwen3_5") for name in HARD), ("base64", "words"), ("a million spaces", "words")],

@@ -101,6 +101,7 @@ def test_training_is_logged_with_reconstructions(finished: tuple[Path, str]) -> 
     assert [picture.step for picture in events.Images("reconstructions")] == [4, 8]
 
 
+@pytest.mark.once
 def test_an_interrupted_run_makes_the_same_tokenizer(
     tars: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -129,6 +130,7 @@ def test_an_interrupted_run_makes_the_same_tokenizer(
     assert (run / page).read_bytes() == (finished[0] / page).read_bytes()
 
 
+@pytest.mark.once
 def test_the_whole_corpus_or_the_sample_trains_it(
     tars: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:

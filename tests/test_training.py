@@ -321,6 +321,7 @@ def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("average_decay", [None, 0.8])
 @pytest.mark.parametrize("stop", ["batches", "callback", "save"])
 @pytest.mark.parametrize("steps", [[1], [4], [5], [15], [4, 5, 9], [19], [2, 2, 10, 10]])

@@ -271,6 +271,7 @@ def test_tiles_must_not_overlap_wholly() -> None:
 # ------------------------------------------------------------------------------------------------ learning
 
 
+@pytest.mark.once
 def test_it_learns_to_rebuild_images(tmp_path: Path) -> None:
     """Better than the best single colour, and better than it began, within a minute on a CPU."""
     from cm3leon.data.shuffle import RowStream
