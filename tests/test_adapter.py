@@ -1,4 +1,4 @@
-"""Adapters of PEFT are merged as their formula says, or refused; they are never left out."""
+"""Adapters of PEFT are merged as their formula says or refused, and never silently left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def weights() -> dict[str, Tensor]:
-    """Of a model: two square matrices, which would hide a transposition of shapes, a table and a head."""
+    """Weights of a model: two square matrices, a table and a head.
+
+    A square matrix would hide a transposition if only shapes were compared.
+    """
     return {
         f"{Q}.weight": random(5, 5, seed=0),
         f"{V}.weight": random(5, 5, seed=1),
@@ -36,6 +39,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def matrices(module: str, rank: int = 2) -> dict[str, Tensor]:
+    """An adapter's two matrices for a square layer."""
     return {
         f"{PREFIX}{module}.lora_A.weight": random(rank, 5, seed=10),
         f"{PREFIX}{module}.lora_B.weight": random(5, rank, seed=11),
@@ -43,6 +47,7 @@ def matrices(module: str, rank: int = 2) -> dict[str, Tensor]:
 
 
 def write(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> Path:
+    """Write an adapter's settings and tensors into the folder."""
     (folder / "adapter_config.json").write_text(json.dumps({**SETTINGS, **settings}))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
@@ -64,12 +69,15 @@ def write(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> Path:
 def test_a_linear_layer(tmp_path: Path, settings: dict[str, Any], rank: int, scale: float) -> None:
     given, adapter = weights(), matrices(Q, rank)
     merged = merge_adapter(write(tmp_path, adapter, **settings), given)
+
+    # The formula number by number: W + scale * B A.
     first, second = (adapter[f"{PREFIX}{Q}.lora_{name}.weight"] for name in "AB")
     expected = given[f"{Q}.weight"].clone()
     for row in range(5):
         for column in range(5):
             for r in range(rank):
                 expected[row, column] += scale * second[row, r] * first[r, column]
+
     torch.testing.assert_close(merged[f"{Q}.weight"], expected)
     for name in given.keys() - {f"{Q}.weight"}:
         assert torch.equal(merged[name], given[name])
@@ -84,8 +92,11 @@ def test_an_embedding_and_weights_that_were_trained_whole(tmp_path: Path) -> Non
         f"{PREFIX}{TABLE}.base_layer.weight": torch.ones(7, 5),  # saved where the vocabulary grew
         f"{PREFIX}{HEAD}.weight": head,
     }
+
     merged = merge_adapter(write(tmp_path, adapter), given)
-    for token in range(7):  # as a layer computes one token's vector
+
+    # Token by token, as an embedding computes its vector.
+    for token in range(7):
         expected = torch.ones(5) + 3.0 * (second @ first[:, token])
         torch.testing.assert_close(merged[f"{TABLE}.weight"][token], expected)
     assert torch.equal(merged[f"{HEAD}.weight"], head)
@@ -95,10 +106,12 @@ def test_the_weights_keep_their_precision_and_a_bin_file_will_do(tmp_path: Path)
     adapter = matrices(Q)
     write(tmp_path, adapter)
     whole = merge_adapter(tmp_path, weights())[f"{Q}.weight"]
+
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save(adapter, tmp_path / "adapter_model.bin")
     half = {name: weight.half() for name, weight in weights().items()}
     merged = merge_adapter(tmp_path, half)[f"{Q}.weight"]
+
     assert merged.dtype == torch.float16
     torch.testing.assert_close(merged.float(), whole, rtol=2e-3, atol=2e-3)
 
@@ -159,15 +172,19 @@ def test_tensors_that_fit_no_weight_are_refused(
 def test_half_an_adapter_is_refused(tmp_path: Path) -> None:
     assert not has_adapter(tmp_path)
     write(tmp_path, matrices(Q))
+
     config = (tmp_path / "adapter_config.json").read_text()
     for broken in ("{", "[]"):
         (tmp_path / "adapter_config.json").write_text(broken)
         with pytest.raises(UserError, match="is not a JSON object"):
             merge_adapter(tmp_path, weights())
+
+    # One file of the two is missing: first the settings, then the weights.
     (tmp_path / "adapter_config.json").unlink()
     assert has_adapter(tmp_path)
     with pytest.raises(UserError, match=r"an adapter without its adapter_config\.json"):
         merge_adapter(tmp_path, weights())
+
     (tmp_path / "adapter_config.json").write_text(config)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="but neither of adapter_model"):
@@ -179,6 +196,6 @@ def test_where_adapters_are_not_merged_they_are_refused(tmp_path: Path, name: st
     check_no_adapter(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_text("{}")
-    for opens in (check_no_adapter, load_model):
+    for check in (check_no_adapter, load_model):
         with pytest.raises(UserError, match=f"holds {name}, an adapter that is not merged"):
-            opens(tmp_path)
+            check(tmp_path)

@@ -1,4 +1,4 @@
-"""Work done in threads ahead of whoever reads: order, bounds, errors, and an end at any time."""
+"""Work in threads ahead of the reader: the order of results, bounds, errors, and an early end."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ def test_results_come_in_order_and_are_made_at_the_same_time() -> None:
 def test_little_is_done_for_who_takes_little_and_no_more_than_the_most() -> None:
     done: list[int] = []
     results = worked_ahead(range(1000), lambda n: done.append(n) or n, most=20)
+
     for count in range(1, 101):
         assert next(results) == count - 1
-        # Twice the threads at first, one more with each that is taken, at last the most.
+        # Twice the threads at first, one more for each result taken, and 20 at the most.
         assert len(done) <= count + min(8 + count, 20)
+
     results.close()
     assert len(done) <= 120
 
@@ -63,10 +65,11 @@ def test_an_error_is_raised_in_its_place(where: str) -> None:
 
 
 def test_threads_see_the_context_of_who_reads_and_end_with_it() -> None:
-    told: ContextVar[str] = ContextVar("told", default="")
-    told.set("heard")
+    message: ContextVar[str] = ContextVar("message", default="")
+    message.set("heard")
     before = threading.active_count()
-    results = worked_ahead(range(50), lambda _: told.get())
+
+    results = worked_ahead(range(50), lambda _: message.get())
     assert next(results) == "heard"
     assert threading.active_count() > before
     results.close()
@@ -77,6 +80,7 @@ def test_processes_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
     monkeypatch.setattr(ahead, "_share", 1)
     assert usable_threads() == 24
+
     share_processors(5)
     assert usable_threads() == 4
     share_processors(100)
@@ -97,6 +101,7 @@ def test_pixels_that_are_decoded_at_once_are_bounded() -> None:
 
     list(worked_ahead([40, 30, 70, 20, 60] * 40, work))
     assert most[0] <= 100
+
     # What is larger than the room is let in alone.
     list(worked_ahead([300, 50] * 20, work))
     assert held == [0]
@@ -110,17 +115,16 @@ def test_workers_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+
+    # Here the run folder of a worker is just its device, which its work notes.
     monkeypatch.setattr(sharing, "from_mapping", lambda kind, mapping: mapping)
     monkeypatch.setattr(sharing, "RunFolder", lambda experiment, folder, device: device)
+
     used: list[torch.device] = []
     for number in range(8):
-        sharing._work(
-            {"plugins": []},
-            Path("run"),
-            Path("stage"),
-            lambda device, folder, part: used.append(device),
-            (number, 8),
-        )
+        arguments = ({"plugins": []}, Path("run"), Path("stage"))
+        sharing._work(*arguments, lambda device, folder, part: used.append(device), (number, 8))
+
     assert [str(device) for device in used] == [f"cuda:{n % 3}" for n in range(8)]
     assert current == used
     assert ahead._share == 8

@@ -49,14 +49,16 @@ def test_contractions_are_those_of_the_official_list() -> None:
 
 
 def test_accuracy_is_the_mean_over_leaving_one_out() -> None:
-    """By all subsets of nine, as the paper on VQA defines it."""
+    """Checked against all subsets of nine people, as the paper on VQA defines it."""
     people = ["red"] * 2 + ["blue"] * 3 + ["Red."] + ["green"] * 4
+
     for answer in ("red", "blue", "green", "the red", "yellow"):
         by_hand = []
         for nine in itertools.combinations(people, 9):
             same = sum(normalized(one) == normalized(answer) for one in nine)
             by_hand.append(min(1.0, same / 3))
         assert vqa_accuracy(answer, people) == pytest.approx(np.mean(by_hand))
+
     assert vqa_accuracy("red", people) == pytest.approx(0.9)
     assert vqa_accuracy("blue", ["blue"] * 10) == 1
     assert vqa_accuracy("Blue", ["blue"] * 10) == 0  # not normalised where all agree
@@ -66,11 +68,20 @@ def test_accuracy_is_the_mean_over_leaving_one_out() -> None:
 
 def test_options_are_read_from_answers() -> None:
     options = ["a cat", "a dog", "neither"]
-    for answer, expected in {
-        "(B)": 1, "B": 1, "b": None, "The answer is C": 2, "It is (A) or so. So the answer is (B).": 1, "a dog.": 1,
-        "": None, "(D)": None, "A dog": 1, "A cat sits": None,
-    }.items():  # fmt: skip
-        assert option_of(answer, options) == expected, answer
+    expected = {
+        "(B)": 1,
+        "B": 1,
+        "b": None,
+        "The answer is C": 2,
+        "It is (A) or so. So the answer is (B).": 1,
+        "a dog.": 1,
+        "": None,
+        "(D)": None,
+        "A dog": 1,
+        "A cat sits": None,
+    }
+    for answer, option in expected.items():
+        assert option_of(answer, options) == option, answer
 
 
 @given(

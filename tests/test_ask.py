@@ -1,4 +1,7 @@
-"""Images asked about from the command line: lines, files, what is gone on with, and what could not be used."""
+"""Asking about images from the command line: lines and files of answers, and a second call.
+
+A second call resumes the first one: it asks again only what is missing or could not be used.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from cm3leon.types import PARTLY
 
 
 class Model:
-    """Stands in for a run: answers say what was asked, of which pixels."""
+    """Stands in for a run: its answers say what was asked, and the shade of the image's pixels."""
 
     digest = "first"
 
@@ -38,7 +41,8 @@ class Model:
         return f"{question} {self._shade(image)}"
 
     def score(self, **given: Any) -> list[float]:
-        return [float(len(each)) for each in given.get("texts") or [given["text"]]]
+        texts = given.get("texts") or [given["text"]]
+        return [float(len(text)) for text in texts]
 
     def infill(self, image: Path, text: str, *, box: Any, words: Any, **_: Any) -> Any:
         shade = self._shade(image)
@@ -58,6 +62,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
+    """Images of the shades 0, 1 and 2, two of one name, and a file that is no image."""
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     for number, name in enumerate(["a.png", "b.JPG", "sub/a.png"]):
@@ -79,10 +84,12 @@ def test_a_folder_has_a_line_for_each_image(model: Model, images: Path, tmp_path
         ("b.JPG", "1 1 7"),
         ("sub/a.png", "2 1 7"),
     ]
-    (printed,) = cm3leon("answer", "run=x", f"image={images / 'a.png'}", "question=7").stdout.split(
-        "\n"
-    )[:-1]
+
+    said = cm3leon("answer", "run=x", f"image={images / 'a.png'}", "question=7").stdout
+    (printed,) = said.split("\n")[:-1]
     assert json.loads(printed)["answer"] == "7 0"
+
+    # Texts are taken as they are typed: 7 and yes are no number and no truth value.
     said = cm3leon("score", "run=x", f"image={images / 'a.png'}", "texts=[7, 'a two', yes]").stdout
     assert json.loads(said)["scores"] == {"7": 1.0, "a two": 5.0, "yes": 3.0}
 
@@ -91,19 +98,26 @@ def test_only_what_is_missing_is_asked_again(model: Model, images: Path, tmp_pat
     out = tmp_path / "captions.jsonl"
     words = ["caption", "run=x", f"image={images}", f"out={out}"]
     cm3leon(*words)
+
+    # A kill in the middle of the second line, and another first image since.
     whole = out.read_text().splitlines(keepends=True)
     out.write_text(whole[0] + whole[1][:20])
     Image.new("RGB", (8, 8), (9, 9, 9)).save(images / "a.png")
+
     model.asked.clear()
     cm3leon(*words)
     assert model.asked == ["a.png", "b.JPG", "a.png"]
     assert sorted(line["caption"] for line in lines(out)) == ["1 0 64", "2 0 64", "9 0 64"]
+
+    # All is done; other settings or another model would be mixed with what is there.
     said = cm3leon(*words)
     assert "3 of 3 images were done already" in said.stdout
     assert len(model.asked) == 3
+
     said = cm3leon(*words, "max_tokens=5", check=False)
     assert said.returncode == 2
     assert "was made with other settings (max_tokens)" in said.stderr
+
     model.digest = "trained anew"
     said = cm3leon(*words, check=False)
     assert (said.returncode, "was made with other settings (model)" in said.stderr) == (2, True)
@@ -114,8 +128,11 @@ def test_names_of_earlier_versions_are_still_read(
 ) -> None:
     out = tmp_path / "captions.jsonl"
     words = ["caption", "run=x", f"image={images}", f"out={out}"]
+
+    # The settings on the command line, and those that an earlier version wrote beside its lines.
     cm3leon(*words, "most=7", "way=eager")
     assert [line["caption"] for line in lines(out)] == ["0 0 7", "1 0 7", "2 0 7"]
+
     settings = out.with_suffix(".settings.json")
     settings.write_text(settings.read_text().replace("max_tokens", "most"))
     assert "3 of 3 images were done already" in cm3leon(*words, "max_tokens=7").stdout
@@ -124,7 +141,7 @@ def test_names_of_earlier_versions_are_still_read(
 def test_texts_that_were_cut_have_it_in_their_lines_and_are_counted(
     model: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of the three are cut; another warning, which comes with each, is shown once all the same."""
+    """Two of three texts are cut; another warning, which comes with each, is shown once."""
 
     def caption(image: Path, **_: Any) -> str:
         warnings.warn("no room", ShortageWarning, stacklevel=2)
@@ -146,17 +163,21 @@ def test_images_go_beside_their_lines(model: Model, images: Path, tmp_path: Path
     out = tmp_path / "filled"
     words = ["infill", "run=x", f"image={images}", f"out={out}", "text=7", "box=0,4,8,8"]
     cm3leon(*words)
-    assert {line["image"]: line["files"] for line in lines(out / "results.jsonl")} == {
+    files = {line["image"]: line["files"] for line in lines(out / "results.jsonl")}
+    assert files == {
         "a.png": ["a.png.png"],
         "b.JPG": ["b.JPG.png"],
         "sub/a.png": ["sub/a.png.png"],
     }
     assert lines(out / "results.jsonl")[0]["text"] == "7 (0, 4, 8, 8) None"
+
+    # Only the image whose file is missing is made again.
     (out / "sub" / "a.png.png").unlink()
     model.asked.clear()
     cm3leon(*words)
     assert model.asked == ["a.png"]
     assert (out / "sub" / "a.png.png").is_file()
+
     edited = tmp_path / "edited"
     cm3leon("edit", "run=x", f"image={images / 'a.png'}", f"out={edited}", "instruction=x", "n=2")
     assert sorted(file.name for file in edited.glob("*.png")) == ["a.png.png", "a.png_1.png"]
@@ -172,9 +193,12 @@ def test_images_that_cannot_be_used_are_named_and_tried_again(
     assert said.returncode == PARTLY
     assert "1 of 4 images could not be used: \\x1b[2Jbad.png: " in said.stderr
     assert len(lines(out)) == 3
+
     Image.new("RGB", (8, 8)).save(images / "\x1b[2Jbad.png")
     assert cm3leon(*words).returncode == 0
     assert len(lines(out)) == 4
+
+    # A single image: its error is the command's.
     (images / "only.png").write_bytes(b"no image")
     said = cm3leon("caption", "run=x", f"image={images / 'only.png'}", check=False)
     assert (said.returncode, said.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""Benchmarks: no test runs them, so one looks at what they import."""
+"""Every name that a benchmark imports exists; no test runs the benchmarks themselves."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ def test_what_a_benchmark_imports_of_this_project_is_there(
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     scripts = {each.stem for each in BENCHMARKS.glob("*.py")}
+
     for node in ast.walk(ast.parse(file.read_text())):
         if not isinstance(node, ast.ImportFrom) or node.module is None:
             continue
         if node.module.partition(".")[0] not in {"cm3leon", "evaluation", "plugins", *scripts}:
             continue
+
         module = importlib.import_module(node.module)
         for name in node.names:
             if not hasattr(module, name.name):

@@ -1,4 +1,4 @@
-"""Scores of captions: published values, and formulas by brute force."""
+"""Scores of captions against published values, and against their formulas by brute force."""
 
 from __future__ import annotations
 
@@ -35,40 +35,52 @@ def test_captions_equal_to_all_their_references_have_ten() -> None:
 
 
 def test_cider_is_its_formula() -> None:
-    """Vedantam et al. 2015, CIDEr-D: clipped tf-idf cosines of n-grams with a length penalty, times ten."""
+    """Vedantam et al. 2015, CIDEr-D: the cosine of clipped tf-idf vectors of n-grams.
+
+    It is multiplied by a penalty for different lengths and by ten, and averaged over an image's
+    references and over n-grams of one to four words.
+    """
     given = ["a red circle left", "the blue square is at the top", "a cross"]
     references = [
         ["a red circle at the left", "red circle"],
         ["a blue square at the top"],
         ["green cross", "a cross"],
     ]
+
     expected = []
     for order in range(1, 5):
-        grams = [[_grams(text, order) for text in of_image] for of_image in references]
-        frequency = Counter(gram for of_image in grams for gram in set().union(*of_image))
-
-        def weights(counts: Grams, frequency: Grams = frequency) -> dict[tuple[str, ...], float]:
-            return {
-                g: n * (math.log(3) - math.log(max(1, frequency[g]))) for g, n in counts.items()
-            }
+        # An n-gram's frequency is the number of images in whose references it stands.
+        frequency: Grams = Counter()
+        for texts in references:
+            frequency.update(set().union(*(_grams(text, order) for text in texts)))
 
         row = []
-        for text, of_image, texts in zip(given, grams, references, strict=True):
-            mine = weights(_grams(text, order))
+        for text, texts in zip(given, references, strict=True):
+            mine = _tf_idf(_grams(text, order), frequency)
             total = 0.0
-            for counts, other in zip(of_image, texts, strict=True):
-                theirs = weights(counts)
-                norm = math.sqrt(sum(v * v for v in mine.values())) * math.sqrt(
-                    sum(v * v for v in theirs.values())
-                )
+            for other in texts:
+                theirs = _tf_idf(_grams(other, order), frequency)
+                norm = _length(mine) * _length(theirs)
                 dot = sum(min(mine[g], theirs.get(g, 0)) * theirs.get(g, 0) for g in mine)
+
+                # The difference of the lengths, counted in pairs of words.
                 apart = sum(_grams(text, 2).values()) - sum(_grams(other, 2).values())
-                total += (dot / norm if norm else 0) * math.exp(-(apart**2) / (2 * 6**2))
-            row.append(10 * total / len(of_image))
+                if norm:
+                    total += dot / norm * math.exp(-(apart**2) / (2 * 6**2))
+            row.append(10 * total / len(texts))
         expected.append(row)
-    assert caption_scores(given, references).cider == pytest.approx(
-        sum(map(sum, expected)) / 4 / 3, rel=1e-6
-    )
+
+    mean = sum(map(sum, expected)) / 4 / 3
+    assert caption_scores(given, references).cider == pytest.approx(mean, rel=1e-6)
+
+
+def _tf_idf(counts: Grams, frequency: Grams) -> dict[tuple[str, ...], float]:
+    """Weights of n-grams among three images."""
+    return {g: n * (math.log(3) - math.log(max(1, frequency[g]))) for g, n in counts.items()}
+
+
+def _length(weights: dict[tuple[str, ...], float]) -> float:
+    return math.sqrt(sum(value * value for value in weights.values()))
 
 
 def _grams(text: str, order: int) -> Grams:

@@ -1,4 +1,4 @@
-"""What the settings alone decide is said before the first stage, all of it in one answer."""
+"""Mistakes that the settings alone show are all reported before the first stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cm3leon.weights import save_tensors
 def mistakes(
     *overrides: str, experiment: str = "digits_smoke", until: str | None = None
 ) -> list[str]:
-    """The sentences about an experiment of which nothing is made."""
+    """The sentences about an experiment, before any of its stages is run."""
     try:
         check_before_stages(load_experiment(experiment, overrides), Path("none"), until=until)
     except UserError as error:
@@ -48,6 +48,8 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(
         "model.seq_len is 18",
         f"training.start: {tmp_path / 'nowhere'} is no run with a finished pretraining",
     ]
+
+    # Nothing was written: neither the run folder nor anything else.
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,18 +68,21 @@ def test_the_package_of_the_perceptual_distance_is_missed_before_the_first_stage
         f"{section}.perceptual_file={tmp_path / 'vgg.pth'}",
     )
     assert mistakes(*words) == []
+
+    # The package is found by its metadata, which is missing from here on.
     monkeypatch.setattr("cm3leon.tokenizers.image.perceptual.distribution", missing)
     (sentence,) = mistakes(*words)
     assert sentence.endswith("(pip install torchmetrics)")
 
 
 def test_an_image_longer_than_the_block_is_known_by_its_tokenizer() -> None:
-    """256 pixels make 1,024 codes: with `<eos>`, a piece, `<break>` and `<eos>` 1,028 tokens."""
+    """An image of 256 pixels has 1,024 codes: with `<eos>`, a piece, `<break>` and `<eos>`, 1,028
+    tokens."""
     paper = ("image_tokenizer=vqgan", "augment.versions=0")
     (sentence,) = mistakes(*paper, "model.seq_len=512")
     assert sentence == (
-        "model.seq_len is 512; an image of 1,024 codes with a caption takes 1,028 tokens or more; raise "
-        "model.seq_len, or take an image_tokenizer with fewer codes"
+        "model.seq_len is 512; an image of 1,024 codes with a caption takes 1,028 tokens or more; "
+        "raise model.seq_len, or take an image_tokenizer with fewer codes"
     )
     assert len(mistakes(*paper, "model.seq_len=1027")) == 1
     assert mistakes(*paper, "model.seq_len=1028") == []
@@ -114,9 +119,11 @@ def start(tmp_path: Path) -> Path:
     folder = tmp_path / "start"
     (folder / "pretraining").mkdir(parents=True)
     (folder / "text_tokenizer").mkdir()
+
     experiment = load_experiment("digits_smoke")
     run = RunFolder(experiment, folder, torch.device("cpu"))
     save_tensors(folder / "pretraining" / "model.safetensors", run.new_model().state_dict())
+
     record = {"fingerprint": "0" * 64, "seconds": 1.0, "files": {}}
     write_json(folder / "pretraining" / "stage.json", record)
     settings = run.recorded("text_tokenizer")
@@ -125,21 +132,21 @@ def start(tmp_path: Path) -> Path:
 
 
 def test_weights_to_start_from_have_to_fit_the_model(start: Path) -> None:
-    fits = [s for s in mistakes(f"training.start={start}") if "another" in s]
+    fits = [sentence for sentence in mistakes(f"training.start={start}") if "another" in sentence]
     assert fits == []
+
     said = mistakes(f"training.start={start}", "model.width=32")
+    opening = "training.start: the model is another one than this run's: "
     assert any(
-        s.startswith("training.start: the model is another one than this run's: ")
-        and "has another shape for" in s
-        for s in said
+        sentence.startswith(opening) and "has another shape for" in sentence for sentence in said
     )
 
 
 def test_tokenizers_of_other_settings_are_other_tokenizers(start: Path) -> None:
     said = mistakes(f"training.start={start}", "text_tokenizer.vocab_size=300")
     assert (
-        f"training.start: {start} was trained with another text tokenizer than this run's; take its "
-        f"tokenizers over with shards.tokenizers={start}"
+        f"training.start: {start} was trained with another text tokenizer than this run's; "
+        f"take its tokenizers over with shards.tokenizers={start}"
     ) in said
 
 
@@ -149,7 +156,9 @@ def test_large_batches_are_computed_in_parts() -> None:
     assert config.blocks_at_once(96, 24) == 24
     assert config.blocks_at_once(2 * TOKENS_AT_ONCE, 8) == 1
     assert DecoderTrainingConfig(steps=200, micro_batch=4).blocks_at_once(96, 24) == 4
-    (sentence,) = [s for s in _refused("training.batch_size=100000") if "batch_size" in s]
+
+    said = _refused("training.batch_size=100000")
+    (sentence,) = [each for each in said if "batch_size" in each]
     assert sentence == "training.batch_size is 100000; it must be a whole number from 1 to 65536"
 
 

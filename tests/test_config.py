@@ -1,4 +1,4 @@
-"""Typed configuration: round trips, and the sentence for every mistake."""
+"""Typed configuration: conversion there and back, and the sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cm3leon.types import UserError, UserErrors
 
 
 class Shapes:
-    """Stands in for a registry: knows the one component `square`."""
+    """Stands in for a registry that has one component, `square`."""
 
     kind = "shape"
 
@@ -132,7 +132,7 @@ class Outer:
 
 
 floats = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
-# PyYAML turns the rare line breaks (U+0085, U+2028, U+2029) into spaces.
+# PyYAML turns rare line breaks (U+0085, U+2028, U+2029) into spaces.
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp")), max_size=5)
 inners = st.builds(
     Inner, rate=st.floats(0, 1, exclude_min=True, exclude_max=True), note=st.none() | texts
@@ -245,19 +245,37 @@ def test_a_number_is_finite(value: Any) -> None:
 
 def test_all_mistakes_are_given_in_one_answer() -> None:
     mapping = {
-        "stps": 1, "weight": -1, "sizes": [1, -1, "x"], "inner": {"rate": 7}, "shape": "circle",
-        "shapes": [{"name": "square", "side": 0}, "circle"], "weights": {"coco": "x", "mine": "y"},
-    }  # fmt: skip
+        "stps": 1,
+        "weight": -1,
+        "sizes": [1, -1, "x"],
+        "inner": {"rate": 7},
+        "shape": "circle",
+        "shapes": [{"name": "square", "side": 0}, "circle"],
+        "weights": {"coco": "x", "mine": "y"},
+    }
+
     with pytest.raises(UserErrors) as refusal:
         config.from_mapping(Outer, mapping, "run")
     assert [sentence.partition(" ")[0] for sentence in refusal.value.sentences] == [
-        "run.stps", "run.steps", "run.weight", "run.sizes.1", "run.sizes.2", "run.weights.coco",
-        "run.weights.mine", "run.inner.rate", "run.shape.name", "run.shapes.0.side", "run.shapes.1.name",
-    ]  # fmt: skip
+        "run.stps",
+        "run.steps",
+        "run.weight",
+        "run.sizes.1",
+        "run.sizes.2",
+        "run.weights.coco",
+        "run.weights.mine",
+        "run.inner.rate",
+        "run.shape.name",
+        "run.shapes.0.side",
+        "run.shapes.1.name",
+    ]
 
 
 def test_what_does_not_go_together_is_said_for_all_sections_at_once() -> None:
-    """And beside values that are wrong by themselves; a caller may go on with what is of the right types."""
+    """Together with values that are wrong by themselves.
+
+    A caller that gives `unfit` gets the sections all the same, if the types are right.
+    """
     training = {"steps": 10, "warmup_steps": 10, "keep_every": 300}
     sentences = [
         "{}: warmup_steps 10 must be below steps 10",
@@ -265,12 +283,16 @@ def test_what_does_not_go_together_is_said_for_all_sections_at_once() -> None:
     ]
     mapping = {"first": training, "second": training}
     expected = [each.format(name) for name in mapping for each in sentences]
+
     with pytest.raises(UserErrors) as refusal:
         config.from_mapping(Two, mapping)
     assert list(refusal.value.sentences) == expected
+
     unfit: list[str] = []
     assert config.from_mapping(Two, mapping, unfit=unfit).first.steps == 10
     assert unfit == expected
+
+    # The second section has a wrong value, and so is not checked any further.
     with pytest.raises(UserErrors) as refusal:
         config.from_mapping(Two, {"first": training, "second": {"steps": 0}})
     assert list(refusal.value.sentences) == [
@@ -294,11 +316,10 @@ def test_describe_reads_types_defaults_and_sentences() -> None:
     assert docs["inner.rate"] == config.FieldDoc(
         "inner.rate", "a number, above 0 and below 1", "0.5", "Rate of something, over two lines."
     )
+
     assert docs["shapes"].type == "a list, each a shape by its name, or as a section"
-    preset = {
-        doc.name: doc.default
-        for doc in config.describe(Outer, {"steps": 7, "inner": {"rate": 0.1}})
-    }
+    defaults = config.describe(Outer, {"steps": 7, "inner": {"rate": 0.1}})
+    preset = {doc.name: doc.default for doc in defaults}
     assert (preset["steps"], preset["inner.rate"]) == ("7", "0.1")
 
 
@@ -390,6 +411,7 @@ class Boxed:
 
 
 def test_numbers_with_commas_are_a_list_of_numbers() -> None:
+
     def read(cls: type, *words: str) -> Any:
         return config.from_mapping(
             cls, config.apply_overrides({}, map(config.parse_override, words))
@@ -400,6 +422,8 @@ def test_numbers_with_commas_are_a_list_of_numbers() -> None:
     assert read(Boxed, "box=[0,0,4,4]").box == boxed.box
     outer = read(Outer, "steps=1", "sizes=3,2,1", "betas=0.5,1e-3")
     assert (outer.sizes, outer.betas) == ([3, 2, 1], (0.5, 0.001))
+
+    # What is no such list is shown to the user as it was typed.
     for typed, shown in (
         ("box=1,2", 'box is "1,2"; it must be a list of 4: '),
         ("box=0,0,4,x", 'box is "0,0,4,x"; it must be a list of 4: '),
@@ -428,23 +452,25 @@ def test_words_in_lists_and_sections_are_read_by_their_fields() -> None:
         "limit=all",
         "betas=[0, 1]",
     ]
+
+    # Each word is read by the type of its field: a name stays a text, "on" is no truth value here.
     outer = config.from_mapping(
         Outer, config.apply_overrides({}, map(config.parse_override, words))
     )
     assert outer.names == ("7", "yes", "1e3", "two words")
     assert outer.inner == Inner(rate=0.1, note="2024")
-    assert (outer.sizes, outer.weights, outer.limit, outer.mode) == (
-        [1, 2],
-        {"on": 1.0},
-        "all",
-        "exact",
-    )
+    assert (outer.sizes, outer.weights) == ([1, 2], {"on": 1.0})
+    assert (outer.limit, outer.mode) == ("all", "exact")
     assert [outer.shape, *outer.shapes] == [
         Component("square", Shapes.Config(side=side)) for side in (3, 1, 2)
     ]
+
+    # A single word becomes a list of one.
     one = {"names": config.Word("7"), "sizes": config.Word("7"), "shapes": config.Word("square")}
     alone = config.from_mapping(Outer, {"steps": 1, **one})
     assert (alone.names, alone.sizes, len(alone.shapes)) == (("7",), [7], 1)
+
+    # In a text that may be absent, null is no word but its absence.
     none = config.apply_overrides({}, [config.parse_override("inner.note=null")])
     assert config.from_mapping(Outer, {"steps": 1, **none}).inner.note is None
 

@@ -1,4 +1,4 @@
-"""Model FLOPs against a count of the operations."""
+"""Model FLOPs against a count of the operations, and the peaks of devices."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ SHAPE = {"layers": 3, "width": 64, "head_size": 16, "seq_len": 32, "attention": 
 
 
 def decoders() -> dict[str, Model]:
+    """One model of each kind; "llama, grouped" has half as many heads of keys and values."""
     grouped = Llama.Config(**SHAPE, mlp_width=88, kv_heads=2, norm="behind")
     return {
         "cm3leon": Transformer(Transformer.Config(**SHAPE), vocab_size=128),

@@ -1,6 +1,6 @@
-"""What pages tell a reader to type beside our own commands is there: extras, files, targets of make, scripts.
+"""What pages tell a reader to type exists: extras, files, targets of make, scripts.
 
-Our own commands are parsed in test_commands.py.
+The project's own commands are parsed in test_commands.py.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ def commands(page: Path) -> Iterator[str]:
     text = page.read_text()
     for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         yield from re.sub(r"\\\n\s*", " ", block).splitlines()
+
     outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     yield from re.findall(r"`([^`\n]+)`", outside)
 
 
 def words_after(program: str) -> list[tuple[str, list[str]]]:
-    """The lines that call a program, at their beginning or behind &&, with the words behind it.
+    """The lines that call a program, and the words that follow it there.
 
-    Variables may stand in front of it, and the folder that it lies in.
+    The call stands at a line's beginning or behind &&; variables may stand in front of it, and the
+    folder that it lies in.
     """
     before = r"(?:[A-Z_]+=\S* )*(?:taskset -c \d+ )?(?:[\w./-]+/)?"
     found = []
@@ -58,6 +60,7 @@ def test_every_pip_install_names_extras_and_files_that_are_there() -> None:
                 # Three dots stand for any of them, in the heading of a table.
                 assert set(wanted[1].split(",")) <= {*known, "…"}, where
                 found += 1
+
             if word == "-r":
                 assert (ROOT / words[number + 1]).is_file(), where
                 found += 1
@@ -67,8 +70,11 @@ def test_every_pip_install_names_extras_and_files_that_are_there() -> None:
 def test_every_extra_is_in_the_table_of_the_readme() -> None:
     table = (ROOT / "README.md").read_text().partition("## Extras")[2]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    # `test` is a part of `dev`, `perceptual` of `eval`.
+    named: set[str] = set()
+    for row in rows:
+        named.update(re.findall(r"`(\w+)`", row))
+
+    # The others contain these two: `test` is a part of `dev`, `perceptual` of `eval`.
     assert named == extras() - {"test", "perceptual"}
 
 
