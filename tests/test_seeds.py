@@ -1,4 +1,4 @@
-"""Any seed of 64 bits works wherever one is used, and small ones give the numbers that they always gave."""
+"""Any seed of 64 bits works wherever one is used; small ones give the numbers they always gave."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ from cm3leon.types import UserError
 pytestmark = pytest.mark.stack
 
 LARGE = [2**31, 1_764_361_234_567, 2**63 + 5, 2**64 - 1]
-"""Of more than 31 bits, a time in milliseconds, of more than 63 bits, and the largest."""
+"""Seeds of more than 31 bits, a time in milliseconds, one of more than 63 bits, and the largest."""
 
 
 def test_small_seeds_are_themselves() -> None:
-    assert [wrapped(number) for number in (0, 7 * 1_000_003 + 5, 2**64 - 1, 2**64 + 3)] == [
-        0, 7_000_026, 2**64 - 1, 3,
-    ]  # fmt: skip
-    assert [wrapped(number, bits=31) for number in (8, 2**31 - 1, 2**31 + 3)] == [8, 2**31 - 1, 3]
+    seeds = (0, 7 * 1_000_003 + 5, 2**64 - 1, 2**64 + 3)
+    assert [wrapped(seed) for seed in seeds] == [0, 7_000_026, 2**64 - 1, 3]
+    assert [wrapped(seed, bits=31) for seed in (8, 2**31 - 1, 2**31 + 3)] == [8, 2**31 - 1, 3]
 
 
 @pytest.mark.parametrize("seed", LARGE)
@@ -55,7 +54,7 @@ def test_other_seeds_are_refused(seed: Any) -> None:
 
 @pytest.mark.parametrize("seed", LARGE)
 def test_a_training_takes_any_seed(tmp_path: Path, seed: int) -> None:
-    """Every step has random numbers of its own, and a resumed run those of the uninterrupted one."""
+    """A run resumed after step 2 draws, at every step, the numbers of the uninterrupted run."""
 
     def trained(folder: str, fails_at: int | None = None) -> torch.Tensor:
         module = Tiny()
@@ -76,10 +75,12 @@ def test_data_take_any_seed(seed: int) -> None:
     order = [shuffled(seed, position, 50) for position in range(50)]
     assert sorted(order) == list(range(50))
     assert shuffled_array(seed, np.arange(50), 50).tolist() == order
+
     Mixture([5, 7], sampling_rates([5, 7], [1.0, 1.0]), seed).at(3)
     images_BHWC = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     (version,) = varied(images_BHWC, "ab", AugmentConfig(versions=1), seed)
     assert not np.array_equal(version, images_BHWC)
+
     assert stream(seed=seed).next().ids_BT.shape == stream(seed=0).next().ids_BT.shape
 
 
@@ -89,10 +90,12 @@ def test_retrieval_takes_any_seed(tmp_path: Path, seed: int) -> None:
     settings = from_mapping(index.IndexConfig, SMALL_IVF, "index")
     folder = tmp_path / "index"
     folder.mkdir()
+
     index.train(vectors, folder, settings, seed)
     for number in range(vectors.count):
         index.add_shard(vectors, number, folder)
     index.merge(vectors, folder, settings, seed)
+
     LexicalEncoder().encode_images(np.zeros((1, 32, 32, 3), np.uint8), dropout=0.5, seed=seed)
 
 

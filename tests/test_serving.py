@@ -1,4 +1,4 @@
-"""Weights in fewer bits, and shared by ranks: the same answers, or as close as is said."""
+"""Weights kept in fewer bits, and weights that ranks share: what may differ, and by how much."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.stack
 
 
 def wide() -> Transformer:
+    """Build a small model whose large head weights give distributions that are far from uniform."""
     torch.manual_seed(0)
     module = Transformer(
         Transformer.Config(layers=3, width=128, head_size=32, seq_len=96, init_std=0.08),
@@ -39,30 +40,39 @@ def test_bf16_weights_give_the_same_answers() -> None:
         first = generate(module, asked, decoder, vocab=VOCAB, seeds=range(8))
         keep_weights(module, "bf16")
         again = generate(module, asked, decoder, vocab=VOCAB, seeds=range(8))
+
     assert [one.tolist() for one in first] == [one.tolist() for one in again]
 
 
 @torch.inference_mode()
 def stored(tensor: Any) -> int:
     """Bytes of a tensor, or of the tensors that it is made of."""
-    parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    return sum(stored(getattr(tensor, part)) for part in parts) if parts else tensor.nbytes
+    parts = ()
+    if hasattr(tensor, "__tensor_flatten__"):
+        parts = tensor.__tensor_flatten__()[0]
+    if not parts:
+        return tensor.nbytes
+    return sum(stored(getattr(tensor, part)) for part in parts)
 
 
 def test_int8_weights_are_close_and_small() -> None:
-    """Each weight is off by half a step of 1/127 of its output's largest at most."""
+    """A weight is off by half a step at most: a step is 1/127 of the output's largest weight."""
     pytest.importorskip("torchao")
     module, small = wide(), wide()
     keep_weights(small, "int8")
+
     for name, layer in small.blocks[1].named_children():
         weight_OI = getattr(module.blocks[1], name).weight
         step_O1 = weight_OI.abs().amax(1, keepdim=True) / 127
         error_OI = (layer.weight.dequantize().float() - weight_OI).abs()
-        rounding_OI = 4 * 2**-8 * weight_OI.abs()  # bf16's: of weight, scale, quotient and product
+        # bf16 rounds four times: the weight, the scale, their quotient and their product.
+        rounding_OI = 4 * 2**-8 * weight_OI.abs()
         assert (error_OI <= 0.5 * step_O1 + rounding_OI).all(), name
         assert stored(layer.weight) < 0.3 * weight_OI.nbytes
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected_BTV, found_BTV = (each(IDS_BT).float().log_softmax(-1) for each in (module, small))
+        expected_BTV = module(IDS_BT).float().log_softmax(-1)
+        found_BTV = small(IDS_BT).float().log_softmax(-1)
     divergence_BT = (expected_BTV.exp() * (expected_BTV - found_BTV)).sum(-1)
     assert 0 < divergence_BT.mean() < 0.01  # nats
 

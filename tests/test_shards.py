@@ -1,4 +1,7 @@
-"""Shards: written whole or not at all, checksummed, memory-mapped; and token shards, checked as they are read."""
+"""Shards: written whole or not at all, with checksums, and mapped into memory instead of read.
+
+Token shards are checked document by document as they are read: damage is found, never trained on.
+"""
 
 from __future__ import annotations
 
@@ -62,32 +65,28 @@ documents = st.lists(st.builds(TokenDocument, st.text(max_size=5), segments), ma
 
 
 def same(a: TokenDocument, b: TokenDocument) -> bool:
-    return (
-        a.id == b.id
-        and a.label == b.label
-        and [s.modality for s in a.segments] == [s.modality for s in b.segments]
-        and all(
-            np.array_equal(x.ids_T, y.ids_T) for x, y in zip(a.segments, b.segments, strict=True)
-        )
-    )
+    """Whether two documents have the same id, label, and ids in segments of the same kinds."""
+    if (a.id, a.label, len(a.segments)) != (b.id, b.label, len(b.segments)):
+        return False
+    for x, y in zip(a.segments, b.segments, strict=True):
+        if x.modality != y.modality or not np.array_equal(x.ids_T, y.ids_T):
+            return False
+    return True
 
 
 def some(count: int, seed: int = 0) -> list[TokenDocument]:
-    """Captions and images as ids."""
+    """Documents of a random caption and a random image, as ids."""
     rng = np.random.default_rng(seed)
-    return [
-        TokenDocument(
-            f"{seed}/{number}",
-            (
-                TokenSegment("text", rng.integers(4, 300, rng.integers(1, 9))),
-                TokenSegment("image", rng.integers(300, 364, 16)),
-            ),
-        )
-        for number in range(count)
-    ]
+    documents = []
+    for number in range(count):
+        caption = TokenSegment("text", rng.integers(4, 300, rng.integers(1, 9)))
+        image = TokenSegment("image", rng.integers(300, 364, 16))
+        documents.append(TokenDocument(f"{seed}/{number}", (caption, image)))
+    return documents
 
 
 def write(folder: Path, *shards: list[TokenDocument], tokenizers: Tokenizers = SMALL) -> Path:
+    """Make a finished folder of token shards, one for each list of documents."""
     write_plan(folder, {"tokenizers": asdict(tokenizers)})
     for number, shard in enumerate(shards):
         write_token_shard(shard_path(folder, number, len(shards)), shard, tokenizers)
@@ -95,27 +94,33 @@ def write(folder: Path, *shards: list[TokenDocument], tokenizers: Tokenizers = S
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ token shards
+# ------------------------------------------------------------------------------------- token shards
 
 
 @given(st.lists(documents, min_size=1, max_size=3), st.sampled_from([SMALL, LARGE]))
 @settings(max_examples=60, deadline=None)
 def test_any_documents_come_back(shards: list[list[TokenDocument]], tokenizers: Tokenizers) -> None:
+    written = [document for shard in shards for document in shard]
     with tempfile.TemporaryDirectory() as place:
-        read = TokenShards(
-            write(Path(place) / "tokens", *shards, tokenizers=tokenizers), tokenizers
-        )
-        written = [document for shard in shards for document in shard]
+        folder = write(Path(place) / "tokens", *shards, tokenizers=tokenizers)
+        read = TokenShards(folder, tokenizers)
         assert len(read) == len(written)
         assert read.rows.tolist() == [len(shard) for shard in shards]
         assert all(same(a, b) for a, b in zip(read, written, strict=True))
+
         assert read.tokens == sum(len(s.ids_T) for document in written for s in document.segments)
-        lengths = [
-            sum(len(s.ids_T) for s in d.segments) + max(0, len(d.segments) - 1) for d in written
-        ]
+
+        # Packed, the segments of a document are parted by a token each.
+        lengths = []
+        for document in written:
+            parting = max(0, len(document.segments) - 1)
+            lengths.append(sum(len(s.ids_T) for s in document.segments) + parting)
         assert read.longest == max(lengths, default=0)
+
+        # Counts may be asked for in any order, here twice for each document.
         numbers = np.random.default_rng(0).permutation(2 * len(written)) // 2
         assert read.token_counts(numbers).tolist() == [lengths[number] for number in numbers]
+
         for outside in (-1, len(written)):
             with pytest.raises(IndexError):
                 read.document(outside)
@@ -124,15 +129,19 @@ def test_any_documents_come_back(shards: list[list[TokenDocument]], tokenizers: 
 
 
 def labelled(folder: Path) -> tuple[Path, list[TokenDocument], list[np.ndarray]]:
-    """A folder of two shards whose documents have labels and three varied versions of their images."""
-    documents = [
-        replace(document, label=number % 3 if number else None)
-        for number, document in enumerate(some(5))
-    ]
+    """A folder of two shards; its documents have labels and three varied versions of their images.
+
+    The first document has no label; the last one has neither a label nor an image to vary.
+    """
+    documents = some(5)
+    for number in range(1, 5):
+        documents[number] = replace(documents[number], label=number % 3)
     documents.append(TokenDocument("words", documents[0].segments[:1]))
+
     rng = np.random.default_rng(1)
     varied = [rng.integers(300, 364, (3, 16)) for _ in documents[:-1]]
     varied.append(np.zeros((3, 0), np.int64))
+
     write_plan(folder, {"tokenizers": asdict(SMALL), "versions": 3})
     for number, rows in enumerate((slice(0, 4), slice(4, 6))):
         path = shard_path(folder, number, 2)
@@ -148,6 +157,7 @@ def test_labels_and_varied_versions_come_back(tmp_path: Path) -> None:
     assert [document.label for document in read] == [None, 1, 2, 0, 1, None]
     assert read.labels(np.array([3, 0, 1, 5])).tolist() == [0, -1, 1, -1]
     assert all(same(a, b) for a, b in zip(read, documents, strict=True))
+
     for number, (document, ids_VN) in enumerate(zip(documents, varied, strict=True)):
         for version in range(1, 4):
             text, *images = read.document(number, version).segments
@@ -160,7 +170,11 @@ def test_each_version_is_drawn_equally_often(tmp_path: Path) -> None:
     read, rng = TokenShards(folder), np.random.default_rng(0)
     versions = [documents[1].segments[1].ids_T, *varied[1]]
     drawn = [read.drawn(1, rng).segments[1].ids_T for _ in range(400)]
-    counts = [sum(np.array_equal(ids_T, version) for ids_T in drawn) for version in versions]
+    counts = []
+    for version in versions:
+        counts.append(sum(np.array_equal(ids_T, version) for ids_T in drawn))
+
+    # Of 400 draws from four versions, 100 each are expected: 60 is 4.6 standard deviations less.
     assert sum(counts) == 400
     assert min(counts) > 60
 
@@ -201,6 +215,8 @@ def test_counting_tokens_reads_no_ids(tmp_path: Path) -> None:
     folder = write(tmp_path, some(3))
     path = shard_path(folder, 0, 1)
     counts = TokenShards(folder).token_counts(np.arange(3))
+
+    # Damage to an id is nothing that counting could see: the ids are not looked at.
     batch, content = layout(path)
     at = position(batch["ids"].values.buffers()[1], content)
     with flipped(path, 8 * at):
@@ -225,6 +241,7 @@ def test_an_unfinished_folder_is_one_sentence(tmp_path: Path) -> None:
     write_token_shard(shard_path(tmp_path, 0, 2), some(3), SMALL)
     with pytest.raises(UserError, match=r"is no finished folder of shards: index\.json is missing"):
         TokenShards(tmp_path)
+
     with pytest.raises(
         DamagedShard, match=r"shard-00001-of-00002\.arrow is missing; make the shard again"
     ):
@@ -242,20 +259,25 @@ def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "most_open", lambda: 3)
     shards = [some(2, seed) for seed in range(8)]
     read = TokenShards(write(tmp_path / "tokens", *shards))
-    for place in np.random.default_rng(0).integers(0, 16, 200).tolist():
-        assert same(read.document(place), shards[place // 2][place % 2])
+    for row in np.random.default_rng(0).integers(0, 16, 200).tolist():
+        assert same(read.document(row), shards[row // 2][row % 2])
         assert len(read._shards._open) <= 3
 
 
 def test_shards_that_stay_mapped_are_opened_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows in any order open 8 shards 8 times if there are maps for 8, and nearly each time if there are for 3."""
+    """Rows in any order open 8 shards 8 times if 8 may stay mapped, and each time if only 3 may."""
     folder = write(tmp_path / "tokens", *(some(2, seed) for seed in range(8)))
     opened = []
-    monkeypatch.setattr(
-        module, "open_shard", lambda path, **k: opened.append(path) or open_shard(path, **k)
-    )
+
+    def open_and_count(path: Path, **options: Any) -> Any:
+        opened.append(path)
+        return open_shard(path, **options)
+
+    monkeypatch.setattr(module, "open_shard", open_and_count)
+
+    # One row of each shard after the other, ten times.
     rows = np.tile(np.arange(0, 16, 2), 10)
     for most, expected in ((8, 8), (3, 80)):
         monkeypatch.setattr(module, "most_open", lambda most=most: most)
@@ -263,6 +285,7 @@ def test_shards_that_stay_mapped_are_opened_once(
         read = TokenShards(folder)
         for row in rows.tolist():
             read.document(row)
+
         assert len(opened) == expected
         assert read._shards.all_stay_mapped == (most == 8)
 
@@ -289,17 +312,16 @@ def test_splits_have_their_shares() -> None:
     ids = [f"document {number}" for number in range(20_000)]
     splits = [split_of_key(id_, validation=0.1, held_out=0.2) for id_ in ids]
     for split, share in (("train", 0.7), ("validation", 0.1), ("held_out", 0.2)):
-        assert (
-            abs(splits.count(split) / len(ids) - share)
-            < 4 * (share * (1 - share) / len(ids)) ** 0.5
-        )  # type: ignore[arg-type]
+        # Four standard deviations of a share that is counted in this many draws.
+        tolerance = 4 * (share * (1 - share) / len(ids)) ** 0.5
+        assert abs(splits.count(split) / len(ids) - share) < tolerance  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def damage_found(act: Callable[[], None], path: Path) -> bool:
-    """Whether something raises DamagedShard, naming the file; anything else it raises is passed on."""
+    """Whether `act` raises DamagedShard and names the file; what else it raises is passed on."""
     try:
         act()
     except DamagedShard as error:
@@ -309,6 +331,14 @@ def damage_found(act: Callable[[], None], path: Path) -> bool:
     return False
 
 
+def buffers_of(batch: pa.RecordBatch) -> list[pa.Buffer]:
+    """All buffers of a batch's columns; a column without nulls has no bitmap of them."""
+    buffers = []
+    for column in batch.columns:
+        buffers += [buffer for buffer in column.buffers() if buffer is not None]
+    return buffers
+
+
 def layout(path: Path) -> tuple[pa.RecordBatch, pa.Buffer]:
     """The batch of a shard, and the bytes of the file, which the batch's buffers are views of."""
     content = pa.py_buffer(path.read_bytes())
@@ -316,13 +346,13 @@ def layout(path: Path) -> tuple[pa.RecordBatch, pa.Buffer]:
 
 
 def position(buffer: pa.Buffer, content: pa.Buffer) -> int:
-    """Where a buffer begins in the file."""
+    """The offset of a buffer in the file, in bytes."""
     return int(buffer.address - content.address)
 
 
 @contextmanager
 def flipped(path: Path, bit: int) -> Iterator[None]:
-    """The file with one bit changed; it is as it was afterwards."""
+    """Change one bit of the file until the block ends."""
     with path.open("r+b", buffering=0) as file:
 
         def flip() -> None:
@@ -337,7 +367,7 @@ def flipped(path: Path, bit: int) -> Iterator[None]:
 
 
 def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    """Nothing is ever read that was not written: by the whole shard's checksum, and by each document's."""
+    """What was not written is never read: the checksums of shard and documents prevent it."""
     written = [replace(document, label=number) for number, document in enumerate(some(40))]
     varied = [np.full((2, 16), 300 + number) for number in range(40)]
     folder = tmp_path / "tokens"
@@ -354,20 +384,22 @@ def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
 
     batch, content = layout(path)
     is_value, is_read = np.zeros((2, content.size), bool)
-    image_at = batch["image"].buffers()[
-        1
-    ]  # where the lists of `image` begin, of which `lengths` has the same
-    for buffer in (
-        buffer for column in batch.columns for buffer in column.buffers() if buffer is not None
-    ):
+
+    # Where the lists of `image` begin is not read: `lengths`, which is, says the same.
+    image_at = batch["image"].buffers()[1]
+    for buffer in buffers_of(batch):
         begin = position(buffer, content)
         is_value[begin : begin + buffer.size] = True
         is_read[begin : begin + buffer.size] = buffer.address != image_at.address
+
     bits = np.random.default_rng(0).choice(content.size * 8, 800, replace=False)
     found = np.zeros((2, len(bits)), bool)
     for number, bit in enumerate(bits.tolist()):
         with flipped(path, bit):
             found[:, number] = damage_found(read_shard, path), damage_found(read_documents, path)
+
+    # The shard's checksum finds every bit of a value, a document's those that it is read from;
+    # and nothing that a document's checksum finds escapes the shard's.
     assert is_read[bits // 8].sum() > 300
     assert found[0, is_value[bits // 8]].all()
     assert found[1, is_read[bits // 8]].all()
@@ -375,24 +407,22 @@ def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_of_the_layout_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    """Where the buffers lie, and how long they are, stands in the batch's head: by the documents' checksums alone."""
+    """The batch's head says where the buffers lie; checksums of documents find its bits alone."""
     written = some(3)
     path = tmp_path / "a.arrow"
     write_token_shard(path, written, SMALL)
 
     def read() -> None:
-        assert all(
-            map(same, map(TokenShard(open_shard(path, verify=False)).document, range(3)), written)
-        )
+        shard = TokenShard(open_shard(path, verify=False))
+        assert all(map(same, map(shard.document, range(3)), written))
 
+    # The head lies behind the magic bytes, the schema's length and the schema, and ends where the
+    # first buffer begins.
     batch, content = layout(path)
-    begin = (
-        8 + 8 + int(np.frombuffer(content, np.int32, 1, 12)[0])
-    )  # after the magic, and the schema and its length
-    end = min(
-        position(b, content) for column in batch.columns for b in column.buffers() if b is not None
-    )
+    begin = 8 + 8 + int(np.frombuffer(content, np.int32, 1, 12)[0])
+    end = min(position(buffer, content) for buffer in buffers_of(batch))
     assert 200 < end - begin < 1000
+
     found = 0
     for bit in range(8 * begin, 8 * end):
         with flipped(path, bit):
@@ -414,6 +444,8 @@ def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(DamagedShard, match="is no readable shard"):
             open_shard(path)
+
+    # A file of Arrow that was not written as a shard.
     plain = tmp_path / "plain.arrow"
     with (
         pa.OSFile(str(plain), "wb") as file,
@@ -422,6 +454,8 @@ def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
         writer.write_batch(pa.record_batch({"a": [1, 2]}))
     with pytest.raises(DamagedShard, match="is no readable shard"):
         open_shard(plain)
+
+    # The same without a batch.
     with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int64())])):
         pass
     with pytest.raises(
@@ -431,7 +465,7 @@ def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_a_header_that_somebody_changed_is_named(tmp_path: Path) -> None:
-    """Even one that the checksums, made anew by their definition, agree with."""
+    """A changed header is checked even where its checksums were computed anew."""
     path = tmp_path / "a.arrow"
     batch = pa.record_batch({"a": pa.array([1, 2])})
     for header, columns, sentence in (
@@ -439,6 +473,7 @@ def test_a_header_that_somebody_changed_is_named(tmp_path: Path) -> None:
         ("no json", [["a", "int64"]], "is no readable shard"),
         ("{}", [["a", "uint64"]], "is damaged: its checksum does not match"),
     ):
+        # The frame's checksum is over header, columns and rows; the other over frame and values.
         frame = hashlib.sha256(json.dumps([header, columns, 2]).encode()).hexdigest()
         values = hashlib.sha256(frame.encode() + bytes(batch["a"].buffers()[1])).hexdigest()
         metadata = {
@@ -446,9 +481,11 @@ def test_a_header_that_somebody_changed_is_named(tmp_path: Path) -> None:
             "cm3leon.frame_sha256": frame,
             "cm3leon.sha256": values,
         }
+
         schema = batch.schema.with_metadata(metadata)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(batch.replace_schema_metadata(metadata))
+
         if sentence is None:
             assert open_shard(path).header == json.loads(header)
         else:
@@ -457,9 +494,11 @@ def test_a_header_that_somebody_changed_is_named(tmp_path: Path) -> None:
 
 
 def test_what_the_system_refuses_is_not_called_damage(tmp_path: Path) -> None:
-    """The file is whole: the sentence must not ask for it to be deleted."""
+    """The file is whole, though it cannot be opened: no message may ask for it to be deleted."""
     path = tmp_path / "a.arrow"
     write_shard(path, columns(), {})
+
+    # With a limit of 3, only standard input, output and errors may be open.
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
@@ -467,6 +506,7 @@ def test_what_the_system_refuses_is_not_called_damage(tmp_path: Path) -> None:
             open_shard(path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
     assert len(open_shard(path)) == 30
 
 
@@ -495,10 +535,11 @@ def test_a_shard_of_another_folder_is_named(tmp_path: Path) -> None:
             TokenShards(folder).document(7)
 
 
-# ------------------------------------------------------------------------------------------------ the container
+# ------------------------------------------------------------------------------------ the container
 
 
 def columns(seed: int = 0, rows: int = 30) -> dict[str, pa.Array]:
+    """Columns of every kind that shards are made of, with random values."""
     rng = np.random.default_rng(seed)
     return {
         "number": pa.array(rng.integers(0, 9, rows)),
@@ -516,14 +557,15 @@ def test_columns_of_every_kind(rows: int, tmp_path: Path) -> None:
     write_shard(tmp_path / "a.arrow", written, {"made by": "test"})
     shard = open_shard(tmp_path / "a.arrow")
     assert (len(shard), shard.header) == (rows, {"made by": "test"})
+
     assert np.array_equal(shard.numbers("number"), written["number"].to_numpy())
     assert np.array_equal(
         shard.numbers("vector"), np.array(written["vector"].to_pylist()).reshape(rows, 3)
     )
+
     values, ends = shard.lists("list")
-    assert [values[a:b].tolist() for a, b in itertools.pairwise(ends)] == written[
-        "list"
-    ].to_pylist()
+    lists = [values[begin:end].tolist() for begin, end in itertools.pairwise(ends)]
+    assert lists == written["list"].to_pylist()
     assert shard.strings("name") == written["name"].to_pylist()
 
 
@@ -583,6 +625,7 @@ def test_rows_here_and_there_are_read_without_what_is_around_them(tmp_path: Path
     write_shard(path, {"x": pa.array(np.arange(5))}, {})
     finish(tmp_path, 1)
     folder = ShardFolder(tmp_path, lambda shard: shard.numbers("x"), verify=True, scattered=True)
+
     here_and_there = folder.shard(0)
     assert flags() == [True]
     whole = folder.whole(0)
@@ -599,10 +642,8 @@ def test_numbers_are_views_of_the_file_and_cannot_be_written(tmp_path: Path) -> 
 
 
 def test_the_same_content_makes_the_same_file(tmp_path: Path) -> None:
-    for name in "ab":
-        write_shard(
-            tmp_path / name, columns(), {"b": 1, "a": 2} if name == "a" else {"a": 2, "b": 1}
-        )
+    for name, header in (("a", {"b": 1, "a": 2}), ("b", {"a": 2, "b": 1})):
+        write_shard(tmp_path / name, columns(), header)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -637,6 +678,13 @@ print(made, flush=True)
 
 
 def writer(folder: Path, how: str, **options: Any) -> subprocess.Popen[str]:
+    """Start a process that makes a folder of four shards.
+
+    Args:
+        how: "fast"; "slow", which waits before it gives a shard its name; or "both", which waits
+            until another process has written the shard too.
+        options: of `subprocess.Popen`.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder), how],
         stdout=subprocess.PIPE,
@@ -656,25 +704,27 @@ def test_a_killed_writer_leaves_no_shard_and_the_next_one_makes_what_is_missing(
 ) -> None:
     for number in (0, 2):
         write_shard(shard_path(tmp_path, number, 4), {"x": pa.array([number])}, {})
+
     process = writer(tmp_path, "slow")
     assert process.stdout is not None
     while process.stdout.readline().strip() != "written":
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
     assert visible(tmp_path) == [
         "plan.json",
         "shard-00000-of-00004.arrow",
         "shard-00002-of-00004.arrow",
     ]
     assert [file for file in tmp_path.iterdir() if file.name.endswith(".partial")]
+
+    # The next writer makes what is missing, and clears away what the killed one left.
     said, errors = writer(tmp_path, "fast").communicate(timeout=60)
     assert said.strip() == "[1, 3]", errors
     assert len(open_shard(shard_path(tmp_path, 1, 4))) == 200_000
     assert len(open_shard(shard_path(tmp_path, 2, 4))) == 1
-    assert not [
-        file for file in tmp_path.iterdir() if file.name.endswith(".partial")
-    ]  # the dead one's is gone
+    assert not [file for file in tmp_path.iterdir() if file.name.endswith(".partial")]
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
@@ -720,12 +770,14 @@ def test_two_writers_of_one_folder_make_the_same_as_one(tmp_path: Path) -> None:
     finally:
         for process in both:
             process.kill()
+
     assert [said.strip() for said, _ in results] == ["[0, 1, 2, 3]"] * 2, results
     assert writer(tmp_path / "one", "fast").communicate(timeout=60)[0].strip() == "[0, 1, 2, 3]"
+
     assert visible(tmp_path / "both") == visible(tmp_path / "one")
     for name in visible(tmp_path / "one"):
         assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert len(list((tmp_path / "both").iterdir())) == 5  # and nothing else
+    assert len(list((tmp_path / "both").iterdir())) == 5  # the plan and four shards
 
 
 def test_a_folder_belongs_to_its_first_plan(tmp_path: Path) -> None:
@@ -734,11 +786,13 @@ def test_a_folder_belongs_to_its_first_plan(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
         write_plan(tmp_path, {"tokenizers": {"text": "b"}, "parts": 3})
     assert str(refusal.value) == (
-        f'{tmp_path} was begun with another tokenizers: {{"text": "a"}} instead of {{"text": "b"}}; '
+        f"{tmp_path} was begun with another tokenizers: "
+        '{"text": "a"} instead of {"text": "b"}; '
         "choose another folder, or delete this one"
     )
     assert read_plan(tmp_path) == {"tokenizers": {"text": "a"}, "parts": 3}
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
     with pytest.raises(
         UserError, match=r"holds no shards: its plan\.json is missing or unreadable"
     ):
@@ -752,69 +806,61 @@ def test_workers_make_every_missing_shard_once(count: int, workers: int, there: 
         folder = Path(place)
         for number in there & set(range(count)):
             shard_path(folder, number, count).touch()
+
         made: list[int] = []
         seen = []
         for k in range(workers):
             for number, new in make_missing(folder, count, made.append, part=(k, workers)):
                 seen.append(number)
                 assert new == (number not in there)
+
         assert sorted(seen) == list(range(count))
         assert sorted(made) == sorted(set(range(count)) - there)
 
 
 def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path) -> None:
+    # The file's name has the number of the process that writes it, here this one's.
     path = shard_path(tmp_path, 0, 1)
     mine = module.partial_name(path)
+
+    # A process that has ended leaves a shard and a plan behind.
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     )
     of_the_dead = mine.with_name(mine.name.replace(f"-{os.getpid()}.", f"-{dead.stdout.strip()}."))
+    plan_of_the_dead = of_the_dead.with_name(of_the_dead.name.replace(path.name, "plan.json"))
+
+    # Whether a process of another machine lives is not known: its file stays for a day.
     elsewhere = tmp_path / f".{path.name}.otherhost-1.partial"
     old = tmp_path / f".{path.name}.otherhost-2.partial"
-    plan_of_the_dead = of_the_dead.with_name(of_the_dead.name.replace(path.name, "plan.json"))
     gone_meanwhile = tmp_path / f".{path.name}.otherhost-3.partial"
     for file in (mine, of_the_dead, elsewhere, old, plan_of_the_dead):
         file.touch()
-    gone_meanwhile.symlink_to(
-        "nowhere"
-    )  # like a file that its writer renames after the folder was listed
     os.utime(old, (0, time.time() - 3 * 86_400))
+
+    # A dangling link looks like a file that its writer renames after the folder was listed.
+    gone_meanwhile.symlink_to("nowhere")
+
     list(make_missing(tmp_path, 0, lambda number: None))
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
-        file.name for file in (mine, elsewhere, gone_meanwhile)
-    )
+    kept = (mine, elsewhere, gone_meanwhile)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in kept)
 
 
 def test_rows_of_all_shards_are_numbered_through(tmp_path: Path) -> None:
     for number, rows in enumerate((3, 0, 5)):
-        write_shard(
-            shard_path(tmp_path, number, 3), {"x": pa.array(np.arange(rows) + 10 * number)}, {}
-        )
+        numbers = pa.array(np.arange(rows) + 10 * number)
+        write_shard(shard_path(tmp_path, number, 3), {"x": numbers}, {})
     finish(tmp_path, 3, lambda shard: {"sum": int(shard.numbers("x").sum())})
     assert json.loads((tmp_path / "index.json").read_text()) == {
         "rows": [3, 0, 5],
         "sum": [3, 0, 110],
     }
+
+    # The second shard is empty: what follows row 2 is in the third one.
     folder = ShardFolder(tmp_path, lambda shard: shard.numbers("x"))
     assert len(folder) == 8
-    assert [folder.locate(row) for row in range(8)] == [
-        (0, 0),
-        (0, 1),
-        (0, 2),
-        (2, 0),
-        (2, 1),
-        (2, 2),
-        (2, 3),
-        (2, 4),
-    ]
+    located = [folder.locate(row) for row in range(8)]
+    assert located == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
     assert [folder.first(number) for number in range(3)] == [0, 3, 3]
-    assert [int(folder.shard(n)[r]) for n, r in map(folder.locate, range(8))] == [
-        0,
-        1,
-        2,
-        20,
-        21,
-        22,
-        23,
-        24,
-    ]
+    values = [int(folder.shard(number)[row]) for number, row in located]
+    assert values == [0, 1, 2, 20, 21, 22, 23, 24]

@@ -1,9 +1,9 @@
-"""What runs on the pinned stack for clusters as well: the marker `stack` is where it has to be.
+"""What is tested with the pinned versions for clusters as well: the marker `stack` is in its place.
 
 The versions of requirements/cluster.lock are older than those of a fresh installation: torch 2.9,
-transformers 4. A file of tests has the marker if it handles one of the packages that differ itself,
-by itself or through a helper of the tests, and each part of the method has a marked file. The rest of
-the tests would say there what they have said already.
+transformers 4. A test file has the marker if it uses one of the packages that differ, by itself or
+through a helper of the tests; and each part of the method has a marked file. With these versions,
+the rest of the tests would show nothing new.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIFFERENT = (
     "tokenizers",
     "huggingface_hub",
 )
-"""Packages beside torch whose versions differ, and of which more than tensors is used."""
+"""Packages whose versions differ, and of which more than tensors is used. Torch differs as well."""
 COMPUTING = (
     "tokenizers",
     "retrievers",
@@ -38,11 +38,12 @@ COMPUTING = (
     "decoders",
     "hub",
 )
+"""Parts of the package that compute with tensors."""
 MARKED = re.compile(r"^pytestmark = (\[\n\s*)?pytest\.mark\.stack\b", re.MULTILINE)
 
 
 def imports(file: Path) -> set[str]:
-    """Modules that a file imports anywhere, also where it skips without them."""
+    """Names of the modules that a file imports anywhere, also where it is skipped without them."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -56,7 +57,7 @@ def imports(file: Path) -> set[str]:
 
 
 def imports_of_test(file: Path) -> set[str]:
-    """Modules that a file of tests imports, by itself or through the helpers beside it."""
+    """Names of the modules that a test file imports, by itself or through helpers beside it."""
     found = imports(file)
     for helper in sorted(found):
         if (TESTS / f"{helper}.py").is_file():
@@ -68,6 +69,7 @@ FILES = {file.name: imports_of_test(file) for file in sorted(TESTS.glob("test_*.
 
 
 def marked(name: str) -> bool:
+    """Whether all tests of a file have the marker `stack`."""
     return MARKED.search((TESTS / name).read_text()) is not None
 
 
@@ -81,16 +83,14 @@ def test_a_file_that_handles_a_package_of_another_version_is_marked(name: str) -
 def test_every_part_that_computes_has_a_marked_file(part: str) -> None:
     assert list(PACKAGE.glob(f"{part}*"))
     prefix = f"cm3leon.{part}"
-    of_part = [
-        name
-        for name, found in FILES.items()
-        if any(each == prefix or each.startswith(f"{prefix}.") for each in found)
-    ]
+
+    def has_part(modules: set[str]) -> bool:
+        return any(each == prefix or each.startswith(f"{prefix}.") for each in modules)
+
+    of_part = [name for name, modules in FILES.items() if has_part(modules)]
     assert any(map(marked, of_part)), f"mark one of {of_part}"
 
 
 def test_a_whole_run_is_marked() -> None:
-    assert (
-        "pytest.mark.stack\ndef test_metrics_and_report_are_complete"
-        in (TESTS / "test_end_to_end.py").read_text()
-    )
+    tests = (TESTS / "test_end_to_end.py").read_text()
+    assert "pytest.mark.stack\ndef test_metrics_and_report_are_complete" in tests
