@@ -1,4 +1,8 @@
-"""Sources of documents: what each format gives, what is left out and why, resuming, sharing, remote paths."""
+"""Sources of documents: what each format gives, and what is left out and why.
+
+A source can be resumed at any item, its parts can be shared among workers, and its files may be
+remote ones.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ import tarfile
 import tempfile
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +45,6 @@ discover()
 WITHOUT_FILES = ("digits", "scenes", "scene_entities", "emoji", "emoji_edits")
 FILE_SOURCES = [name for name in CORPORA if name not in WITHOUT_FILES]
 
-
 IMAGE, OTHER = encoded(picture(1)), encoded(picture(2))
 
 
@@ -49,9 +52,14 @@ def build(name: str, **fields: Any) -> Source:
     return SOURCES.build({"name": name, **fields})
 
 
+def documents_of(source: Source) -> list[Document]:
+    """The documents of a source, without the items that were left out."""
+    return [item for item in source.documents() if isinstance(item, Document)]
+
+
 def good(source: Source) -> dict[str, str]:
     """The text of every document by its id."""
-    return {item.id: item.text for item in source.documents() if isinstance(item, Document)}
+    return {document.id: document.text for document in documents_of(source)}
 
 
 def bad(source: Source) -> list[tuple[str, str]]:
@@ -65,48 +73,67 @@ def the_bad(source: Source) -> tuple[str, str]:
     return only
 
 
-# ------------------------------------------------------------------------------------------------ every source
+def names_of(items: Iterable[Document | Skipped]) -> list[str]:
+    """The id of every document and the file of every item that was left out, in order."""
+    return [item.id if isinstance(item, Document) else item.file for item in items]
+
+
+def told_of(items: Iterable[Document | Skipped]) -> list[str | Skipped]:
+    """The id of every document, and all that is known of an item that was left out, in order."""
+    return [item.id if isinstance(item, Document) else item for item in items]
+
+
+def moved(settings: dict[str, Any], before: str, after: str) -> dict[str, Any]:
+    """The settings of a corpus that lies elsewhere: `before` in its paths becomes `after`."""
+    there = dict(settings)
+    for key, value in settings.items():
+        if isinstance(value, str):
+            there[key] = value.replace(before, after)
+    return there
+
+
+# ------------------------------------------------------------------------------------- every source
 
 
 @pytest.mark.parametrize("name", FILE_SOURCES)
 def test_a_part_is_read_on_from_every_item(name: str, tmp_path: Path) -> None:
-    def names(items: Iterable[Document | Skipped]) -> list[str]:
-        return [item.id if isinstance(item, Document) else item.file for item in items]
-
     settings = CORPORA[name](tmp_path)
     source, again = build(name, **settings), build(name, **settings)
-    parts = [names(source.read(part, 0)) for part in source.parts()]
-    assert [each for part in parts for each in part] == names(source.documents())
+    parts = [names_of(source.read(part, 0)) for part in source.parts()]
+    assert [each for part in parts for each in part] == names_of(source.documents())
+
     for part, ids in zip(again.parts(), parts, strict=True):
         for start in range(len(ids) + 1):
-            assert names(again.read(part, start)) == ids[start:]
+            assert names_of(again.read(part, start)) == ids[start:]
 
 
 @pytest.mark.parametrize("name", FILE_SOURCES)
 def test_the_fingerprint_tells_what_the_files_hold_and_not_where_they_lie(
     name: str, tmp_path: Path
 ) -> None:
-    """A corpus that is moved, or copied with other times, is the same; every changed byte makes another one."""
+    """A corpus that is moved, or copied with other times, is the same; one changed byte shows."""
+    first, second = tmp_path / "first", tmp_path / "elsewhere" / "second"
 
     def fingerprint(place: Path) -> str:
-        settings = {
-            key: value.replace(str(first), str(place)) if isinstance(value, str) else value
-            for key, value in written.items()
-        }
-        return build(name, **settings).fingerprint()
+        return build(name, **moved(written, str(first), str(place))).fingerprint()
 
-    first, second = tmp_path / "first", tmp_path / "elsewhere" / "second"
     first.mkdir()
     written = CORPORA[name](first)
     before = fingerprint(first)
+
     shutil.copytree(first, second, copy_function=shutil.copyfile)
     for file in second.rglob("*"):
         os.utime(file, ns=(1, 10**9))
     assert fingerprint(second) == before
-    for file in (file for file in sorted(second.rglob("*")) if file.is_file()):
-        content = file.read_bytes()
+
+    for file in sorted(second.rglob("*")):
+        if not file.is_file():
+            continue
         # Not within a word of JSON or a header, which would leave nothing to read.
-        place = len(content) - 3 if file.suffix in (".tar", ".parquet") else len(content) // 2
+        content = file.read_bytes()
+        place = len(content) // 2
+        if file.suffix in (".tar", ".parquet"):
+            place = len(content) - 3
         flipped = bytes([content[place] ^ 1])
         file.write_bytes(content[:place] + flipped + content[place + 1 :])
         os.utime(file, ns=(1, 10**9))
@@ -114,6 +141,7 @@ def test_the_fingerprint_tells_what_the_files_hold_and_not_where_they_lie(
             assert fingerprint(second) != before, file
         file.write_bytes(content)
     assert fingerprint(second) == before
+
     with (first / "another.txt").open("w") as other:
         other.write("not of the corpus, unless it is a folder of images")
     assert (fingerprint(first) == before) == (name != "folder")
@@ -124,11 +152,14 @@ def test_an_empty_folder_and_a_missing_path_are_sentences(name: str, tmp_path: P
     empty = tmp_path / "empty"
     empty.mkdir()
     more = {"images": str(empty)} if name == "coco" else {}
+
     with pytest.raises(UserError, match=r"^data\.path: .*/none "):
         build(name, path=str(tmp_path / "none"), **more)
+
     if name == "folder":
         assert list(build(name, path=str(empty)).documents()) == []
         return
+
     with pytest.raises(UserError, match=r"^data\.path: "):
         list(build(name, path=str(empty), **more).documents())
 
@@ -139,6 +170,8 @@ def test_globs_and_subfolders(name: str, tmp_path: Path) -> None:
         (tmp_path / sub).mkdir(exist_ok=True)
         CORPORA[name](tmp_path / sub)
     ending = {"text_jsonl": "jsonl", "webdataset": "tar", "parquet": "parquet"}[name]
+
+    # Each of the three folders has two files.
     whole = build(name, path=str(tmp_path))
     assert len(whole.parts()) == 6
     assert build(name, path=f"{tmp_path}/**/*.{ending}").parts() == whole.parts()
@@ -156,9 +189,7 @@ def test_remote_files_are_read_as_local_ones(name: str, tmp_path: Path) -> None:
         for file in tmp_path.rglob("*"):
             if file.is_file():
                 memory.pipe(f"{root}/{file.relative_to(tmp_path)}", file.read_bytes())
-        remote = {
-            key: value.replace(str(tmp_path), f"memory:/{root}") for key, value in settings.items()
-        }
+        remote = moved(settings, str(tmp_path), f"memory:/{root}")
         assert good(build(name, **remote)) == good(build(name, **settings))
         assert bad(build(name, **remote)) == bad(build(name, **settings)) == []
     finally:
@@ -171,15 +202,15 @@ def test_files_behind_links_are_found(tmp_path: Path) -> None:
     CORPORA["webdataset"](tmp_path / "store")
     (tmp_path / "corpus" / "a.tar").symlink_to(tmp_path / "store" / "00000.tar")
     (tmp_path / "corpus" / "gone.tar").symlink_to(tmp_path / "store" / "none.tar")
+
     for path in (tmp_path / "corpus", tmp_path / "corpus" / "*.tar", tmp_path / "corpus" / "a.tar"):
         source = build("webdataset", path=str(path))
         assert source.parts()[0] == "a.tar"
         assert len(good(source)) == 4
         if path.name != "a.tar":
             assert the_bad(source) == ("gone.tar", "a link to what is not there")
-        assert (
-            source.fingerprint() == build("webdataset", path=str(tmp_path / "corpus")).fingerprint()
-        )
+        whole = build("webdataset", path=str(tmp_path / "corpus"))
+        assert source.fingerprint() == whole.fingerprint()
 
 
 def test_an_unknown_file_system_is_one_sentence() -> None:
@@ -193,25 +224,34 @@ def test_every_file_is_closed(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     if name == "packed":
         for file in tmp_path.glob("*.jsonl"):
             file.write_bytes(gzip.compress(file.read_bytes()))
+
     opened: list[Any] = []
     open_ = Files._open
-    monkeypatch.setattr(
-        Files, "_open", lambda *given: (opened.append(open_(*given)), opened[-1])[1]
-    )
+
+    def open_and_keep(files: Files, *given: Any) -> Any:
+        opened.append(open_(files, *given))
+        return opened[-1]
+
+    monkeypatch.setattr(Files, "_open", open_and_keep)
     source = build(name.replace("packed", "text_jsonl"), **settings)
     assert len(good(source)) >= 4
+
+    # Also where a reader stops after its first item.
     for part in source.parts():
         reading = source.read(part)
         next(reading, None)
         reading.close()  # type: ignore[attr-defined]
+
     assert opened
     assert all(file.closed for file in opened)
 
 
 @pytest.mark.parametrize("name", FILE_SOURCES)
 def test_no_damage_is_fatal(name: str, tmp_path: Path) -> None:
-    """One file of a corpus damaged at random, with a fixed seed: it is read, left out in part or refused in a sentence;
-    from the middle as from the start."""
+    """A corpus with one damaged file is read, left out in part, or refused in a sentence.
+
+    From its middle on, it is read as it is from the start. The damage is random, with a fixed seed.
+    """
     rng = random.Random(0)
     settings = CORPORA[name](tmp_path)
     files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
@@ -222,36 +262,28 @@ def test_no_damage_is_fatal(name: str, tmp_path: Path) -> None:
         for _ in range(rng.randint(1, 6)):
             damaged[rng.randrange(len(damaged))] = rng.choice([0, 255, rng.randrange(256)])
         file.write_bytes(damaged[: rng.choice([len(damaged), rng.randrange(len(damaged))])])
+
         try:
             source = build(name, **settings)
             for part in source.parts():
-                whole = [
-                    item.id if isinstance(item, Document) else item for item in source.read(part)
-                ]
+                whole = told_of(source.read(part))
                 half = len(whole) // 2
-                rest = [
-                    item.id if isinstance(item, Document) else item
-                    for item in source.read(part, half)
-                ]
-                assert rest == whole[half:]
+                assert told_of(source.read(part, half)) == whole[half:]
         except UserError as error:
             assert str(error).startswith("data")  # noqa: PT017
+
         file.write_bytes(content)
 
 
-# ------------------------------------------------------------------------------------------------ images and captions
+# ------------------------------------------------------------------------------ images and captions
 
 
 def bomb() -> bytes:
     """A PNG whose header promises 50,000 x 50,000 pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     return (
@@ -263,6 +295,7 @@ def bomb() -> bytes:
 
 
 def animated() -> bytes:
+    """A WebP file of three frames."""
     frames = [Image.fromarray(picture(number)) for number in range(3)]
     file = io.BytesIO()
     frames[0].save(file, "webp", save_all=True, append_images=frames[1:], lossless=True)
@@ -270,12 +303,14 @@ def animated() -> bytes:
 
 
 def converted(mode: str, format_: str) -> bytes:
+    """The usual picture in another mode of colours."""
     file = io.BytesIO()
     Image.fromarray(picture()).convert(mode).save(file, format_)
     return file.getvalue()
 
 
 def sixteen_bits() -> bytes:
+    """A grey PNG of 16 bits, whose upper 8 are those of the usual picture."""
     file = io.BytesIO()
     Image.fromarray((picture()[..., 0].astype(np.uint16) << 8) + 7).save(file, "png")
     return file.getvalue()
@@ -291,6 +326,7 @@ USABLE = {
     "bmp": lambda: encoded(picture(), "bmp"),
     "tiff": lambda: encoded(picture(), "tiff"),
 }
+# How each file is made, and how the reason for leaving it out may begin.
 UNUSABLE = {
     "truncated": (
         lambda: encoded(picture(side=80), "jpeg")[:2500],
@@ -307,29 +343,30 @@ UNUSABLE = {
 def one_image(
     source: str, place: Path, content: bytes, caption: str | bytes = "a caption"
 ) -> Source:
-    """A corpus of a good document, one with that image and caption, and another good one."""
+    """A corpus of three documents: a good one, one with this image and caption, a good one."""
     contents = [encoded(picture(1)), content, encoded(picture(2))]
-    captions = [
-        text.encode() if isinstance(text, str) else text for text in ("first", caption, "last")
-    ]
+    captions = []
+    for text in ("first", caption, "last"):
+        captions.append(text.encode() if isinstance(text, str) else text)
+
     if source == "webdataset":
-        members = [
-            (f"{n}.{kind}", data[n])
-            for n in range(3)
-            for kind, data in (("jpg", contents), ("txt", captions))
-        ]
+        members = []
+        for n in range(3):
+            members += [(f"{n}.jpg", contents[n]), (f"{n}.txt", captions[n])]
         return build(source, path=str(write_tar(place / "a.tar", members)))
+
     if source == "parquet":
         text = pa.array(captions, pa.binary()).view(pa.string())
         pq.write_table(pa.table({"jpg": contents, "caption": text}), place / "a.parquet")
         return build(source, path=str(place))
+
     for n, (image, text) in enumerate(zip(contents, captions, strict=True)):
         (place / f"{n}.jpg").write_bytes(image)
         (place / f"{n}.txt").write_bytes(text)
     if source == "jsonl":
-        lines = [
-            b'{"image": "%d.jpg", "text": "%b"}' % (n, text) for n, text in enumerate(captions)
-        ]
+        lines = []
+        for n, text in enumerate(captions):
+            lines.append(b'{"image": "%d.jpg", "text": "%b"}' % (n, text))
         (place / "a.jsonl").write_bytes(b"\n".join(lines))
     return build(source, path=str(place))
 
@@ -340,12 +377,10 @@ IMAGE_SOURCES = ["folder", "jsonl", "webdataset", "parquet"]
 @pytest.mark.parametrize("source", IMAGE_SOURCES)
 @pytest.mark.parametrize("kind", USABLE)
 def test_images_of_every_mode_are_used(source: str, kind: str, tmp_path: Path) -> None:
-    documents = [item for item in one_image(source, tmp_path, USABLE[kind]()).documents()]
-    assert [item.text for item in documents if isinstance(item, Document)] == [
-        "first",
-        "a caption",
-        "last",
-    ]
+    documents = list(one_image(source, tmp_path, USABLE[kind]()).documents())
+    texts = [item.text for item in documents if isinstance(item, Document)]
+    assert texts == ["first", "a caption", "last"]
+
     image = documents[1].image  # type: ignore[union-attr]
     assert image is not None
     assert (image.shape, image.dtype) == ((12, 12, 3), np.uint8)
@@ -362,6 +397,7 @@ def test_unusable_images_are_left_out_and_nothing_else(
 ) -> None:
     content, reason = UNUSABLE[kind]
     corpus = one_image(source, tmp_path, content())
+
     assert list(good(corpus).values()) == ["first", "last"]
     _, told = the_bad(corpus)
     assert any(told.startswith(start) for start in reason.split("|")), told
@@ -384,29 +420,27 @@ def test_captions_of_no_use_are_left_out_with_their_images(
     source: str, caption: str | bytes, reason: str, tmp_path: Path
 ) -> None:
     corpus = one_image(source, tmp_path, encoded(picture()), caption)
+
     assert list(good(corpus).values()) == ["first", "last"]
     _, told = the_bad(corpus)
     assert any(part in told for part in reason.split("|")), told
 
 
-# ------------------------------------------------------------------------------------------------ jsonl
+# -------------------------------------------------------------------------------------------- jsonl
 
 
 def test_lines_become_documents_of_their_segments(tmp_path: Path) -> None:
     source = build("jsonl", **CORPORA["jsonl"](tmp_path))
-    documents = {item.id: item for item in source.documents() if isinstance(item, Document)}
+    documents = {document.id: document for document in documents_of(source)}
     assert [type(s) for s in documents["a.jsonl/0"].segments] == [TextSegment, ImageSegment]
     assert [type(s) for s in documents["b.jsonl/1"].segments] == [TextSegment]
     assert [type(s) for s in documents["b.jsonl/2"].segments] == [ImageSegment]
+
     page = documents["b.jsonl/3"].segments
-    assert [s.text if isinstance(s, TextSegment) else "image" for s in page] == [
-        "before",
-        "image",
-        "between",
-        "image",
-    ]
-    for place, number in ((1, 4), (3, 5)):
-        assert np.array_equal(page[place].pixels_HWC, picture(number))  # type: ignore[union-attr]
+    texts = [s.text if isinstance(s, TextSegment) else "image" for s in page]
+    assert texts == ["before", "image", "between", "image"]
+    for index, number in ((1, 4), (3, 5)):
+        assert np.array_equal(page[index].pixels_HWC, picture(number))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -449,6 +483,7 @@ def test_lines_of_no_use_are_named(line: str, reason: str, tmp_path: Path) -> No
     lines = ['{"id": "1", "text": "first"}', line, "", '{"text": "last"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "circle.png").symlink_to("circle.png")
+
     source = build("jsonl", path=str(tmp_path))
     assert good(source) == {"a.jsonl/1": "first", "a.jsonl/4": "last"}
     file, told = the_bad(source)
@@ -463,6 +498,7 @@ def test_a_missing_key_may_be_null_and_a_byte_order_mark_is_no_text(tmp_path: Pa
     write_lines(tmp_path / "a.jsonl", lines)
     (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + (tmp_path / "a.jsonl").read_bytes())
     assert good(build("jsonl", path=str(tmp_path))) == {"a.jsonl/1": "words", "a.jsonl/2": "before"}
+
     for source in ("folder", "webdataset"):
         place = tmp_path / source
         place.mkdir()
@@ -471,7 +507,7 @@ def test_a_missing_key_may_be_null_and_a_byte_order_mark_is_no_text(tmp_path: Pa
 
 
 def test_images_relative_to_another_folder(tmp_path: Path) -> None:
-    """That folder is the border then."""
+    """With a folder of images given, paths begin there, and must not lead out of it."""
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(encoded(picture()))
     write_lines(tmp_path / "a.jsonl", [{"image": "a.png"}, {"image": "../a.jsonl"}])
@@ -481,11 +517,10 @@ def test_images_relative_to_another_folder(tmp_path: Path) -> None:
 
 
 def one_line(place: Path, line: dict[str, Any], **settings: Any) -> Document | Skipped:
-    """The item that a line of JSON makes, beside an image a.png."""
+    """The item that a line of JSON makes, in a folder with the image a.png."""
     (place / "a.png").write_bytes(IMAGE)
-    (item,) = build(
-        "jsonl", path=str(write_lines(place / "a.jsonl", [line])), **settings
-    ).documents()
+    write_lines(place / "a.jsonl", [line])
+    (item,) = build("jsonl", path=str(place / "a.jsonl"), **settings).documents()
     return item
 
 
@@ -613,9 +648,11 @@ def test_half_of_a_pair_is_never_read_without_a_word(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_line_that_is_too_long_is_not_held(packed: bool, tmp_path: Path) -> None:
-    lines = b'{"text": "first"}\n{"text": "' + b"x" * 5000 + b'"}\n{"text": "last"}'
-    name = "a.jsonl.gz" if packed else "a.jsonl"
-    (tmp_path / name).write_bytes(gzip.compress(lines) if packed else lines)
+    content = b'{"text": "first"}\n{"text": "' + b"x" * 5000 + b'"}\n{"text": "last"}'
+    name = "a.jsonl"
+    if packed:
+        name, content = "a.jsonl.gz", gzip.compress(content)
+    (tmp_path / name).write_bytes(content)
     source = build("text_jsonl", path=str(tmp_path), max_file_bytes=1000)
     assert list(good(source).values()) == ["first", "last"]
     assert the_bad(source) == (f"{name}:2", "the line is longer than 1000 bytes")
@@ -625,6 +662,8 @@ def test_a_packed_file_that_is_cut_keeps_what_is_there(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = "".join(json.dumps({"text": rng.bytes(300).hex()}) + "\n" for _ in range(400))
     packed = gzip.compress(lines.encode())
+
+    # Random lines do not pack well: half of the file holds about half of them.
     (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     source = build("text_jsonl", path=str(tmp_path))
     assert 50 < len(good(source)) < 350
@@ -648,7 +687,7 @@ def test_texts_from_another_field(tmp_path: Path) -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ webdataset
+# --------------------------------------------------------------------------------------- webdataset
 
 
 def test_tars_are_read_as_the_webdataset_library_reads_them(tmp_path: Path) -> None:
@@ -660,14 +699,11 @@ def test_tars_are_read_as_the_webdataset_library_reads_them(tmp_path: Path) -> N
             (f"sub/{number:05d}.txt", b"a %d" % number),
         ]
     write_tar(tmp_path / "00000.tar", members)
+
     theirs = list(
         webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False).decode("rgb8")
     )
-    ours = [
-        item
-        for item in build("webdataset", path=str(tmp_path)).documents()
-        if isinstance(item, Document)
-    ]
+    ours = documents_of(build("webdataset", path=str(tmp_path)))
     assert [item.id for item in ours] == [f"00000.tar/{sample['__key__']}" for sample in theirs]
     for item, sample in zip(ours, theirs, strict=True):
         assert item.text == sample["txt"]
@@ -688,11 +724,13 @@ def test_captions_from_json_and_pages(tmp_path: Path) -> None:
     assert np.array_equal(page[2].pixels_HWC, picture(8))  # type: ignore[union-attr]
 
 
+# Whatever lies between these two pairs in a tar, both are read.
 PAIR = [("a.png", encoded(picture(1))), ("a.txt", b"first")]
 LAST = [("z.png", encoded(picture(2))), ("z.txt", b"last")]
 
 
 def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    """A member that is no file of its own."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
@@ -761,6 +799,7 @@ def test_keys_and_members_that_occur_twice(tmp_path: Path) -> None:
 
 
 def tar_of(place: Path, members: dict[str, bytes], **settings: Any) -> Source:
+    """A source of one tar with these members."""
     return build("webdataset", path=str(write_tar(place / "a.tar", members.items())), **settings)
 
 
@@ -788,13 +827,14 @@ def test_pairs_of_a_remote_tar_may_lie_apart(names: list[str]) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_held_of_an_unsorted_tar_has_a_limit(packed: bool, tmp_path: Path) -> None:
-    """All images stand before all captions; room is for two of them."""
+    """All images stand before all captions; there is room for two of the images."""
     big = encoded(picture(3, 60))
     members = {f"{key}.png": big for key in "abcd"} | {f"{key}.txt": b"words" for key in "abcd"}
     members["z.png"], members["z.txt"] = big, b"together"
     path = write_tar(tmp_path / "a.tar", members.items(), "w:gz" if packed else "w")
     source = build("webdataset", path=str(path), max_held_bytes=2 * len(big) + 3000)
     assert list(good(source)) == ["a.tar/a", "a.tar/b", "a.tar/z"]
+
     for file, reason in bad(source):
         assert file in ("a.tar/c", "a.tar/d")
         assert "lie apart in the tar" in reason
@@ -813,34 +853,40 @@ def test_the_members_of_one_key_have_a_limit_together(tmp_path: Path) -> None:
 
 
 def test_a_packed_tar_of_one_key_takes_little_memory(tmp_path: Path) -> None:
-    """Members that unpack to gigabytes, all with one key, in a file of a few hundred kilobytes."""
+    """Members of one key that unpack to 160 MiB, in a file of a few hundred kilobytes."""
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz", compresslevel=9) as tar:
         for number in range(40):
             info = tarfile.TarInfo(f"a.{number}.png")
             info.size = 4 * 2**20
             tar.addfile(info, io.BytesIO(bytes(info.size)))
+
     source = build("webdataset", path=str(tmp_path), max_held_bytes=8 * 2**20)
     tracemalloc.start()
     assert [file for file, _ in bad(source)] == ["a.tar.gz/a"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 24 * 2**20  # 160 MiB are in it
+    assert peak < 24 * 2**20
 
 
 @pytest.mark.parametrize("same_key", [True, False])
 def test_a_packed_tar_of_many_members_takes_little_memory(
     same_key: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names take memory too: 20,000 of them, with room for a hundred."""
+    """Names take memory too: there are 20,000 of them, and there is room for a hundred."""
     monkeypatch.setattr(webdataset, "MAX_LISTED_BYTES", 100 * webdataset.MEMBER_BYTES)
-    names = (f"a.{n}.png" if same_key else f"{n}.png" for n in range(20_000))
+    key = "a." if same_key else ""
+    names = (f"{key}{n}.png" for n in range(20_000))
     write_tar(tmp_path / "a.tar.gz", ((name, b"x") for name in names), "w:gz")
+
     source = build("webdataset", path=str(tmp_path), max_held_bytes=100 * webdataset.MEMBER_BYTES)
     source.parts()
+
+    # Listing the parts is not measured, only reading.
     tracemalloc.start()
     left_out = sum(isinstance(item, Skipped) for item in source.documents())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+
     assert left_out == (1 if same_key else 20_000)
     assert peak < 2**20
 
@@ -899,6 +945,7 @@ def test_no_half_of_a_key_is_read(members: dict[str, bytes], reason: str, tmp_pa
 
 
 def many(place: Path, mode: str = "w", name: str = "a.tar") -> bytes:
+    """A tar of twenty documents."""
     members = []
     for number in range(20):
         members += [
@@ -923,6 +970,7 @@ def test_damage_in_the_middle_of_a_tar_is_passed_over(tmp_path: Path) -> None:
     header = content.index(b"010.png")
     content[header : header + 512] = b"\xff" * 512
     (tmp_path / "a.tar").write_bytes(content)
+
     source = build("webdataset", path=str(tmp_path))
     assert len(good(source)) == 19
     assert any("damaged" in reason for _, reason in bad(source))
@@ -946,22 +994,24 @@ def test_long_names_of_every_tar_format(tmp_path: Path) -> None:
                 info = tarfile.TarInfo(f"{name}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
+
     source = build("webdataset", path=str(tmp_path))
     assert good(source) == {f"{number}.tar/{name}": "long" for number in range(2)}
 
 
-# ------------------------------------------------------------------------------------------------ parquet
+# ------------------------------------------------------------------------------------------ parquet
 
 
 def test_rows_in_groups_and_structs(tmp_path: Path) -> None:
+    """Two files of eight rows, one with structs of bytes and path, read in their order."""
     documents = list(build("parquet", **CORPORA["parquet"](tmp_path)).documents())
     assert [item.id for item in documents if isinstance(item, Document)] == [
         f"{file}.parquet/{row}" for file in "ab" for row in range(8)
     ]
-    for place, item in enumerate(documents):
+    for index, item in enumerate(documents):
         assert isinstance(item, Document)
-        assert item.text == f"picture {place % 8}"
-        assert np.array_equal(item.image, picture(place % 8))
+        assert item.text == f"picture {index % 8}"
+        assert np.array_equal(item.image, picture(index % 8))
 
 
 @pytest.mark.parametrize(
@@ -1057,17 +1107,21 @@ def test_paths_of_images_in_another_folder(tmp_path: Path) -> None:
     images = pa.array([{"bytes": None, "path": path} for path in ("a.png", "../a.png")], PATHS)
     table = pa.table({"image": images, "text": ["a", "b"]})
     pq.write_table(table, tmp_path / "tables" / "a.parquet")
+
+    # Where no folder is named, the images are looked for beside the table.
     alone = build("parquet", path=str(tmp_path / "tables"))
     assert good(alone) == {}
     for (_, reason), told in zip(bad(alone), ("FileNotFoundError", "outside"), strict=True):
         assert told in reason
         assert "data.images" in reason
         assert "embed_table_storage" in reason
+
     source = build("parquet", path=str(tmp_path / "tables"), images=str(tmp_path / "pictures"))
     assert good(source) == {"a.parquet/0": "a"}
 
 
 def test_the_images_that_rows_name_change_the_fingerprint(tmp_path: Path) -> None:
+    """An image file counts only where the table does not hold the bytes of its images."""
     (tmp_path / "a.png").write_bytes(IMAGE)
     for image, counts in (
         (pa.array(["a.png"]), True),
@@ -1077,6 +1131,7 @@ def test_the_images_that_rows_name_change_the_fingerprint(tmp_path: Path) -> Non
     ):
         pq.write_table(pa.table({"image": image, "text": ["a"]}), tmp_path / "a.parquet")
         source = build("parquet", path=str(tmp_path))
+
         before = source.fingerprint()
         (tmp_path / "a.png").write_bytes(OTHER)
         assert (source.fingerprint() != before) == counts
@@ -1104,21 +1159,25 @@ def test_rows_without_a_half_are_left_out(
 
 def test_two_columns_of_images_are_one_sentence(tmp_path: Path) -> None:
     columns = {"jpg": [OTHER], "image": [IMAGE], "file_name": ["a.png"], "caption": ["a"]}
+
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     sentence = r"several columns of images, image, jpg; say which with data\.image_column"
     with pytest.raises(UserError, match=sentence):
         list(build("parquet", path=str(tmp_path)).documents())
+
     (item,) = build("parquet", path=str(tmp_path), image_column="image").documents()
     assert isinstance(item, Document)
     assert np.array_equal(item.image, picture(1))
 
 
 def test_fewer_rows_are_held_where_their_images_are_large(tmp_path: Path) -> None:
+    """A dictionary makes large images look small: of both tables, 3 to 5 rows are held."""
     images = [bytes(200_000)] * 64
     for name, same in (("a", True), ("b", False)):
         table = pa.table({"jpg": images, "caption": ["x"] * 64})
         pq.write_table(table, tmp_path / f"{name}.parquet", use_dictionary=same)
         group = pq.ParquetFile(tmp_path / f"{name}.parquet").metadata.row_group(0)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parquet, "HELD", 1_000_000)
             assert 3 <= parquet._rows_at_a_time(group, "jpg") <= 5
@@ -1138,16 +1197,18 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
         use_dictionary=False,
         write_statistics=False,
     )
+
+    # One bit of the sixth image is flipped: it is in the second of three row groups.
     content = bytearray(file.read_bytes())
     content[content.index(images[5][100:130])] ^= 1
     file.write_bytes(content)
+
     source = build("parquet", path=str(tmp_path))
     assert list(good(source).values()) == [f"picture {n}" for n in (*range(4), *range(8, 12))]
     assert [name for name, _ in bad(source)] == [f"a.parquet/{row}" for row in range(4, 8)]
     assert all("row group 1 is damaged" in reason for _, reason in bad(source))
-    assert [
-        item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet", 6)
-    ] == [f"a.parquet/{row}" for row in range(6, 12)]
+    rest = names_of(source.read("a.parquet", 6))
+    assert rest == [f"a.parquet/{row}" for row in range(6, 12)]
 
 
 def test_what_is_no_parquet_and_missing_values(tmp_path: Path) -> None:
@@ -1167,33 +1228,25 @@ def test_an_id_is_taken_by_a_row_of_no_use_wherever_reading_begins(tmp_path: Pat
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     source = build("parquet", path=str(tmp_path), id_column="key")
     assert good(source) == {"a.parquet/y": "b", "a.parquet/z": "c"}
-    names = [item.id if isinstance(item, Document) else item for item in source.read("a.parquet")]
+
+    told = told_of(source.read("a.parquet"))
     for start in range(7):
-        rest = [
-            item.id if isinstance(item, Document) else item
-            for item in source.read("a.parquet", start)
-        ]
-        assert rest == names[start:]
+        assert told_of(source.read("a.parquet", start)) == told[start:]
 
 
 @pytest.mark.parametrize("told", [[3, 4, 1], [2, 4, 2]])
 def test_row_counts_that_do_not_agree(
     told: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row groups hold 3, 3 and 2 rows, the footer tells others: an item for each row that it tells."""
+    """The row groups hold 3, 3 and 2 rows; there is an item for each row that the footer tells."""
     CORPORA["parquet"](tmp_path)
     source = build("parquet", path=str(tmp_path / "a.parquet"))
     monkeypatch.setattr(parquet, "_rows_of_groups", lambda metadata: told)
-    whole = [
-        item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet")
-    ]
+
+    whole = names_of(source.read("a.parquet"))
     assert whole == [f"a.parquet/{row}" for row in range(8)]
     for start in range(9):
-        rest = [
-            item.id if isinstance(item, Document) else item.file
-            for item in source.read("a.parquet", start)
-        ]
-        assert rest == whole[start:]
+        assert names_of(source.read("a.parquet", start)) == whole[start:]
 
 
 def test_a_footer_whose_row_counts_differ() -> None:
@@ -1238,19 +1291,20 @@ def test_an_id_is_the_same_in_every_environment_and_holds_no_secret(
 ) -> None:
     lines = [{"id": f"https://h/a?part={n}&sig=s{n}", "text": str(n)} for n in ("seven", "eight")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    # A variable of the environment that stands in the id by chance is not taken for a secret.
     ids = [f"https://h/a?part={n}&sig=***" for n in ("seven", "eight")]
     for secret in ("unrelated", "part=seven"):
         monkeypatch.setenv("A_TOKEN", secret)
-        found = build("text_jsonl", path=str(tmp_path)).documents()
-        assert [each.id.partition("/")[2] for each in found if isinstance(each, Document)] == ids
+        found = documents_of(build("text_jsonl", path=str(tmp_path)))
+        assert [document.id.partition("/")[2] for document in found] == ids
 
 
 def test_ids_that_occur_twice(tmp_path: Path) -> None:
     images = [encoded(picture(n)) for n in range(3)]
-    pq.write_table(
-        pa.table({"jpg": images, "caption": list("abc"), "key": ["x", "y", "x"]}),
-        tmp_path / "a.parquet",
-    )
+    table = pa.table({"jpg": images, "caption": list("abc"), "key": ["x", "y", "x"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+
     source = build("parquet", path=str(tmp_path), id_column="key")
     assert good(source) == {"a.parquet/x": "a", "a.parquet/y": "b"}
     assert the_bad(source) == (
@@ -1259,12 +1313,12 @@ def test_ids_that_occur_twice(tmp_path: Path) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ coco
+# --------------------------------------------------------------------------------------------- coco
 
 
 def test_captions_images_and_labels(tmp_path: Path) -> None:
     source = build("coco", **CORPORA["coco"](tmp_path))
-    documents = [item for item in source.documents() if isinstance(item, Document)]
+    documents = documents_of(source)
     assert [item.text for item in documents] == [
         "a dog in the grass",
         "picture 1",
@@ -1272,9 +1326,12 @@ def test_captions_images_and_labels(tmp_path: Path) -> None:
         "picture 3",
     ]
     assert [item.label for item in documents] == [1, None, None, None]
+
+    # A text has the class that it names, and none if it names two.
     assert source.class_names == ("person", "dog", "hot dog")
     assert source.class_in("A hot dog!") == 2
     assert source.class_in("a dog and a person") is None
+
     every = build("coco", **CORPORA["coco"](_fresh(tmp_path)), captions="all")
     assert len(good(every)) == 8
 
@@ -1285,6 +1342,7 @@ def _fresh(place: Path) -> Path:
 
 
 def broken_coco(place: Path, **changes: Any) -> dict[str, Any]:
+    """The settings of a corpus whose captions file has some lists replaced."""
     settings = CORPORA["coco"](place)
     content = json.loads((place / "captions.json").read_text())
     content.update(changes)
@@ -1296,6 +1354,7 @@ def broken_coco(place: Path, **changes: Any) -> dict[str, Any]:
 def test_ids_match_however_they_are_written(write: Callable[[int], Any], tmp_path: Path) -> None:
     settings = CORPORA["coco"](tmp_path)
     whole = list(build("coco", **settings).documents())
+
     for name in ("captions.json", "instances.json"):
         content = json.loads((tmp_path / name).read_text())
         for annotation in content["annotations"]:
@@ -1303,6 +1362,7 @@ def test_ids_match_however_they_are_written(write: Callable[[int], Any], tmp_pat
                 if key in annotation:
                     annotation[key] = write(annotation[key])
         (tmp_path / name).write_text(json.dumps(content))
+
     again = list(build("coco", **settings).documents())
     for item, other in zip(whole, again, strict=True):
         assert isinstance(item, Document)
@@ -1321,6 +1381,7 @@ def test_entries_of_no_use_are_named(tmp_path: Path) -> None:
         {"id": [1], "file_name": "x.jpg"},
         "no entry",
     ]
+
     source = build("coco", **broken_coco(tmp_path, images=images))
     assert list(good(source)) == ["captions/0-0"]
     assert [reason.partition(":")[0] for _, reason in bad(source)] == [
@@ -1359,17 +1420,20 @@ def test_instances_of_no_use(tmp_path: Path) -> None:
     instances = json.loads((tmp_path / "instances.json").read_text())
     annotations = [*instances["annotations"], 7, {"image_id": [1], "category_id": {}}]
     (tmp_path / "instances.json").write_text(json.dumps({**instances, "annotations": annotations}))
-    labels = [
-        item.label for item in build("coco", **settings).documents() if isinstance(item, Document)
-    ]
+
+    # Annotations that are no use are passed over.
+    labels = [document.label for document in documents_of(build("coco", **settings))]
     assert labels == [1, None, None, None]
-    (tmp_path / "instances.json").write_text(
-        json.dumps({"annotations": [], "categories": [{"id": 1}]})
-    )
+
+    # A category that cannot be named is a mistake.
+    unnamed = {"annotations": [], "categories": [{"id": 1}]}
+    (tmp_path / "instances.json").write_text(json.dumps(unnamed))
     with pytest.raises(
         UserError, match=r"^data\.instances: .* has a category without an id or a name$"
     ):
         build("coco", **settings)
+
+    # So is a path at which there is nothing, or a folder.
     for setting in ("images", "instances"):
         with pytest.raises(UserError, match=rf"^data\.{setting}: .*/none does not exist"):
             build("coco", **{**settings, setting: str(tmp_path / "none")})
@@ -1377,17 +1441,17 @@ def test_instances_of_no_use(tmp_path: Path) -> None:
         build("coco", **{**settings, "instances": str(tmp_path / "images")})
 
 
-# ------------------------------------------------------------------------------------------------ files that vanish
+# -------------------------------------------------------------------------------- files that vanish
 
 
 def test_a_caption_that_vanishes_costs_its_image_alone(tmp_path: Path) -> None:
     source = build("folder", **CORPORA["folder"](tmp_path))
     parts = source.parts()
     (tmp_path / "sub" / "3.txt").unlink()
+
     items = [item for part in parts for item in source.read(part)]
-    assert [item for item in items if isinstance(item, Skipped)] == [
-        Skipped("sub/3.png", "unusable caption: FileNotFoundError")
-    ]
+    skipped = [item for item in items if isinstance(item, Skipped)]
+    assert skipped == [Skipped("sub/3.png", "unusable caption: FileNotFoundError")]
     assert len(items) == 6
 
 
@@ -1413,12 +1477,7 @@ def test_files_that_vanish_or_may_not_be_read(tmp_path: Path) -> None:
     parts = source.parts()
     (tmp_path / "a.jsonl").unlink()
 
-    def read() -> Iterator[Any]:
-        for part in parts:
-            yield from source.read(part)
-
-    items = list(read())
-    assert [item.reason for item in items if isinstance(item, Skipped)] == [
-        "deleted since the corpus was listed"
-    ]
+    items = [item for part in parts for item in source.read(part)]
+    reasons = [item.reason for item in items if isinstance(item, Skipped)]
+    assert reasons == ["deleted since the corpus was listed"]
     assert sum(isinstance(item, Document) for item in items) == 4

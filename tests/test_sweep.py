@@ -1,4 +1,4 @@
-"""Sweeps: values, points, names, figures, and that only what is missing is run."""
+"""Sweeps: their values, points, names and figures; and only what is missing is run."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ KEYS = st.lists(
 
 
 def points(trials: int | None = None, **sweep: Any) -> dict[str, Any]:
+    """The points of a sweep by their names, in the order in which they run."""
     config = SweepConfig(sweep=sweep, sweep_trials=trials)
     return dict(named_points(config, values_of(sweep, {})))
 
 
-# ---------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 def test_a_swept_text_takes_what_was_typed(tmp_path: Path) -> None:
@@ -66,15 +67,14 @@ def test_a_swept_text_takes_what_was_typed(tmp_path: Path) -> None:
     assert [run.point["data.path"] for run in sweep.runs.values()][::2] == ["2024", "1e3", "yes"]
     assert {run.point["seed"] for run in sweep.runs.values()} == {7}
     assert [run.point["training.steps"] for run in sweep.runs.values()][:2] == [10, 8]
+
+    # The file that a sweep writes reads as the same points.
     (tmp_path / "sweep.yaml").write_text(dump_yaml(sweep.written))
     again = load_sweep(str(tmp_path / "sweep.yaml"), [], tmp_path)
     assert list(again.runs) == list(sweep.runs)
-    assert [again.runs[name].point for name in again.runs] == [
-        run.point for run in sweep.runs.values()
-    ]
-    assert [again.experiment(name) for name in again.runs] == [
-        sweep.experiment(name) for name in sweep.runs
-    ]
+    for name, run in sweep.runs.items():
+        assert again.runs[name].point == run.point
+        assert again.experiment(name) == sweep.experiment(name)
 
 
 @given(st.lists(NUMBERS, min_size=1))
@@ -102,9 +102,8 @@ def test_draws_lie_within_the_bounds(
     name = "loguniform" if logarithmic else "uniform"
     interval = parse_values("sweep.key", f"{name}({low!r},{low * factor!r})")
     assert interval == Interval(low, low * factor, logarithmic)
-    assert all(
-        low <= interval.draw(random.Random(seed + number)) <= low * factor for number in range(20)
-    )
+    for number in range(20):
+        assert low <= interval.draw(random.Random(seed + number)) <= low * factor
 
 
 def test_draws_are_even_on_their_scale() -> None:
@@ -145,7 +144,7 @@ def test_lists_of_values_are_bounded_before_they_are_made() -> None:
         parse_lists({"seed": "range(999999999)"}, "sweep")
 
 
-# ---------------------------------------------------------------------------------------------------- points
+# ------------------------------------------------------------------------------------------- points
 
 
 @given(KEYS)
@@ -180,13 +179,12 @@ def test_more_trials_are_the_same_points_and_further_ones(few: int, more: int) -
 
 
 def test_names_tell_the_point() -> None:
-    named = points(
-        **{
-            "training.learning_rate": "1e-3,3e-3",
-            "seed": "range(2)",
-            "decoder": [{"name": "cd_k", "k": 2}],
-        }
-    )
+    sweep = {
+        "training.learning_rate": "1e-3,3e-3",
+        "seed": "range(2)",
+        "decoder": [{"name": "cd_k", "k": 2}],
+    }
+    named = points(**sweep)
     assert list(named)[:2] == [
         "learning_rate=0.001,seed=0,decoder=cd_k-k-2",
         "learning_rate=0.001,seed=1,decoder=cd_k-k-2",
@@ -258,25 +256,23 @@ def test_every_sweep_that_is_shipped_has_points(name: str) -> None:
     assert len(load_sweep(name, (), Path("none")).runs) > 1
 
 
-# ---------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 
 def finished_run(folder: Path, loss: float) -> None:
-    """The files of a run that went to its end, as far as the table reads them."""
+    """Write the files of a run that went to its end, as far as the table reads them."""
     point, figures = {"documents": 1, "decoder.cfg": 2.0}, {"accuracy": {"value": 0.5, "n": 9}}
+    reconstruction = {"psnr_db": {"value": 12.5, "low": 12, "high": 13}, "rfid": None}
+    metrics = {
+        "evaluations": {"text_to_image": [{"point": point, "metrics": figures}]},
+        "wall_seconds": {"total": 7.0},
+    }
     files = {
         "pretraining/validation.json": json.dumps({"loss": loss, "loss_text": 2.0}),
         "pretraining/log.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 4.0}\n',
         "pretraining/stage.json": json.dumps({"fingerprint": "a", "seconds": 3.0, "files": {}}),
-        "reconstruction/figures.json": json.dumps(
-            {"psnr_db": {"value": 12.5, "low": 12, "high": 13}, "rfid": None}
-        ),
-        "metrics.json": json.dumps(
-            {
-                "evaluations": {"text_to_image": [{"point": point, "metrics": figures}]},
-                "wall_seconds": {"total": 7.0},
-            }
-        ),
+        "reconstruction/figures.json": json.dumps(reconstruction),
+        "metrics.json": json.dumps(metrics),
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -298,12 +294,15 @@ def test_figures_are_those_of_the_stages_that_are_there(tmp_path: Path) -> None:
 
 
 def results(**losses: float | None) -> list[RunResult]:
-    return [
-        RunResult(name, {"seed": number}, "finished", {"loss": loss})
-        if loss is not None
-        else RunResult(name, {"seed": number}, "failed", {}, "no room")
-        for number, (name, loss) in enumerate(losses.items())
-    ]
+    """The results of points with these losses; a point without one has failed."""
+    found = []
+    for number, (name, loss) in enumerate(losses.items()):
+        if loss is not None:
+            result = RunResult(name, {"seed": number}, "finished", {"loss": loss})
+        else:
+            result = RunResult(name, {"seed": number}, "failed", {}, "no room")
+        found.append(result)
+    return found
 
 
 def swept(found: Sequence[RunResult], wanted: str = "lowest loss", **values: Any) -> StudyEntry:
@@ -313,7 +312,7 @@ def swept(found: Sequence[RunResult], wanted: str = "lowest loss", **values: Any
 
 
 def page_of_sweep(folder: Path, entry: StudyEntry) -> str:
-    """Writes the page of a sweep, and returns it."""
+    """Write the page of a sweep, and return it."""
     about = "A sweep of digits<b> over seed"
     config = StudyConfig(title="title", about=about, name="digits<b>", runs={"": entry.plan})
     study = Study(config, folder, {}, {}, "sweep")
@@ -338,34 +337,38 @@ def test_no_finished_point_is_better_than_the_best(
 ) -> None:
     found = results(**{str(number): loss for number, loss in enumerate(losses)})
     winner = swept(found, f"{direction} loss").best
+
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     better = {"lowest": min, "highest": max}[direction]
-    assert (winner and winner.figures["loss"]) == (better(finite) if finite else None)
+    expected = better(finite) if finite else None
+    assert (winner and winner.figures["loss"]) == expected
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("xyz"), st.floats(allow_nan=False)), min_size=1))
 def test_the_table_holds_every_figure_of_every_point(figures: list[dict[str, float]]) -> None:
-    found = [
-        RunResult(str(number), {"seed": number}, "finished", each)
-        for number, each in enumerate(figures)
-    ]
-    lines = csv.DictReader(as_csv(found, []).splitlines())
-    read = [
-        {key: float(text) for key, text in line.items() if key in "xyz" and text} for line in lines
-    ]
+    found = []
+    for number, each in enumerate(figures):
+        found.append(RunResult(str(number), {"seed": number}, "finished", each))
+
+    read = []
+    for line in csv.DictReader(as_csv(found, []).splitlines()):
+        read.append({key: float(text) for key, text in line.items() if key in "xyz" and text})
     assert read == figures
 
 
 def test_the_table_has_a_line_for_each_point_and_marks_the_best(tmp_path: Path) -> None:
     found = results(a=2.0, b=1.0, c=None)
     lines = list(csv.DictReader(as_csv(found, [swept(found).best]).splitlines()))
-    assert [
-        (line["point"], line["seed"], line["state"], line["best"], line["loss"]) for line in lines
-    ] == [
+    columns = ("point", "seed", "state", "best", "loss")
+    cells = []
+    for line in lines:
+        cells.append(tuple(line[column] for column in columns))
+    assert cells == [
         ("a", "0", "finished", "", "2.0"),
         ("b", "1", "finished", "best", "1.0"),
         ("c", "2", "failed", "", ""),
     ]
+
     page = page_of_sweep(tmp_path, swept(found))
     assert page.count('class="highlight"') == 1
     assert "no room" in page
@@ -381,6 +384,8 @@ def test_the_page_says_what_made_it_and_leads_to_its_runs(
     monkeypatch.setattr("cm3leon.studies.report.machines", lambda folders: [machine])
     clock = SimpleNamespace(now=lambda zone: date)
     monkeypatch.setattr("cm3leon.studies.report.datetime", clock)
+
+    # Two runs have a page of their own, one of the evaluation and one of the images alone.
     found = results(**{'a"b': 2.0, "c": 1.0, "d": 3.0, "e": None})
     for name in (
         'a"b/report.html',
@@ -389,12 +394,14 @@ def test_the_page_says_what_made_it_and_leads_to_its_runs(
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
+
     page = Page(page_of_sweep(tmp_path, swept(found)))
     links = [str(link["href"]) for link in page.all("a")]
     assert [link for link in links if not link.startswith("#")] == [
         "./a%22b/report.html",
         "./c/reconstruction/report.html",
     ]
+
     for words in (
         "A sweep of digits<b> over seed",
         AGAIN,
@@ -423,6 +430,7 @@ def test_rates_and_wide_ranges_have_logarithmic_axes(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
+    # The page is not written: what it would draw is looked at.
     drawn: list[Any] = []
     monkeypatch.setattr("cm3leon.studies.report.Report", lambda *page, **_: drawn.append(page))
     monkeypatch.setattr("cm3leon.studies.report.write_report", lambda path, page: None)
@@ -430,6 +438,7 @@ def test_rates_and_wide_ranges_have_logarithmic_axes(
     given = f"loguniform({values[0]},{values[1]})" if drawn_so else values
     with contextlib.suppress(FileNotFoundError):
         page_of_sweep(tmp_path, swept(found, **{key: given}))
+
     (curves,) = drawn[0][3][0].blocks
     assert (curves.log_x, curves.x_label) == (expected, key)
     assert list(curves.series[0].x) == values
@@ -451,7 +460,7 @@ def test_machines_are_named_once_and_damage_is_passed_over(tmp_path: Path) -> No
     assert machines(folders) == ["Linux-6, Python 3.11.7, torch 2.14.1"]
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 @pytest.mark.parametrize(
@@ -477,7 +486,8 @@ def test_machines_are_named_once_and_damage_is_passed_over(tmp_path: Path) -> No
             True,
             ["shared,vocab_size=300", "shared,vocab_size=301"],
         ),
-        # A document has to fit the block, and so tokens depend on its length; they do not where it may be cut.
+        # A document has to fit the block, so that tokens depend on its length; where a document
+        # may be cut, they do not.
         (
             ["sweep.model.seq_len=64,65", "packing.method=whole"],
             True,
@@ -528,20 +538,22 @@ SWEPT = [
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
-    """Names of the folders whose experiment was run; a launcher `inline` runs the commands of jobs in this process."""
+    """Names of the folders whose experiment was run, where no experiment is really run.
+
+    A launcher `inline` runs the commands of jobs in this process.
+    """
     names: list[str] = []
 
     def run_experiment(
         experiment: Experiment, folder: Path, *, until: str | None = None, **options: Any
     ) -> None:
         names.append(folder.name)
-        rate, marker = (
-            experiment.training.learning_rate,
-            folder / (until or "pretraining") / "stage.json",
-        )
+        rate = experiment.training.learning_rate
         if rate == 0.5:
             raise RuntimeError("the weights\nhave gone")
+
         if until:  # what points share
+            marker = folder / until / "stage.json"
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.write_text(json.dumps({"fingerprint": "a", "seconds": 1.0, "files": {}}))
         else:
@@ -564,9 +576,10 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
         Config = NoSettings
 
         def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
-            for command in (command for job in jobs for command in job.commands):
-                with contextlib.suppress(RuntimeError):
-                    main(command)
+            for job in jobs:
+                for command in job.commands:
+                    with contextlib.suppress(RuntimeError):
+                        main(command)
             return []
 
     return names
@@ -577,13 +590,18 @@ def test_points_run_in_their_folders_with_what_they_share(ran: list[str], tmp_pa
     assert ran == [
         "shared,seed=0",
         "shared,seed=1",
-        *(f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.002) for seed in (0, 1)),
+        "learning_rate=0.001,seed=0",
+        "learning_rate=0.001,seed=1",
+        "learning_rate=0.002,seed=0",
+        "learning_rate=0.002,seed=1",
     ]
     point = tmp_path / "learning_rate=0.002,seed=1"
     assert (point / "neighbours").resolve() == tmp_path / "shared,seed=1" / "neighbours"
+
     lines = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert [line["loss"] for line in lines] == ["2.9", "2.9", "2.8", "2.8"]
     assert [line["best"] for line in lines] == ["", "", "best", ""]
+
     page = (tmp_path / "report.html").read_text()
     assert "learning_rate=0.002,seed=0" in page
     assert "A sweep of digits_smoke over" in page
@@ -600,9 +618,11 @@ def test_a_second_start_runs_only_what_is_missing(ran: list[str], tmp_path: Path
     assert main([*words, "sweep.training.learning_rate=1e-3,2e-3"]) == 0
     assert main([*words, "sweep.training.learning_rate=1e-3,2e-3,4e-3"]) == 0
     assert ran == ["shared", "learning_rate=0.001", "learning_rate=0.002", "learning_rate=0.004"]
-    assert main([*words, "sweep.training.learning_rate=1e-3,2e-3", "training.steps=30"]) == 0
+
     # What the points share does not depend on the training, and stays.
+    assert main([*words, "sweep.training.learning_rate=1e-3,2e-3", "training.steps=30"]) == 0
     assert ran[4:] == ["learning_rate=0.001", "learning_rate=0.002"]
+
     assert main([f"experiment={tmp_path / 'sweep.yaml'}", f"run={tmp_path}"]) == 0
     assert len(ran) == 6
 
@@ -614,18 +634,21 @@ def test_redo_reaches_every_point_and_is_checked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(
-        "cm3leon.studies.point.run_experiment",
-        lambda *args, **options: asked.append(options["redo"]),
-    )
+
+    def run_experiment(*args: Any, **options: Any) -> None:
+        asked.append(options["redo"])
+
+    monkeypatch.setattr("cm3leon.studies.point.run_experiment", run_experiment)
     words = [
         *SWEPT[:1],
         "launcher=inline",
         f"run={tmp_path}",
         "sweep.training.learning_rate=1e-3,2e-3",
     ]
+
     main([*words, "redo=pretraining,retriever"])
     assert asked == [["pretraining", "retriever"]] * 2
+
     assert main([*words, "redo=pretrainin"]) == 2
     assert "redo is pretrainin, which is not a stage" in capsys.readouterr().err
 
@@ -639,15 +662,15 @@ def test_failures_are_listed_and_tried_again_by_the_same_command(
         f"run={tmp_path}",
         "sweep.training.learning_rate=1e-3,0.5",
     ]
+
     for times in (1, 2):
         assert main(words) == 2
         said = capsys.readouterr()
         assert "failed: learning_rate=0.5, the weights have gone" in said.out
-        assert (
-            "1 of 2 points did not finish, learning_rate=0.5; the same command tries them again"
-            in said.err
-        )
+        unfinished = "1 of 2 points did not finish, learning_rate=0.5"
+        assert f"{unfinished}; the same command tries them again" in said.err
         assert ran.count("learning_rate=0.5") == times
+
     assert ran.count("learning_rate=0.001") == 1
     assert "the weights have gone" in (tmp_path / "report.html").read_text()
 
@@ -678,7 +701,7 @@ def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_pat
 
     @LAUNCHERS.register("kept")
     class Kept(Launcher):
-        """Keeps the jobs."""
+        """Keep the jobs instead of running them."""
 
         detached = True
         Config = NoSettings
@@ -694,11 +717,14 @@ def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_pat
         "launcher=kept",
     ]
     assert main([*words, "sweep_retries=2"]) == 0
+
+    # The points wait for what they share, and the table for the points, however these end.
     shared, points, collect = seen
     assert (shared.after, points.after, collect.after) == ((), ("shared0",), ("points",))
     assert (points.always, collect.always) == (True, True)
     assert (shared.together, points.together, collect.together) == (True, True, False)
     assert points.resources == {"max_deaths": 3}
+
     assert [command[:2] for command in points.commands] == [
         ("point", f"run={tmp_path / 'learning_rate=0.001'}"),
         ("point", f"run={tmp_path / 'learning_rate=0.002'}"),
@@ -706,7 +732,7 @@ def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_pat
     assert collect.commands == (("collect", f"run={tmp_path}"),)
 
 
-# ------------------------------------------------------------------------------------ what is swept in a study
+# ------------------------------------------------------------------------- what is swept in a study
 
 
 def study_of_rates(folder: Path, seeds: int = 1, **more: Any) -> Path:
@@ -729,15 +755,13 @@ def study_of_rates(folder: Path, seeds: int = 1, **more: Any) -> Path:
 def test_a_run_of_a_study_takes_the_words_of_a_sweep_and_has_its_draws(tmp_path: Path) -> None:
     drawn = "training.learning_rate=loguniform(1e-4,1e-2)"
     swept_words = ["sweep_trials=3", "sweep_seed=5", f"sweep.{drawn}"]
-    study = load_study(
-        str(study_of_rates(tmp_path)),
-        [f"runs.rates.{word}" for word in swept_words],
-        tmp_path / "run",
-    )
+    words = [f"runs.rates.{word}" for word in swept_words]
+    study = load_study(str(study_of_rates(tmp_path)), words, tmp_path / "run")
     alone = load_sweep("digits_smoke", swept_words, tmp_path / "alone")
     points = [run.point for run in study.runs.values() if run.entry == "rates"]
     assert points == [run.point for run in alone.runs.values()]
     assert len({json.dumps(point) for point in points}) == 3
+
     # The file of the study says what was drawn from, and reads as the same points.
     (tmp_path / "study.yaml").write_text(dump_yaml(study.written))
     again = load_study(str(tmp_path / "study.yaml"), (), tmp_path / "run")
@@ -750,11 +774,16 @@ def test_a_run_of_a_study_takes_the_words_of_a_sweep_and_has_its_draws(tmp_path:
 def test_points_of_a_study_are_made_as_those_of_a_sweep(ran: list[str], tmp_path: Path) -> None:
     words = [f"experiment={study_of_rates(tmp_path, seeds=2)}", f"run={tmp_path / 'run'}"]
     assert main([*words, "launcher=inline"]) in (0, None)
-    first = ["rates,shared", "rates-0.001", "rates-0.002"]
     assert [name for name in ran if not name.startswith("plain")] == [
-        *first,
-        *(f"{name}-seed_1" for name in first),
+        "rates,shared",
+        "rates-0.001",
+        "rates-0.002",
+        "rates,shared-seed_1",
+        "rates-0.001-seed_1",
+        "rates-0.002-seed_1",
     ]
+
+    # The table has a line for each point of each seed; the best one is marked once.
     lines = list(csv.DictReader((tmp_path / "run" / "study.csv").read_text().splitlines()))
     assert {line["state"] for line in lines} == {"finished"}
     assert {line["point"]: (line["loss"], line["best"]) for line in lines} == {
@@ -765,6 +794,7 @@ def test_points_of_a_study_are_made_as_those_of_a_sweep(ran: list[str], tmp_path
         "rates-0.001-seed_1": ("2.9", ""),
         "rates-0.002-seed_1": ("2.8", ""),
     }
+
     page = Page((tmp_path / "run" / "report.html").read_text()).words
     assert "points finished, rates" in page
     assert "2.800 ± 0.000" in page or "2.8 ± 0" in page
@@ -778,26 +808,24 @@ def test_points_of_a_study_are_made_as_those_of_a_sweep(ran: list[str], tmp_path
 def test_figures_are_means_over_the_seeds_with_their_spread(tmp_path: Path) -> None:
     study = load_study(str(study_of_rates(tmp_path, seeds=3)), (), tmp_path / "run")
     losses = {"rates-0.001": 1.0, "rates-0.001-seed_1": 2.0, "rates-0.001-seed_2": 6.0}
-    found = {
-        name: RunResult(name, run.point, "finished", {"loss": losses.get(name, 5.0), name: 1.0})
-        for name, run in study.runs.items()
-    }
+    found = {}
+    for name, run in study.runs.items():
+        figures = {"loss": losses.get(name, 5.0), name: 1.0}
+        found[name] = RunResult(name, run.point, "finished", figures)
+
     plain, rates = entries_of(study, found)
-    assert [each.name for each in (plain, *rates.results)] == [
-        "plain",
-        "rates-0.001",
-        "rates-0.002",
-    ]
-    merged = rates.results[0]
+    names = [each.name for each in (plain, *rates.results)]
+    assert names == ["plain", "rates-0.001", "rates-0.002"]
+
     # A figure that not every seed has, has no mean.
+    merged = rates.results[0]
     assert merged.figures == {"loss": 3.0}
     assert merged.spread["loss"].deviation == pytest.approx(7**0.5)
+
     # Student's t of 95 % for two degrees of freedom.
     half = 4.303 * (7 / 3) ** 0.5
-    assert (merged.spread["loss"].low, merged.spread["loss"].high) == (
-        pytest.approx(3.0 - half),
-        pytest.approx(3.0 + half),
-    )
+    assert merged.spread["loss"].low == pytest.approx(3.0 - half)
+    assert merged.spread["loss"].high == pytest.approx(3.0 + half)
     assert rates.best is merged
     assert plain.best is None
 
@@ -815,6 +843,7 @@ def test_collect_makes_the_table_of_a_study_and_leaves_figures_to_its_own_comman
     folder.mkdir()
     study = load_study(str(study_of_rates(tmp_path)), (), folder)
     (folder / "study.yaml").write_text(dump_yaml(study.written))
+
     assert main(["collect", f"run={folder}"]) in (0, None)
     assert "missing: rates-0.002" in capsys.readouterr().out
     lines = list(csv.DictReader((folder / "study.csv").read_text().splitlines()))
@@ -822,6 +851,7 @@ def test_collect_makes_the_table_of_a_study_and_leaves_figures_to_its_own_comman
     assert json.loads((folder / "results.json").read_text())["evaluations"] == {}
     assert (folder / "report.html").is_file()
 
+    # With evaluations, the study's own command has to make the figures.
     images = {
         "title": "a",
         "protocol": {"name": "corpus", "task": "text_to_image"},
@@ -830,9 +860,8 @@ def test_collect_makes_the_table_of_a_study_and_leaves_figures_to_its_own_comman
     file = study_of_rates(tmp_path, evaluations={"images": images})
     (folder / "study.yaml").write_text(file.read_text())
     assert main(["collect", f"run={folder}"]) == 2
-    assert "is a study with evaluations, whose figures its own command makes" in (
-        capsys.readouterr().err
-    )
+    refused = "is a study with evaluations, whose figures its own command makes"
+    assert refused in capsys.readouterr().err
 
 
 def test_points_that_an_earlier_version_made_need_nothing_shared(tmp_path: Path) -> None:
@@ -840,26 +869,22 @@ def test_points_that_an_earlier_version_made_need_nothing_shared(tmp_path: Path)
     study = load_study(str(study_of_rates(tmp_path)), (), folder)
     points = [name for name in study.runs if name.startswith("rates-")]
     folder.mkdir()
-    assert [job.name for job in point_jobs(study, points, points)] == [
-        "rates.shared0",
-        "rates.points",
-    ]
+    jobs = point_jobs(study, points, points)
+    assert [job.name for job in jobs] == ["rates.shared0", "rates.points"]
+
+    # Points that have stages of their own share nothing.
     for name in points:
         (folder / name / "documents").mkdir(parents=True)
     assert [job.name for job in point_jobs(study, points, points)] == ["rates.points"]
 
     # An earlier version wrote every point and every seed as a run of its own.
-    written = {
-        "title": "Rates",
-        "seeds": 2,
-        "runs": {
-            name: {"experiment": "digits_smoke", "overrides": overrides, "sweep": {}}
-            for name, overrides in {
-                "rates-0.001": {"training.learning_rate": 1e-3},
-                "rates-0.001-seed_1": {"training.learning_rate": 1e-3, "seed": 1},
-            }.items()
-        },
+    first = {"training.learning_rate": 1e-3}
+    second = {"training.learning_rate": 1e-3, "seed": 1}
+    runs = {
+        "rates-0.001": {"experiment": "digits_smoke", "overrides": first, "sweep": {}},
+        "rates-0.001-seed_1": {"experiment": "digits_smoke", "overrides": second, "sweep": {}},
     }
+    written = {"title": "Rates", "seeds": 2, "runs": runs}
     (folder / "study.yaml").write_text(dump_yaml(written))
     earlier = load_study(str(folder / "study.yaml"), (), folder)
     assert list(earlier.runs) == list(written["runs"])
@@ -873,7 +898,12 @@ def test_a_corpus_is_looked_through_once_for_all_points(
     read: list[int] = []
     source = type(SOURCES.build(sweep.experiment(next(iter(sweep.runs))).data))
     fingerprint = source.fingerprint
-    monkeypatch.setattr(source, "fingerprint", lambda self: read.append(1) or fingerprint(self))
+
+    def counted(self: Any) -> str:
+        read.append(1)
+        return fingerprint(self)
+
+    monkeypatch.setattr(source, "fingerprint", counted)
     groups = groups_of(sweep, list(sweep.runs))
     assert sum(len(group.points) for group in groups) == 6
     assert len(read) == 1

@@ -1,4 +1,7 @@
-"""Tasks: prompts written out by hand, answers put where they belong, and the form that the objective trains."""
+"""Tasks: prompts written out by hand, and answers put where they belong in the document.
+
+A prompt and its right answer have the form of the samples that the objective trains on.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,14 @@ from cm3leon.types import Prompt, Sample, TokenDocument, TokenSegment, UserError
 
 discover()
 
-# Ids by hand: 0 <pad>, 1 <eos>, 2 <break>, 3 <end_of_span>, text 4 to 19, images 20 to 27, <mask:0> 28, <mask:1> 29.
+# Ids by hand: 0 <pad>, 1 <eos>, 2 <break>, 3 <end_of_span>, text 4 to 19, images 20 to 27,
+# <mask:0> 28, <mask:1> 29.
 VOCAB = Vocab(text_size=20, image_size=8, sentinels=4)
 EOS, BREAK, END, MASK = 1, 2, 3, 28
 
 
 def document(text: list[int] | None, image: list[int] | None, id_: str = "x") -> TokenDocument:
+    """A document of a text, an image, or both, by their ids."""
     segments: list[TokenSegment] = []
     if text is not None:
         segments.append(TokenSegment("text", np.array(text, dtype=np.int64)))
@@ -51,6 +56,7 @@ def ids(array: np.ndarray | None) -> list[int] | None:
 
 
 def shown(prompt: Prompt) -> tuple[Any, ...]:
+    """What is in a prompt, in a form that can be compared with lists."""
     return (
         ids(prompt.ids_T),
         prompt.modality,
@@ -64,7 +70,7 @@ def segments(document: TokenDocument) -> list[tuple[str, list[int]]]:
     return [(segment.modality, segment.ids_T.tolist()) for segment in document.segments]
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize(("retrieved", "between"), [((), []), ((CAT, DOG), CAT_DOG)])
@@ -111,7 +117,7 @@ def test_an_empty_caption_guides_by_nothing() -> None:
 
 
 def test_spans_are_asked_for_beside_a_mask_of_the_other_modality() -> None:
-    """Two rows of codes under the caption's mask, two words beside the image's: by hand."""
+    """Two rows of codes under the caption's mask, and two words beside the image's, by hand."""
 
     def second_T(*spans: AskedSpan, query: TokenDocument = QUERY) -> list[int] | None:
         return ids(unconditional_spans_prompt(query, spans, (CAT,), VOCAB))
@@ -119,10 +125,14 @@ def test_spans_are_asked_for_beside_a_mask_of_the_other_modality() -> None:
     cat = [8, 9, BREAK, 21, 21, 23, 23, BREAK]
     of_codes = [EOS, *cat, MASK + 2, BREAK, MASK, 22, MASK + 1, 26, EOS, MASK]
     assert second_T(AskedSpan(1, 0, 1), AskedSpan(1, 2, 3)) == of_codes
+
     of_words = [EOS, *cat, MASK, 6, MASK + 1, BREAK, MASK + 2, EOS, MASK]
     assert second_T(AskedSpan(0, 0, 1), AskedSpan(0, 2, 3)) == of_words
+
+    # Spans of both modalities leave nothing to mask, and an empty caption is none.
     assert second_T(AskedSpan(0, 0, 1), AskedSpan(1, 2, 3)) is None
     assert second_T(AskedSpan(1, 0, 1), query=document([], [20, 22, 24, 26])) is None
+
     four = [AskedSpan(1, code, code + 1) for code in range(4)]
     with pytest.raises(UserError, match="4 spans and 1 masked segments need a sentinel each"):
         second_T(*four)
@@ -134,7 +144,7 @@ def test_infilling_any_span() -> None:
     assert shown(prompt) == (given_T, "text", 6, END, None)
 
 
-# ------------------------------------------------------------------------------------------------ training form
+# ------------------------------------------------------------------------------------ training form
 
 codes = st.integers(20, 27)
 pieces = st.integers(4, 19)
@@ -152,7 +162,7 @@ def whole(prompt: Prompt, answer: list[int], end: list[int]) -> list[int]:
 def test_prompt_and_answer_make_the_form_that_is_trained(
     query: TokenDocument, retrieved: list[TokenDocument]
 ) -> None:
-    """The right answer after each prompt gives the laid-out sample, rotated by the span that was asked for."""
+    """Prompt and right answer are the laid-out sample, rotated by the span that was asked for."""
     laid_out = lay_out(Sample(query, tuple(retrieved)), VOCAB)
     text, image = (segment for segment in laid_out.segments if segment.is_query)
     answers = {modality: query.segment(modality).ids_T.tolist() for modality in ("text", "image")}
@@ -163,59 +173,51 @@ def test_prompt_and_answer_make_the_form_that_is_trained(
 
     for half, span in (("top", (0, 2)), ("bottom", (2, 4))):
         infill = built("infill", half=half).prompt(query, retrieved)
-        rotated_T, _ = rotate(
-            laid_out.ids_T, [(image.start + span[0], image.start + span[1])], VOCAB
-        )
-        assert whole(infill, answers["image"][slice(*span)], [END]) == rotated_T.tolist()
-        assert unrotate(
-            np.array(whole(infill, answers["image"][slice(*span)], [END])), VOCAB
-        ).tolist() == (laid_out.ids_T.tolist())
+        begin, end = span
+        rotated_T, _ = rotate(laid_out.ids_T, [(image.start + begin, image.start + end)], VOCAB)
+        completed = whole(infill, answers["image"][begin:end], [END])
+        assert completed == rotated_T.tolist()
+        assert unrotate(np.array(completed), VOCAB).tolist() == laid_out.ids_T.tolist()
 
     image_prompt = built("text_to_image").prompt(query, retrieved)
     assert whole(image_prompt, answers["image"], [EOS]) == laid_out.ids_T.tolist()
 
-    # The second stream is what is trained of a sample whose caption is rotated, as far as its image.
+    # The second stream is the beginning of a sample whose caption is rotated, up to its image.
     rotated_T, _ = rotate(laid_out.ids_T, [(text.start, text.end)], VOCAB)
     unconditional_T = image_prompt.unconditional_T.tolist()
     assert [*unconditional_T, *answers["image"]] == rotated_T[: len(unconditional_T) + 4].tolist()
 
 
-# ------------------------------------------------------------------------------------------------ answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 def test_an_answer_takes_its_place() -> None:
+    caption, image = ("text", [5, 6, 7]), ("image", [20, 22, 24, 26])
+
     answer_T = np.array([11, 12])
-    assert segments(built("caption").complete(QUERY, answer_T)) == [
-        ("text", [11, 12]),
-        ("image", [20, 22, 24, 26]),
-    ]
+    completed = built("caption").complete(QUERY, answer_T)
+    assert segments(completed) == [("text", [11, 12]), image]
+
+    # Another image takes the place of the one that is there, or comes behind the text.
     image_T = np.array([27, 27, 20, 20])
-    assert segments(built("text_to_image").complete(QUERY, image_T)) == [
-        ("text", [5, 6, 7]),
-        ("image", [27, 27, 20, 20]),
-    ]
+    completed = built("text_to_image").complete(QUERY, image_T)
+    assert segments(completed) == [caption, ("image", [27, 27, 20, 20])]
     no_image = document([5, 6, 7], None)
-    assert segments(built("text_to_image").complete(no_image, image_T)) == [
-        ("text", [5, 6, 7]),
-        ("image", [27, 27, 20, 20]),
-    ]
+    completed = built("text_to_image").complete(no_image, image_T)
+    assert segments(completed) == [caption, ("image", [27, 27, 20, 20])]
+
     half_T = np.array([21, 23])
-    assert segments(built("infill_top").complete(QUERY, half_T)) == [
-        ("text", [5, 6, 7]),
-        ("image", [21, 23, 24, 26]),
-    ]
-    assert segments(built("infill_bottom").complete(QUERY, half_T)) == [
-        ("text", [5, 6, 7]),
-        ("image", [20, 22, 21, 23]),
-    ]
-    assert segments(QUERY) == [
-        ("text", [5, 6, 7]),
-        ("image", [20, 22, 24, 26]),
-    ]  # the query itself stays as it is
+    completed = built("infill_top").complete(QUERY, half_T)
+    assert segments(completed) == [caption, ("image", [21, 23, 24, 26])]
+    completed = built("infill_bottom").complete(QUERY, half_T)
+    assert segments(completed) == [caption, ("image", [20, 22, 21, 23])]
+
+    # The query itself stays as it is.
+    assert segments(QUERY) == [caption, image]
 
 
 def test_a_caption_for_an_image_that_has_none_comes_first() -> None:
-    """Where the prompt has its `<mask:0>`, and where every document of the corpus has its text."""
+    """Its place is where the prompt has `<mask:0>`, and where documents have their text."""
     completed = built("caption").complete(document(None, [20, 22, 24, 26]), np.array([11, 12]))
     assert segments(completed) == [("text", [11, 12]), ("image", [20, 22, 24, 26])]
 
@@ -223,10 +225,13 @@ def test_a_caption_for_an_image_that_has_none_comes_first() -> None:
 @pytest.mark.parametrize("name", TASKS.names())
 def test_the_right_answer_gives_the_document_back(name: str) -> None:
     task = built(name)
-    query = replace(QUERY, segments=QUERY.segments[::-1]) if name == "page_text" else QUERY
+    query = QUERY
+    if name == "page_text":
+        query = replace(QUERY, segments=QUERY.segments[::-1])
     answer_T = query.segment(task.answers_in).ids_T
     if hasattr(task, "span"):
         answer_T = answer_T[slice(*task.span)]
+
     completed = task.complete(query, answer_T)
     assert segments(completed) == segments(query)
     assert completed.id == query.id
@@ -289,10 +294,10 @@ def test_a_document_that_lacks_what_the_task_gives_is_refused(
 
 
 def test_what_tasks_say_of_themselves() -> None:
-    facts = {
-        name: (built(name).retrieves_by, built(name).answers_in, built(name).guided)
-        for name in TASKS.names()
-    }
+    facts = {}
+    for name in TASKS.names():
+        task = built(name)
+        facts[name] = (task.retrieves_by, task.answers_in, task.guided)
     expected = {
         "text_to_image": ("text", "image", True),
         "caption": ("image", "text", False),
@@ -301,5 +306,6 @@ def test_what_tasks_say_of_themselves() -> None:
         "infill_bottom": ("text", "image", True),
     }
     assert facts.items() >= expected.items()
+
     for name in TASKS.names():
         assert (built(name).prompt(QUERY).unconditional_T is not None) == built(name).guided

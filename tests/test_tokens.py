@@ -1,4 +1,4 @@
-"""What the stage of tokens keeps of a document: its varied versions, its label, and its row in the sample."""
+"""What the stage of tokens keeps of a document: varied versions, label, and row in the sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE = 8
 
 
 class Brightest:
-    """As much of an image tokenizer as is asked: the two brightest rows of an image are its codes."""
+    """As much of an image tokenizer as is needed: an image's codes are its two brightest rows."""
 
     image_size = SIDE
 
@@ -30,14 +30,16 @@ class Brightest:
 
 
 def document(name: str, images: int) -> Document:
+    """A document of a text and some random images."""
     rng = np.random.default_rng(len(name))
-    pictures = (
-        ImageSegment(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(images)
-    )
-    return Document(name, (TextSegment("words"), *pictures))
+    segments = []
+    for _ in range(images):
+        segments.append(ImageSegment(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)))
+    return Document(name, (TextSegment("words"), *segments))
 
 
 def varying_run() -> Any:
+    """As much of a run as is needed to vary images three times."""
     return SimpleNamespace(
         experiment=SimpleNamespace(augment=AugmentConfig(versions=3), seed=5),
         image_tokenizer=Brightest(),
@@ -46,11 +48,15 @@ def varying_run() -> Any:
 
 
 def test_each_document_has_its_own_varied_images_whatever_is_beside_it() -> None:
+    """The images are varied by the document's id and the seed alone."""
     documents = [document("a", 1), document("bb", 0), document("ccc", 2)]
     found = _varied_ids(varying_run(), documents)
     assert [ids_VN.shape for ids_VN in found] == [(3, 2), (3, 0), (3, 4)]
+
     (alone,) = _varied_ids(varying_run(), documents[2:])
     assert np.array_equal(alone, found[2])
+
+    # A version's codes are those of the varied image; the second image is varied otherwise.
     first_HWC = documents[2].images[0]
     versions = varied(first_HWC[None], ["ccc"], AugmentConfig(versions=3), 5)
     expected_VN = np.concatenate([Brightest().encode(version) for version in versions]) + 100
@@ -65,11 +71,12 @@ def test_documents_without_images_have_nothing_to_vary() -> None:
 
 
 def test_the_samples_documents_are_the_first_rows_of_their_shards() -> None:
-    """Of three documents a part, two are sampled; one is no training document, another was too long."""
+    """Of a part's documents, two are sampled; one is not for training, another was too long."""
     shards = [["a", "long"], ["b", "c", "d"]]
     tokens = SimpleNamespace(
         shard=lambda number: Ids(shards[number]), first=lambda number: 2 * number
     )
+
     images_BHWC = np.zeros((3, 2, 2, 3), np.uint8)
     splits: Any = ["train", "train", "held_out"]
     run: Any = SimpleNamespace(
@@ -83,6 +90,8 @@ def test_the_samples_documents_are_the_first_rows_of_their_shards() -> None:
 
 
 class Ids:
+    """As much of a token shard as is needed: the ids of its documents."""
+
     def __init__(self, ids: list[str]) -> None:
         self._ids = ids
 
@@ -93,7 +102,7 @@ class Ids:
         return self._ids[row]
 
 
-# ------------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_what_earlier_versions_wrote_of_a_corpus_in_memory_is_read(tmp_path: Path) -> None:
@@ -108,7 +117,7 @@ def test_a_corpus_of_few_parts_is_not_shared_out(tmp_path: Path) -> None:
 
 
 def shards(shared_maps: str | None) -> Any:
-    """As much of token shards as is asked: a document's only id is its number and version."""
+    """As much of token shards as is needed: a document's only id is 100 * number + version."""
 
     def made(number: int, version: int = 0) -> TokenDocument:
         segment = TokenSegment("image", np.array([100 * number + version]))
@@ -132,11 +141,14 @@ def test_a_sample_has_one_version_of_all_its_documents_where_the_maps_are_shared
     config = SimpleNamespace(max_documents=2, random_count=False)
     experiment = SimpleNamespace(retriever=SimpleNamespace(config=config))
     run: Any = SimpleNamespace(experiment=experiment)
+
+    # Two documents are retrieved, number 4 and number 7 of the bank.
     corpus = TrainingCorpus(Path("run"), run)
     neighbours = SimpleNamespace(draw=lambda row, **options: [4, 7])
     given = {"tokens": shards(shared_maps), "bank": shards(shared_maps), "neighbours": neighbours}
     corpus.__dict__.update(given)
 
+    # Every version is drawn; where the maps are not shared, a sample may have three of them.
     counts = set()
     seen = set()
     for position in range(40):
@@ -147,4 +159,5 @@ def test_a_sample_has_one_version_of_all_its_documents_where_the_maps_are_shared
         counts.add(len(versions))
         seen |= versions
     assert seen == set(range(9))
-    assert counts == ({1} if shared_maps else {1, 2, 3})
+    expected = {1} if shared_maps else {1, 2, 3}
+    assert counts == expected

@@ -1,4 +1,4 @@
-"""What ranks send each other, by hand."""
+"""What ranks send each other in a step of training, computed by hand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cm3leon.training.traffic import (
     Collective,
     Links,
     ModelLayout,
+    Traffic,
     best,
     exposed,
     possible_replicas,
@@ -28,57 +29,83 @@ with torch.device("meta"):
 LINKS = Links(inside=100.0, across=10.0)
 
 
+def sent_bytes(made: Traffic) -> tuple[float, float]:
+    """Bytes that a rank sends in a step: inside its node, and to other nodes."""
+    each_sent = [each.sent for each in made.everything()]
+    return sum(inside for inside, _ in each_sent), sum(across for _, across in each_sent)
+
+
 def test_a_ring_by_hand() -> None:
-    """Four ranks on two nodes: two of four hops are between nodes, and each rank sends three quarters of the bytes."""
+    """Each of four ranks sends three quarters of the bytes; two of four hops are between nodes."""
     gather = Collective("gather", 400.0, ranks=4, nodes=2)
     assert gather.sent == (150.0, 150.0)
     waits = LAUNCH + HOP_ACROSS + 2 * HOP_INSIDE
     assert gather.seconds(LINKS) == pytest.approx(waits + 15.0)
+
+    # A sum is gathered and scattered: twice the bytes and twice the hops, three times.
     inside = Collective("sum", 400.0, ranks=4, nodes=1, times=3)
     assert inside.sent == (1800.0, 0.0)
     assert inside.seconds(LINKS) == pytest.approx(3 * (LAUNCH + 6 * HOP_INSIDE) + 18.0)
+
+    # Alone on their nodes, ranks send nothing inside one.
     alone_on_their_nodes = Collective("sum", 400.0, ranks=4, nodes=4)
     assert alone_on_their_nodes.sent == (0.0, 600.0)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_7b_by_hand(micro_batches: int) -> None:
-    """One copy a node: weights are gathered twice and gradients scattered inside it, and an eighth is added up."""
+    """With a copy on each node, weights are gathered and gradients scattered inside it.
+
+    Across nodes, an eighth of the gradients is summed. With one copy in all, every byte is sent
+    around all ranks.
+    """
     count = parameters(SEVEN_B)
     config = DecoderTrainingConfig(replicas="nodes")
     made = traffic(SEVEN_B, config, gpus=512, nodes=64, micro_batches=micro_batches)
-    inside, across = (sum(each.sent[link] for each in made.everything()) for link in (0, 1))
+    inside, across = sent_bytes(made)
+
+    # The root is gathered once and the blocks twice, in two bytes; gradients have four.
     gathered = 2 * count.root + 2 * 2 * count.blocks
     assert inside == pytest.approx(7 / 8 * micro_batches * (gathered + 4 * count.total))
     assert across == pytest.approx(2 * 63 / 64 * 4 * count.total / 8)
 
     flat = DecoderTrainingConfig(replicas=1)
     made = traffic(SEVEN_B, flat, gpus=512, nodes=64, micro_batches=micro_batches)
+    inside, across = sent_bytes(made)
     sent = 511 / 512 * micro_batches * (gathered + 4 * count.total)
-    inside, across = (sum(each.sent[link] for each in made.everything()) for link in (0, 1))
     assert (inside, across) == (pytest.approx(7 / 8 * sent), pytest.approx(sent / 8))
     assert not made.sums
 
 
 def test_adapters_alone_are_scattered_and_added_up() -> None:
-    config = DecoderTrainingConfig(replicas="nodes", lora_rank=16, start="run")  # type: ignore[arg-type]
+    config = DecoderTrainingConfig(
+        replicas="nodes",
+        lora_rank=16,
+        start="run",  # type: ignore[arg-type]
+    )
     made = traffic(SEVEN_B, config, gpus=16, nodes=2, micro_batches=1)
     assert not made.last
+
+    # Rank 16 in 32 layers; the sides of their four matrices add up to 4, 2, 5 and 5 times 4096.
     adapters = 32 * 16 * 4096 * (4 + 2 + 5 + 5)
     scattered = sum(each.size * each.times for each in made.backward if each.kind == "scatter")
     assert scattered == pytest.approx(4 * adapters)
 
 
 def test_muon_gathers_each_matrix_and_sends_its_step_to_all() -> None:
-    """In bf16: inside a node where a copy fills one, then around all ranks, which crosses 63 of 511 times."""
-    config = DecoderTrainingConfig(replicas="nodes", optimizer="muon")
-    made, without = (
-        traffic(SEVEN_B, each, gpus=512, nodes=64, micro_batches=1)
-        for each in (config, DecoderTrainingConfig(replicas="nodes"))
-    )
+    """Muon gathers each matrix inside a node, which holds a copy, and sends its step to all ranks.
+
+    Both are sent in bf16. Around all ranks, 63 of 511 hops go from node to node.
+    """
+    plain = DecoderTrainingConfig(replicas="nodes")
+    muon = DecoderTrainingConfig(replicas="nodes", optimizer="muon")
+    without = traffic(SEVEN_B, plain, gpus=512, nodes=64, micro_batches=1)
+    made = traffic(SEVEN_B, muon, gpus=512, nodes=64, micro_batches=1)
+
     gathered, sent = made.last[-2:]
     assert made.last[:-2] == without.last
     assert (gathered.kind, gathered.ranks, gathered.nodes) == ("gather", 8, 1)
+
     whole = 2 * parameters(SEVEN_B).blocks
     for each in (gathered, sent):
         assert each.times == 4 * 32
@@ -95,6 +122,8 @@ def test_one_gpu_sends_nothing() -> None:
 
 def test_what_the_computation_is_too_short_for_is_exposed() -> None:
     made = traffic(SEVEN_B, DecoderTrainingConfig(), gpus=8, nodes=1, micro_batches=1)
+
+    # A second of computation hides all that is not at its ends; no computation hides nothing.
     links = Links(450e9, 50e9)
     ends = sum(each.seconds(links) for each in [*made.first, *made.last])
     everything = sum(each.seconds(links) for each in made.everything())
@@ -111,6 +140,7 @@ def test_the_best_layout() -> None:
     def layout(
         replicas: int, step: float, awaited: float, memory: float, fits: bool = True
     ) -> ModelLayout:
+        """A layout of which only these figures count."""
         return ModelLayout(
             replicas=replicas,
             shards=1,
@@ -127,6 +157,8 @@ def test_the_best_layout() -> None:
     slow, fast = layout(1, 2.0, 0, 1), layout(2, 1.0, 9, 1)
     close, large = layout(4, 1.009, 0, 2), layout(8, 1.0, 0, 3)
     too_large = layout(16, 0.1, 0, 9, fits=False)
+
+    # Of those that fit and are fast to within a percent, the one that is waited for least.
     assert best([slow, fast]) is fast
     assert best([slow, fast, large, close, too_large]) is close
     assert best([too_large]) is None
