@@ -1,4 +1,4 @@
-"""What stands before fairseq2, where it is installed and where it is not: the guard, and the names of weights."""
+"""The guard in front of fairseq2, and the conversion of weights' names, which needs no fairseq2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = {"name": "fairseq2_cm3leon", "layers": 1, "width": 16, "head_size": 8, "
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Packages that stand for the real ones: built for torch 2.9.1, and importing any of them is an error."""
+    """Stand-ins for the real packages, built for torch 2.9.1; importing any of them is an error."""
     for name in ("fairseq2", "fairseq2n", "soundfile"):
         monkeypatch.delitem(sys.modules, name, raising=False)
         (tmp_path / name).mkdir()
@@ -51,8 +51,8 @@ def test_another_version_is_refused_in_a_sentence_and_nothing_is_loaded(
     with pytest.raises(UserError) as refusal:
         MODELS.build(SIZES, vocab_size=10)
     assert str(refusal.value) == (
-        f"model.name is fairseq2_cm3leon, which lacks a fairseq2n built for torch {running}: the one installed was "
-        "built for 2.9.1+cu128 (pip install 'cm3leon[cluster]')"
+        f"model.name is fairseq2_cm3leon, which lacks a fairseq2n built for torch {running}: "
+        "the one installed was built for 2.9.1+cu128 (pip install 'cm3leon[cluster]')"
     )
 
 
@@ -71,11 +71,14 @@ def test_weights_go_to_fairseq2s_names_and_back() -> None:
     state = decoder(layers=3).state_dict()
     theirs = to_fairseq2(state)
     assert len(theirs) == 3 + 3 * 6
+
+    # fairseq2's table of positions has one row more, for padding; query, key and value are apart.
     table_TD = theirs["decoder_frontend.pos_encoder.weight"]
     assert table_TD.shape == (33, 24)
     assert not table_TD[0].any()
     query_DD = theirs["decoder.layers.2.self_attn.q_proj.weight"]
     assert torch.equal(query_DD, state["blocks.2.qkv.weight"][:24])
+
     back = from_fairseq2(theirs)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], weight) for name, weight in state.items())

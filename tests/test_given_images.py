@@ -1,4 +1,4 @@
-"""One function reads images: whatever form one is given in, its pixels are those that a source reads."""
+"""One function reads images of every form, and finds the pixels that a source would read."""
 
 from __future__ import annotations
 
@@ -71,11 +71,13 @@ def test_a_picture_is_read_as_a_source_reads_its_file(form: str, tmp_path: Path)
     assert isinstance(document, Document)
     expected_HWC = document.image
     assert expected_HWC is not None
+
     with Image.open(file) as opened:
         mode = opened.mode
         given = [file, str(file), file.read_bytes(), opened]
         found = [read_image(each) for each in given]
         assert opened.mode == mode  # the caller's own object stays as it was
+
     for pixels_HWC in found:
         assert pixels_HWC.dtype == np.uint8
         assert np.array_equal(pixels_HWC, expected_HWC)
@@ -151,8 +153,11 @@ def test_a_cut_file_is_refused_though_it_was_opened(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels()).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:-200])
+
+    # Pillow reads a file's pixels when they are first asked for, so opening it succeeds.
     with Image.open(tmp_path / "cut.png") as opened, pytest.raises(UnusableImage, match="trunc"):
         read_image(opened)
+
     closed = Image.open(tmp_path / "cut.png")
     closed.close()
     with pytest.raises(UnusableImage, match="unreadable"):

@@ -1,4 +1,4 @@
-"""Images of a corpus as an endless stream: what is drawn, how it is cut, and going on exactly."""
+"""Images of a corpus as an endless stream: what is drawn, how it is cut, and exact resuming."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 
 def document(number: int, images: int = 1) -> Document:
-    """A caption and images of one colour each, which tells the document and the image."""
-    pixels = [np.full((5, 7, 3), [number, k, 99], np.uint8) for k in range(images)]
-    return Document(str(number), (TextSegment("a"), *(ImageSegment(p) for p in pixels)))
+    """A caption and images of one colour each: red says which document, green which image of it."""
+    segments = []
+    for k in range(images):
+        segments.append(ImageSegment(np.full((5, 7, 3), [number, k, 99], np.uint8)))
+    return Document(str(number), (TextSegment("a"), *segments))
 
 
 class Numbered(Source):
@@ -36,11 +38,10 @@ class Numbered(Source):
     def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
         first = sum(self.sizes[: int(part)])
         for number in range(first + start, first + self.sizes[int(part)]):
-            yield (
-                Skipped(str(number), "broken")
-                if number % 5 == 4
-                else document(number, number % 7 and 1 + number % 3)
-            )
+            if number % 5 == 4:
+                yield Skipped(str(number), "broken")
+            else:
+                yield document(number, number % 7 and 1 + number % 3)
 
     def fingerprint(self) -> str:
         return ""
@@ -58,6 +59,7 @@ def stream(*sizes: int, **settings: Any) -> ImageStream:
 
 
 def drawn(batch_BHWC: np.ndarray) -> list[int]:
+    """Numbers of the documents whose images a batch holds."""
     return batch_BHWC[:, 0, 0, 0].tolist()
 
 
@@ -90,15 +92,18 @@ def test_parts_of_any_length_come_equally_often_in_the_end() -> None:
 def test_ranks_have_the_batches_of_one(
     sizes: list[int], ranks: int, lanes: int, before: int
 ) -> None:
-    """Each a part of them, also going on from what another number of ranks left."""
+    """Each rank has its share of a batch, also where it resumes what other ranks left."""
     settings = {"batch_size": 12, "lanes": lanes}
     one = stream(8, *sizes, **settings)
     shares = [stream(8, *sizes, **settings, share=(rank, ranks)) for rank in range(ranks)]
     for _ in range(before):
         expected = one.next()
         assert np.array_equal(np.concatenate([share.next() for share in shares]), expected)
+
     merged = json.loads(json.dumps(merge_states([share.state_dict() for share in shares])))
     assert merged == one.state_dict()
+
+    # Three ranks, then one, take up the state.
     for count in (3, 1):
         others = [stream(8, *sizes, **settings, share=(rank, count)) for rank in range(count)]
         for other in others:
@@ -111,18 +116,27 @@ def test_ranks_have_the_batches_of_one(
 
 
 def test_a_rank_reads_its_own_parts_alone() -> None:
-    read: list[set[str]] = []
+    read: list[str] = []
     for rank in range(4):
         images = stream(*[9] * 8, lanes=8, batch_size=16, share=(rank, 4))
         parts: set[str] = set()
-        read.append(parts)
-        source, reading = images._source, images._source.read
-        source.read = lambda part, start=0, parts=parts, reading=reading: (  # type: ignore[method-assign]
-            parts.add(part),
-            reading(part, start),
-        )[1]
+        recording(images._source, parts)
         images.next()
-    assert sorted(part for parts in read for part in parts) == [str(part) for part in range(8)]
+        read += parts
+
+    # All eight parts, and none by two ranks.
+    assert sorted(read) == [str(part) for part in range(8)]
+
+
+def recording(source: Source, parts: set[str]) -> None:
+    """Let a source add the parts that it reads to a set."""
+    reading = source.read
+
+    def read(part: str, start: int = 0) -> Iterator[Document | Skipped]:
+        parts.add(part)
+        return reading(part, start)
+
+    source.read = read  # type: ignore[method-assign]
 
 
 def test_what_cannot_go_on_is_a_sentence() -> None:
@@ -158,9 +172,11 @@ def test_a_stream_goes_on_exactly(
     for _ in range(before):
         one.next()
     state = json.loads(json.dumps(one.state_dict()))
+
     other = stream(8, *sizes, **settings)
     other.next()  # wherever it was
     other.load_state_dict(state)
+
     for _ in range(5):
         assert np.array_equal(one.next(), other.next())
         assert one.state_dict() == other.state_dict()
@@ -182,21 +198,21 @@ def test_a_corpus_without_images_is_a_sentence(settings: dict[str, Any]) -> None
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(0, 2**32))
 def test_squares_of_any_shape(height: int, width: int, size: int, seed: int) -> None:
-    """A picture of its own columns: what is cut is a run of them, or its mirror image."""
+    """Of a picture of numbered columns, a run of them is cut out, or its mirror image."""
     pixels_HWC = np.zeros((height, width, 3), np.uint8)
     pixels_HWC[:] = np.arange(width)[:, None] * 5
     assert random_square(pixels_HWC, size, np.random.default_rng(seed)).shape == (size, size, 3)
+
+    # A square of the shorter side is not resized, so its columns keep their numbers.
     side = min(height, width)
-    columns = random_square(pixels_HWC, side, np.random.default_rng(seed))[0, :, 0].astype(int) // 5
+    square_HWC = random_square(pixels_HWC, side, np.random.default_rng(seed))
+    columns = square_HWC[0, :, 0].astype(int) // 5
     first = min(columns)
-    assert columns.tolist() in (
-        list(range(first, first + side)),
-        list(range(first, first + side))[::-1],
-    )
+    run = list(range(first, first + side))
+    assert columns.tolist() in (run, run[::-1])
 
 
 def test_an_image_of_extreme_aspect_takes_no_more_memory_than_its_square() -> None:
-    pixels_HWC = np.zeros(
-        (1, 200_000, 3), np.uint8
-    )  # resized before it is cut, it would take 39 GB
+    """Resized before it is cut, this one would take 39 GB."""
+    pixels_HWC = np.zeros((1, 200_000, 3), np.uint8)
     assert random_square(pixels_HWC, 256, np.random.default_rng(0)).shape == (256, 256, 3)

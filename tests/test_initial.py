@@ -1,4 +1,7 @@
-"""First weights: a place of the random stream is found without what comes before, and shards are those of the whole."""
+"""First weights of a shard are those of the whole model, bit for bit.
+
+For this a random stream is moved ahead without drawing the numbers in between.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,14 @@ TINY: dict[str, Any] = {"layers": 2, "width": 24, "head_size": 8, "seq_len": 13,
 
 
 def generator(seed: int, drawn: int = 0) -> torch.Generator:
+    """A generator of which some numbers were drawn."""
     made = torch.Generator().manual_seed(seed)
     torch.empty(drawn).uniform_(generator=made)
     return made
 
 
 def following(made: torch.Generator) -> Tensor:
+    """The next numbers of a generator, more than two blocks of its 624 words."""
     return torch.empty(1300).uniform_(generator=made)
 
 
@@ -37,7 +42,7 @@ def test_numbers_skipped_are_numbers_drawn(drawn: int, count: int) -> None:
 
 
 def test_far_jumps_add_up() -> None:
-    """No stream of 10^13 numbers can be drawn here; two jumps are as far as one."""
+    """Two jumps lead as far as one, over more numbers than can be drawn here."""
     at_once, in_two = generator(2**63 + 5), generator(2**63 + 5)
     skip(at_once, 10**13 + 12_345)
     skip(in_two, 9 * 10**12)
@@ -60,6 +65,8 @@ def test_shares_are_those_of_the_whole_bit_for_bit(
     torch.rand(100)  # something else was drawn before
     state = torch.get_rng_state()
     whole: Model = kind(kind.Config(**TINY, **fields), vocab_size=37)
+
+    # Each share is a model without memory of its own, whose rows alone are drawn.
     drawn = []
     for share in range(shares):
         with torch.device("meta"):
@@ -74,6 +81,8 @@ def test_shares_are_those_of_the_whole_bit_for_bit(
 
         draw(model, Beginning(model, model.firsts()), state, rows)
         drawn.append(model)
+
+    # The rows of all shares, in order, are the weights of the whole.
     for name, expected in whole.state_dict().items():
         chunks = [
             model.state_dict()[name].tensor_split(shares)[share]

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, JSON of a shape, SHA-256."""
+"""Files are written whole or not at all, JSON is read by its shape, and digests are SHA-256."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_a_digest_is_that_of_the_parts_joined() -> None:
     whole = hashlib.sha256("aä\0b".encode()).hexdigest()
-    assert (
-        digest_of("aä\0b") == digest_of_parts(["a", "ä".encode(), memoryview(b"\0"), "b"]) == whole
-    )
+    parts = ["a", "ä".encode(), memoryview(b"\0"), "b"]
+    assert digest_of("aä\0b") == digest_of_parts(parts) == whole
 
 
 def test_two_writers_of_one_file_do_not_share_a_name(tmp_path: Path) -> None:
@@ -43,8 +42,11 @@ def test_two_writers_of_one_file_do_not_share_a_name(tmp_path: Path) -> None:
 def test_a_log_is_read_without_the_line_that_a_kill_cut(tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
     assert read_log(file) == []
+
+    # Cut in the middle of a letter of two bytes.
     file.write_bytes('{"step": 1}\n{"step": 2, "text": "ä'.encode()[:-1])
     assert read_log(file, {"step": int}) == [{"step": 1}]
+
     file.write_text('{"step": 1}\n{"steps": 2}\n')
     with pytest.raises(UserError, match="line 2 has no step"):
         read_log(file, {"step": int})
@@ -57,16 +59,19 @@ def test_a_line_nested_too_deep_for_json_is_no_line_of_a_log(tmp_path: Path) -> 
 
 
 def test_files_are_hashed_and_renamed_into_place_here_alone() -> None:
-    """Where `atomic` or `digest_of` would do, nobody writes another."""
+    """Everything else uses `atomic` and `digest_of`."""
+
+    def hashes_or_renames(node: ast.AST) -> bool:
+        if isinstance(node, ast.Import):
+            return any(each.name == "hashlib" for each in node.names)
+        return isinstance(node, ast.Attribute) and ast.unparse(node) == "os.replace"
+
     other = []
     for folder in ("cm3leon", "evaluation", "plugins"):
         for file in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if (
-                    isinstance(node, ast.Import)
-                    and any(each.name == "hashlib" for each in node.names)
-                ) or (isinstance(node, ast.Attribute) and ast.unparse(node) == "os.replace"):
-                    other.append(file.name)
+            if any(map(hashes_or_renames, ast.walk(ast.parse(file.read_text())))):
+                other.append(file.name)
+
     # A push hashes a file while it copies it, as it may change before it would be read again.
     assert set(other) <= {"io.py", "types.py", "store.py"}
 
@@ -110,6 +115,8 @@ def test_a_write_that_is_cut_off_leaves_the_file_as_it_was(
         with pytest.raises(OSError, match=r"no space left|interrupted"):
             write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
+
+    # The next write succeeds, and nothing else is left.
     write_json(path, {"a": 3})
     assert json.loads(path.read_text()) == {"a": 3}
     assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
@@ -136,6 +143,7 @@ def test_json_of_another_shape_is_a_sentence(
     file.write_text(content)
     with pytest.raises(UserError, match=f"^{file}.*{sentence}"):
         read_json(file, shape)
+
     file.write_text(f"{{}}\n{content}\n")
     if sentence.endswith("$"):
         with pytest.raises(UserError, match=f"^{file}: line [12].*{sentence}|line 1 has no a"):
@@ -147,8 +155,10 @@ def test_json_of_the_shape_is_read(tmp_path: Path) -> None:
     file.write_text('{"a": 1, "more": [2], "b": null}')
     content = read_json(file, {"a": (int, float), "b?": str, "c?": int})
     assert content == {"a": 1, "more": [2], "b": None}
+
     with pytest.raises(UserError, match=r"y.json is missing"):
         read_json(tmp_path / "y.json")
+
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is damaged"):
         read_json(file)

@@ -1,4 +1,4 @@
-"""Images that are kept as they were decoded: what comes back, what has no room, and what is damaged."""
+"""Decoded images that are kept on disk: what comes back, what has no room, and what is damaged."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ SIDE = 8
 
 
 def documents(count: int) -> list[Document]:
-    """Every third without an image, every fourth with two, the rest with one."""
+    """Documents of texts and images: every third has none, every fourth of the others two."""
     rng = np.random.default_rng(0)
     made = []
     for number in range(count):
-        images = 0 if number % 3 == 0 else 1 + (number % 4 == 0)
+        images = 2 if number % 4 == 0 else 1
+        if number % 3 == 0:
+            images = 0
         pixels = rng.integers(0, 256, (images, SIDE, SIDE, 3), np.uint8)
         segments = (TextSegment(f"thing {number} ", joined=False), TextSegment("ä"))
         made.append(Document(f"id {number}", (*segments, *map(ImageSegment, pixels))))
@@ -40,6 +42,7 @@ def test_texts_and_first_images_come_back_in_order(tmp_path: Path) -> None:
     path, given = kept_file(tmp_path / "decoded", 3, 7), documents(12)
     keep(path, given)
     assert path.name == "part-00003-of-00007.arrows"
+
     found = list(kept_documents(path) or ())
     assert [each.id for each in found] == [each.id for each in given]
     assert [each.text for each in found] == [each.text for each in given]
@@ -78,9 +81,11 @@ def test_a_flipped_bit_and_a_cut_are_noticed(tmp_path: Path) -> None:
     path, given = tmp_path / "part.arrows", documents(12)
     keep(path, given)
     content = path.read_bytes()
+
+    # One bit of a pixel of the first image.
     image = next(each.image for each in given if each.image is not None)
-    place = content.index(image.tobytes()) + 17
-    flipped = content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+    at = content.index(image.tobytes()) + 17
+    flipped = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
     for damaged in (flipped, content[: len(content) // 2], b"no arrow"):
         path.write_bytes(damaged)
         with pytest.raises(DamagedShard, match=r"part.arrows is damaged; delete it"):
@@ -92,10 +97,10 @@ def test_a_file_cut_between_two_batches_is_noticed(tmp_path: Path) -> None:
     path, given = tmp_path / "part.arrows", documents(12)
     keep(path, given)
     content = path.read_bytes()
-    first = given[:5]
-    keep(tmp_path / "short.arrows", first)
+    keep(tmp_path / "short.arrows", given[:5])
     ending = len((tmp_path / "short.arrows").read_bytes())
-    # The stream of the first five documents, less its last, empty batch and the mark behind that.
+
+    # The stream of the first five documents, without its last, empty batch and the mark after it.
     for end in range(ending - 400, ending):
         path.write_bytes(content[:end])
         with pytest.raises(DamagedShard):

@@ -1,5 +1,8 @@
-"""A module imports only from what stands before it; imports under TYPE_CHECKING count too, but for the registry's,
-which names the base class of what each of its registries holds."""
+"""A module imports only from parts that stand before its own part.
+
+Imports under TYPE_CHECKING count too, except those of the registry, which names the base class of
+what each of its registries holds.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,8 @@ TOP = (
     "commands",
     "run",
 )
-# The stage that asks a finished model, and what stands on it, come after what asks models: they are parts of their own.
+# The stage that evaluates a finished model, and all that builds on it, come after what asks
+# models: they are parts of their own.
 PARTS = (*FOUNDATION, *CHAIN, "decoders", "tasks", "evaluation", *TOP, "plugins")
 
 
@@ -73,9 +77,13 @@ def allowed(part: str) -> set[str]:
 
 
 def part_of(name: str) -> str:
-    """The part that a module of `cm3leon` belongs to, by its name there."""
-    two = ".".join(name.split(".")[:2])
-    return two if two in PARTS else name.split(".")[0]
+    """The part that a module of `cm3leon` belongs to, by its name there.
+
+    For example `stages.table` is a part, and `stages.pretraining` is in the part `stages`.
+    """
+    first, *rest = name.split(".")
+    two = f"{first}.{rest[0]}" if rest else first
+    return two if two in PARTS else first
 
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -88,9 +96,12 @@ def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, 
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            name = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{name}.{alias.name}") for alias in node.names)
+            # One dot is the module's own package, and each further dot the one above it.
+            names = package[: len(package) - node.level + 1] if node.level else []
+            if node.module:
+                names = [*names, node.module]
+            base = ".".join(names)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
 
 def is_for_types_alone(statement: ast.stmt) -> bool:
@@ -114,15 +125,18 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
 
 def modules() -> list[tuple[str, Path]]:
     """Every module of the package, with its file."""
-    found = []
-    for folder, prefix in (
+    folders: list[tuple[Path, tuple[str, ...]]] = [
         (ROOT / "cm3leon", ()),
         (ROOT / "evaluation", ("cm3leon",)),
         (ROOT / "plugins", ("cm3leon",)),
-    ):
+    ]
+    found = []
+    for folder, prefix in folders:
         for file in sorted(folder.rglob("*.py")):
-            parts = (*prefix, *file.relative_to(ROOT).with_suffix("").parts)
-            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), file))
+            parts = [*prefix, *file.relative_to(ROOT).with_suffix("").parts]
+            if parts[-1] == "__init__":
+                parts.pop()
+            found.append((".".join(parts), file))
     return found
 
 
@@ -134,7 +148,7 @@ def test_imports_go_one_way(module: str, file: Path) -> None:
 
 
 def test_the_core_knows_no_plugin() -> None:
-    """What a folder of `plugins/` brings is found by the registry alone: no module outside names it."""
+    """What a folder of `plugins/` adds is found by the registry: no module outside names it."""
     names = "|".join(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
     known = re.compile(rf"\bplugins\.({names})\b")
     core = [file for module, file in modules() if not module.startswith("cm3leon.plugins")]
@@ -147,20 +161,20 @@ def test_every_part_has_its_place() -> None:
 
 
 def test_id_ranges_are_known_to_the_vocabulary_alone() -> None:
-    """Others ask it what an id is, and for an id by its number."""
+    """Other modules ask the vocabulary what an id is, or for the id of a code or sentinel."""
+    starts = ("image_start", "sentinel_start")
     for module, file in modules():
         if module != "cm3leon.tokenizers.vocab":
             for node in ast.walk(ast.parse(file.read_text())):
-                is_bound = isinstance(node, ast.Attribute) and node.attr in (
-                    "image_start",
-                    "sentinel_start",
-                )
+                is_bound = isinstance(node, ast.Attribute) and node.attr in starts
                 assert not is_bound, f"{module}, line {node.lineno}"
 
 
 def test_tests_and_benchmarks_import_by_the_full_name() -> None:
-    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-    assert [line for file in files for line in violations(file.read_text(), file.stem)] == []
+    found = []
+    for file in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        found += violations(file.read_text(), file.stem)
+    assert found == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""What paths stand for: several of them, links, folders that may not be read, and names written otherwise."""
+"""What a path of a corpus stands for.
+
+It may name several paths, links, folders that cannot be read, and files whose names are written
+in another way on another system.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +32,13 @@ IMAGE = encoded(picture(1))
 
 
 def build(name: str, path: Any, **fields: Any) -> Source:
-    return SOURCES.build(
-        {"name": name, "path": path if isinstance(path, list) else str(path), **fields}
-    )
+    if not isinstance(path, list):
+        path = str(path)
+    return SOURCES.build({"name": name, "path": path, **fields})
 
 
 def items(source: Source) -> tuple[dict[str, str], dict[str, str]]:
-    """The texts of documents by their ids, and the reasons of what is left out by its files."""
+    """The text of each document by its id, and why each file is left out that is."""
     documents, left_out = {}, {}
     for item in source.documents():
         if isinstance(item, Skipped):
@@ -51,7 +55,7 @@ def pair(folder: Path, name: str, text: str = "words") -> None:
     (folder / f"{name}.txt").write_text(text)
 
 
-# ------------------------------------------------------------------------------------------------ several paths
+# ------------------------------------------------------------------------------------ several paths
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,7 @@ def test_every_one_of_several_paths_is_read(form: str, tmp_path: Path) -> None:
     for number in range(8, 12):
         content = [("x.png", IMAGE), ("x.txt", b"tar %d" % number)]
         write_tar(tmp_path / f"{number:02d}.tar", content)
+
     names = [f"{tmp_path}/{number:02d}.tar" for number in range(8, 12)]
     path = {
         "list": names,
@@ -123,6 +128,7 @@ def test_every_one_of_several_paths_is_read(form: str, tmp_path: Path) -> None:
         "range": f"{tmp_path}/{{08..11}}.tar",
         "globs": [f"{tmp_path}/0*.tar", f"{tmp_path}/1*.tar", names[0]],
     }[form]
+
     source = build("webdataset", path)
     whole = build("webdataset", tmp_path)
     assert items(source) == items(whole)
@@ -166,6 +172,7 @@ def test_names_inside_a_zip_file_are_whole(tmp_path: Path) -> None:
         packed.writestr("a.png", IMAGE)
         packed.writestr("sub/b.png", IMAGE)
         packed.writestr("sub/b.txt", "b")
+
     for path in (f"zip://*.tar::{tmp_path}/x.zip", f"zip://first.tar::{tmp_path}/x.zip"):
         assert items(build("webdataset", path))[0] == {"first.tar/x": "words"}
     documents = items(build("jsonl", f"zip://*.jsonl::{tmp_path}/x.zip"))
@@ -173,13 +180,15 @@ def test_names_inside_a_zip_file_are_whole(tmp_path: Path) -> None:
     assert items(build("folder", f"zip://::{tmp_path}/x.zip"))[0] == {"sub/b.png": "b"}
 
 
-# ------------------------------------------------------------------------------------------------ links
+# -------------------------------------------------------------------------------------------- links
 
 
 def test_linked_folders_are_read_once_and_circles_are_left(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     pair(corpus / "real", "a")
     pair(tmp_path / "elsewhere" / "deep", "b")
+
+    # Links inside the corpus, out of it and back, in circles, and to nothing.
     (corpus / "again").symlink_to("real")
     (corpus / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(corpus)
@@ -189,6 +198,7 @@ def test_linked_folders_are_read_once_and_circles_are_left(tmp_path: Path) -> No
     (corpus / "gone").symlink_to("nowhere")
     (corpus / "gone.png").symlink_to("nowhere.png")
     (corpus / "notes.md").symlink_to("nowhere.md")
+
     documents, left_out = items(build("folder", corpus))
     assert list(documents) == ["linked/deep/b.png", "real/a.png"]
     assert left_out == {
@@ -211,6 +221,7 @@ def test_every_source_follows_links_and_names_what_it_cannot_read(
     CORPORA[name](tmp_path / "store")
     (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "store")
     (tmp_path / "corpus" / "again").symlink_to(tmp_path / "store")
+
     documents, left_out = items(build(name, tmp_path / "corpus"))
     assert len(documents) == len(items(build(name, tmp_path / "store"))[0])
     assert left_out == {"linked": "a link to a folder that is read already"}
@@ -229,6 +240,7 @@ def test_a_folder_that_may_not_be_read_is_left_out(
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
+
     assert items(build("folder", tmp_path)) == (
         {"open/a.png": "words"},
         {"closed": "the folder cannot be read: Permission denied"},
@@ -243,11 +255,12 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     documents, left_out = items(build("folder", tmp_path))
     assert list(documents) == ["a.png"]
     assert left_out == {"b.png": "not a file, but a pipe, a socket or a device"}
+
     write_lines(tmp_path / "a.jsonl", [{"image": "b.png"}])
     assert "the image 'b.png'" in items(build("jsonl", tmp_path / "a.jsonl"))[1]["a.jsonl/1"]
 
 
-# ------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 
 
 COMPOSED = "Stra\u00dfencaf\u00e9"
@@ -256,17 +269,18 @@ COMPOSED = "Stra\u00dfencaf\u00e9"
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_accents_may_be_composed_or_not(form: str, tmp_path: Path) -> None:
     """A Mac writes the names of files with decomposed accents."""
-    on_disk, written = (
-        normalize("NFD" if form == "NFC" else "NFC", COMPOSED),
-        normalize(form, COMPOSED),
-    )
+    written = normalize(form, COMPOSED)
+    on_disk = normalize("NFD" if form == "NFC" else "NFC", COMPOSED)
     assert on_disk != written
+
     (tmp_path / f"{on_disk}.png").write_bytes(IMAGE)
     (tmp_path / f"{written}.txt").write_text("beside")
     assert items(build("folder", tmp_path)) == ({f"{on_disk}.png": "beside"}, {})
+
     line = {"file": f"{written}.png", "caption": "from the table"}
     (tmp_path / "captions.jsonl").write_text(json.dumps(line))
     assert items(build("folder", tmp_path)) == ({f"{on_disk}.png": "from the table"}, {})
+
     write_lines(tmp_path / "a.jsonl", [{"text": "words", "image": f"{written}.png"}])
     assert items(build("jsonl", tmp_path / "a.jsonl")) == ({"a.jsonl/1": "words"}, {})
 
@@ -278,6 +292,8 @@ def test_names_of_another_system_match(tmp_path: Path) -> None:
     (tmp_path / "sub" / "IMG.TXT").write_text("beside")
     (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "sub\\b.png", "caption": "b"}))
     assert items(build("folder", tmp_path)) == ({"sub/IMG.JPG": "beside", "sub/b.png": "b"}, {})
+
+    # A backslash separates folders, and cannot lead out of the corpus either.
     write_lines(tmp_path / "a.jsonl", [{"image": "sub\\b.png"}, {"image": "..\\b.png"}])
     documents, left_out = items(build("jsonl", tmp_path / "a.jsonl"))
     assert list(documents) == ["a.jsonl/1"]
@@ -287,9 +303,10 @@ def test_names_of_another_system_match(tmp_path: Path) -> None:
 def test_whole_paths_inside_the_folder_are_read(tmp_path: Path) -> None:
     pair(tmp_path / "in", "a")
     pair(tmp_path, "out")
-    lines = [{"image": f"{tmp_path}/in/a.png"}, {"image": f"{tmp_path}/out.png"},
-             {"image": f"{tmp_path}/in/../out.png"}]  # fmt: skip
+    paths = ("in/a.png", "out.png", "in/../out.png")
+    lines = [{"image": f"{tmp_path}/{path}"} for path in paths]
     write_lines(tmp_path / "in" / "a.jsonl", lines)
+
     documents, left_out = items(build("jsonl", tmp_path / "in" / "a.jsonl"))
     assert list(documents) == ["a.jsonl/1"]
     assert all("outside" in reason for reason in left_out.values())
@@ -309,11 +326,14 @@ def test_tables_of_captions_hold_for_their_folder(table: str, tmp_path: Path) ->
         else:
             lines = [json.dumps({"file_name": image, "text": text}) for image, text in rows]
             (tmp_path / name / table).write_text("\n".join(lines))
+
+    # Each table has two rows of one image, of which the first counts.
     documents, left_out = items(build("folder", tmp_path))
     assert documents == {
-        f"{name}/{image}": f"{name} {text}"
-        for name in ("test", "train")
-        for image, text in (("a.png", "a, really"), ("sub/b.png", "b"))
+        "test/a.png": "test a, really",
+        "test/sub/b.png": "test b",
+        "train/a.png": "train a, really",
+        "train/sub/b.png": "train b",
     }
     assert set(left_out.values()) == {"an earlier line has a caption of this image"}
 
@@ -342,16 +362,19 @@ def test_a_damaged_csv_costs_its_rows_alone(content: bytes, tmp_path: Path) -> N
 
 
 def test_images_that_share_a_caption_are_named(tmp_path: Path) -> None:
-    """As a photograph and its mask may."""
+    """A photograph and its mask may share one, for example."""
     pair(tmp_path, "a")
     (tmp_path / "a.jpg").write_bytes(encoded(np.zeros((9, 9, 3), np.uint8), "jpeg"))
     pair(tmp_path, "b")
     (tmp_path / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")  # it could not be read anyway
+
     documents, left_out = items(build("folder", tmp_path))
     assert list(documents) == ["b.png"]
     shared = "several images share 'a.txt'; name them in captions.jsonl"
     assert left_out["a.jpg"] == left_out["a.png"] == shared
     assert left_out["b.HEIC"].startswith("is HEIC; JPEG, PNG")
+
+    # A table of captions says which one is meant.
     (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "the photograph"}')
     assert items(build("folder", tmp_path))[0] == {"a.jpg": "the photograph", "b.png": "words"}
 
@@ -360,12 +383,6 @@ def test_documents_are_those_of_a_folder_elsewhere(tmp_path: Path) -> None:
     """Ids do not depend on where a folder lies."""
     pair(tmp_path / "one", "a")
     (tmp_path / "two").symlink_to("one")
-    ids = [
-        [
-            item.id
-            for item in build("folder", tmp_path / name).documents()
-            if isinstance(item, Document)
-        ]
-        for name in ("one", "two")
-    ]
-    assert ids == [["a.png"], ["a.png"]]
+    for name in ("one", "two"):
+        documents = build("folder", tmp_path / name).documents()
+        assert [item.id for item in documents if isinstance(item, Document)] == ["a.png"]

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, with the system's locks and on a file system that has none."""
+"""One process at a time works in a folder, also on a file system that has no locks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refuse(number):
 
 @pytest.fixture(params=[0, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """What the file system answers to flock; 0 where it has locks."""
+    """Error number with which the file system refuses flock; 0 where it has locks."""
 
     def flock(*_: Any) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -53,7 +53,7 @@ def refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def left(folder: Path) -> list[str]:
-    """Files that stand for locks."""
+    """Names of the files that stand for locks."""
     return [file.name for file in folder.iterdir() if file.name != ".lock"]
 
 
@@ -67,8 +67,12 @@ def test_a_folder_has_one_holder_or_several_that_share_it(tmp_path: Path) -> Non
                 locked(tmp_path, shared=shared, where="out"),
             ):
                 pass
+
+        # A lock of another name in the folder does not matter.
         with locked(tmp_path, ".other"):
             pass
+
+    # Two that share it keep a third out who wants it alone.
     with (
         locked(tmp_path, shared=True),
         locked(tmp_path, shared=True),
@@ -76,6 +80,8 @@ def test_a_folder_has_one_holder_or_several_that_share_it(tmp_path: Path) -> Non
         locked(tmp_path, where="out"),
     ):
         pass
+
+    # Nothing is held any more.
     with locked(tmp_path):
         pass
     assert left(tmp_path) == [".other"]
@@ -103,6 +109,7 @@ def test_the_lock_goes_with_a_killed_process(tmp_path: Path, refused: int) -> No
     held = tmp_path / "held"
     held.mkdir()
     paths = os.pathsep.join([str(tmp_path), str(Path(locks.__file__).parents[1])])
+
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(held), str(refused)],
         stdout=subprocess.PIPE,
@@ -117,6 +124,7 @@ def test_the_lock_goes_with_a_killed_process(tmp_path: Path, refused: int) -> No
     finally:
         process.kill()
         process.communicate()
+
     with locked(held, wait=True):
         pass
     assert left(held) == []
@@ -124,6 +132,8 @@ def test_the_lock_goes_with_a_killed_process(tmp_path: Path, refused: int) -> No
 
 @pytest.fixture
 def unlockable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks, where a file stands for one."""
+
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -136,6 +146,7 @@ def test_a_lock_of_another_host_counts_while_it_is_touched(tmp_path: Path) -> No
     other.write_text("elsewhere-17-4711")
     with pytest.raises(UserError, match="another process"), locked(tmp_path):
         pass
+
     past = time.time() - locks.STALE
     os.utime(other, (past, past))
     with locked(tmp_path, wait=True):
