@@ -13,9 +13,13 @@
 # %% [markdown]
 # # Look and draw
 #
-# The steps of [the page](../page.md) in Python: draw with documents chosen one by one, describe, fill in, edit, and
-# look into the memory bank. `make demo` makes the run that is asked here, in a few minutes on a laptop; any other
-# finished run with a memory bank will do, by the variable `CM3LEON_RUN`.
+# This notebook is for whoever has a finished run and wants to use it from Python. It goes through
+# the steps of [the page](../page.md): draw with documents chosen one by one, describe, fill in,
+# edit, and look into the memory bank.
+#
+# `make demo` makes the run that is used here, `runs/digits`, in [9 to 31 minutes](../results.md) on
+# two processor cores. Any other finished run with a memory bank will do: name its folder in the
+# variable `CM3LEON_RUN`.
 #
 # To open this file as a notebook: `pip install jupytext jupyterlab`, then
 # `jupytext --to ipynb docs/tutorials/look_and_draw.py` and `jupyter lab`.
@@ -42,7 +46,7 @@ print(
 
 # %%
 def beside(images, scale=4):
-    """Images next to each other, large enough to be looked at."""
+    """Place images next to each other, enlarged."""
     strip = Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))
     return strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST)
 
@@ -50,7 +54,8 @@ def beside(images, scale=4):
 # %% [markdown]
 # ## Draw
 #
-# What would be retrieved for a text, the closest last, with its score: the inner product with the text.
+# These documents would be retrieved for a text, the closest last. The score is the inner product
+# with the text.
 
 # %%
 prompt = "a handwritten seven"
@@ -60,8 +65,9 @@ for document in found:
 beside([document.image for document in found])
 
 # %% [markdown]
-# Four samples with both documents before the text, the best by the run's own CLIP first. A seed counts on from sample
-# to sample, and each result depends on its own seed alone.
+# Draw four samples with both documents before the text. They are ordered by the run's own CLIP, the
+# best first. The first sample has the given seed, the next ones the seeds after it, and each result
+# depends on its own seed alone.
 
 # %%
 drawn = model.generate(prompt, n=4, retrieve=2, seed=0)
@@ -70,7 +76,7 @@ for image in drawn:
 beside([image.image for image in drawn])
 
 # %% [markdown]
-# The same with the closest document alone, and with more guidance by the text.
+# Do the same with only the closest document (left), and with more guidance by the text (right).
 
 # %%
 alone = model.generate(prompt, n=4, documents=[found[-1].row], seed=0)
@@ -80,14 +86,14 @@ beside([image.image for image in (*alone, *guided)], scale=3)
 # %% [markdown]
 # ## Look
 #
-# A text for an image. Any image will do: a path, a Pillow image or an array.
+# Write a text for an image. The image may be a path, a Pillow image or an array.
 
 # %%
 picture = drawn[0].image
 print(model.caption(picture, seed=0))
 
 # %% [markdown]
-# Which of some texts fits best: their log-likelihoods after the image.
+# Find out which of several texts fits best, by their log-likelihoods after the image.
 
 # %%
 texts = ["a handwritten seven", "a handwritten two"]
@@ -97,7 +103,8 @@ for text, score in zip(texts, model.score(texts=texts, image=picture), strict=Tr
 # %% [markdown]
 # ## Fill in
 #
-# The lower half is made anew, the codes of the upper half are kept. A mask of any shape says the same for a brush.
+# The lower half is made anew, and the codes of the upper half are kept. A box names the half here;
+# a mask, which may have any shape, gives the same result.
 
 # %%
 lower_HW = np.zeros((side, side), bool)
@@ -108,7 +115,8 @@ assert np.array_equal(np.asarray(by_box.image), np.asarray(by_mask.image))
 beside([picture, by_box.image])
 
 # %% [markdown]
-# Or words of the caption, by their characters: the image stays as it is.
+# Words of the caption can be made anew, too. They are named by their characters, and the image
+# stays as it is.
 
 # %%
 start = prompt.index("seven")
@@ -117,7 +125,8 @@ print(model.infill(picture, prompt, words=(start, len(prompt)), seed=1).text)
 # %% [markdown]
 # ## Edit and ask
 #
-# Instructions are for runs that were tuned on them (`objective=instruct`). Others refuse them in a sentence.
+# Only runs that were tuned on instructions (`objective=instruct`) follow them. Other runs refuse
+# with a sentence.
 
 # %%
 try:
@@ -130,15 +139,15 @@ except UserError as error:
 # %% [markdown]
 # ## The memory bank
 #
-# Documents that are closest to a text, an image, or the mean of both.
+# Search for the documents that are closest to a text, an image, or, as here, the mean of both.
 
 # %%
 for document in model.search("a seven", picture, count=3):
     print(f"{document.score:.2f}  {document.id}  {document.text}")
 
 # %% [markdown]
-# Documents of one's own stand behind those of the bank, for this model in memory alone; the run's folder stays as it
-# is. (The command `add` adds for good.)
+# You can put documents of your own behind those of the bank. They exist only in the memory of this
+# model, and the run's folder stays as it is. (The command `add` adds documents for good.)
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,16 @@
 # %% [markdown]
 # # Your own pictures
 #
-# From a folder of pictures with captions to a model that draws such pictures, describes them, and
-# fills in a part of one. Every step is a command; here it is called from Python, so that the
-# notebook shows what came of it. In a terminal the words stand behind `python -m cm3leon.run`, for
-# example `python -m cm3leon.run experiment=folder data.path=photos`.
+# This notebook is for whoever has a folder of pictures with captions. It trains a model that draws
+# such pictures, describes them, and fills in a part of one.
+#
+# Every step is a command. Here it is called from Python, so that the notebook shows its result. In
+# a terminal, the same words follow `python -m cm3leon.run`, for example
+# `python -m cm3leon.run experiment=folder data.path=photos`.
 
 # %% tags=["parameters"]
-# Few pictures and few steps, so that a laptop is done within minutes; the last section says what to raise.
+# Few pictures and few steps, so that a laptop is done within minutes. The last section says what to
+# raise.
 pictures = 400
 tokenizer_steps = 300
 steps = 800
@@ -15,8 +18,8 @@ steps = 800
 # %% [markdown]
 # ## A folder
 #
-# A folder holds pictures, with the caption of `name.png` in `name.txt` beside it. Here it is
-# drawn: circles, squares and triangles in four colours. Put yours in its place.
+# The caption of `name.png` stands in `name.txt` beside it. The pictures here are drawn: circles,
+# squares and triangles in four colours. Put your own folder in their place.
 
 # %%
 import random
@@ -48,17 +51,19 @@ for number in range(pictures):
 (photos / "notes.png").write_text("not a picture")
 
 # %% [markdown]
-# ## What of it can be used
+# ## Which files can be used
 #
-# A run is a folder, and goes through stages that are skipped when they are up to date. `until=`
-# stops behind one. The first reads the pictures, and says which files it cannot use.
+# A run is a folder. It goes through stages, which are skipped if they are up to date; `until=`
+# stops after the named one. The first stage reads the pictures, and lists the files that it cannot
+# use.
 
 # %%
 settings = [
     "experiment=folder",
     "data.path=photos",
     "run=runs/photos",
-    # Pictures of 32 x 32 pixels become 4 x 4 codes, each made of its own patch: quick, for plain pictures.
+    # Pictures of 32 x 32 pixels become 4 x 4 codes, each made of its own patch. This is quick, and
+    # good enough for plain pictures.
     *("image_tokenizer=patches", "image_tokenizer.image_size=32", "image_tokenizer.downsampling=8"),
     *("image_tokenizer.codebook_size=128", "image_tokenizer.code_dim=16"),
     f"image_tokenizer_training.steps={tokenizer_steps}",
@@ -75,9 +80,9 @@ print(Path("runs/photos/documents/skipped.jsonl").read_text())
 # %% [markdown]
 # ## The image tokenizer
 #
-# What it cannot keep, no model that draws with it can draw: look at its reconstructions before
-# anything else is trained. The stage `reconstruction` measures them on pictures that the tokenizer
-# was not trained on.
+# A model can draw only what its image tokenizer can reconstruct. So look at the reconstructions
+# before you train anything else. The stage `reconstruction` measures them on pictures that the
+# tokenizer was not trained on.
 
 # %%
 import json
@@ -89,10 +94,9 @@ measured["psnr_db"], measured["ssim"]
 # %% [markdown]
 # ## The model
 #
-# The same words without `until=reconstruction` go on from there: captions and codes become tokens,
-# a memory bank of the training documents is made, and the model is trained on samples with
-# retrieved documents in front. Without any `until`, the run ends with an evaluation and
-# `report.html`.
+# The same words with a later `until=` continue from there: captions and images become tokens, the
+# training documents become a memory bank, and the model is trained on samples with retrieved
+# documents in front. Without any `until=`, the run ends with an evaluation and `report.html`.
 
 # %%
 assert main([*settings, "until=pretraining"]) == 0
@@ -100,7 +104,8 @@ assert main([*settings, "until=pretraining"]) == 0
 # %% [markdown]
 # ## Pictures
 #
-# `retrieve=2` puts the two closest documents of the memory bank into the prompt.
+# Draw, describe and fill in. `retrieve=2` puts the two closest documents of the memory bank into
+# the prompt.
 
 # %%
 model = CM3Leon.load("runs/photos")
@@ -126,9 +131,9 @@ filled.image.resize((96, 96), Image.Resampling.NEAREST)
 # | `training.steps` | 800 | as long as the validation loss falls |
 # | `model` | 4 layers of 128 | a preset: `python -m cm3leon.run --list` |
 #
-# `python -m cm3leon.run status run=runs/photos` shows how the losses go. A published image
+# `python -m cm3leon.run status run=runs/photos` shows how the losses develop. A published image
 # tokenizer draws 256 pixels without any training: [tokenizers](../tokenizers.md).
 #
-# With a few thousand photographs, begin with weights that are there: [public
-# weights](../public_weights.md) fine-tunes a published 7B by LoRA. Hundreds of thousands of them
-# lie in tars, and become shards: [data](../data.md).
+# With a few thousand photographs, begin with published weights: [public
+# weights](../public_weights.md) shows how to fine-tune a 7B by LoRA. Hundreds of thousands of
+# photographs are best packed into tars, from which shards are made: [data](../data.md).

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Write a plugin
 #
-# Everything that YAML chooses by name is a class in a registry. This notebook writes an objective
-# of its own, looks at what it does with one sample, and trains with it. No file of the project is
-# edited.
+# This notebook is for whoever wants to add a component without editing the project. Everything that
+# YAML chooses by name is a class in a registry. Here we write a new objective, look at what it does
+# with one sample, and train with it.
 
 # %% [markdown]
 # ## A class with a config
 #
-# An objective says what is trained on: `corrupt` turns a sample into ids, and a weight for each of
-# them in the loss. This one is the paper's, but that codes of images weigh less than text. Its
-# settings are a dataclass called `Config` inside; every field has a type with its bounds, and a
-# sentence below it.
+# An objective says what the model is trained on: `corrupt` turns a sample into ids, with the weight
+# of each in the loss. This one is the paper's CM3 objective, except that the codes of images weigh
+# less than text. Its settings are a nested dataclass called `Config`, in which every field has a
+# type with its bounds, and a sentence below it.
 
 # %%
 from pathlib import Path
@@ -34,7 +34,7 @@ class LighterImages(CM3):
 
     @dataclass(kw_only=True)
     class Config(CM3.Config):
-        """What the loss counts."""
+        """Settings of CM3, and the weight of images in the loss."""
 
         image_weight: NonNegativeFloat = 0.5
         """Weight of an image's codes in the loss; 1 is the paper's objective."""
@@ -49,8 +49,8 @@ class LighterImages(CM3):
 # %% [markdown]
 # ## Found, described and checked
 #
-# The file is named by `plugins=`, in YAML or on the command line. From then on the objective is
-# listed with its settings, like those that ship.
+# `plugins=` names the file, in YAML or on the command line. The objective is then listed with its
+# settings, like the ones that ship.
 
 # %%
 from cm3leon.run import main
@@ -58,7 +58,7 @@ from cm3leon.run import main
 assert main(["--list", "lighter_images", "plugins=[lighter.py]"]) == 0
 
 # %% [markdown]
-# A mistake in its settings is answered with one sentence and exit code 2, and nothing is begun.
+# A mistake in its settings is answered with one sentence and exit code 2, before anything begins.
 
 # %%
 words = ["experiment=digits_smoke", "plugins=[lighter.py]", "objective=lighter_images"]
@@ -67,7 +67,8 @@ assert main([*words, "objective.image_wieght=0.25", "--show"]) == 2
 # %% [markdown]
 # ## What it does with one sample
 #
-# Ids are those of a small vocabulary: a caption of three pieces, and an image of four codes.
+# The sample is a caption of three pieces and an image of four codes, in a small vocabulary. The
+# list shows the kind of each token and its weight in the loss.
 
 # %%
 import numpy as np
@@ -101,9 +102,9 @@ assert set(seen.weight_T[~vocab.is_image(seen.ids_T)].tolist()) == {1.0}
 # %% [markdown]
 # ## In an experiment
 #
-# Settings that belong together lie in a file of their own, and are given as `overrides=`. The run
-# below is a short one, with parts that need little or no training: nothing is learned, but every
-# stage up to the training works with the objective.
+# Settings that belong together can be kept in a file and given as `overrides=`. The run below is
+# short, with parts that need little or no training. Nothing is learned, but every stage up to the
+# pretraining works with the objective.
 
 # %%
 Path("mine.yaml").write_text(
@@ -116,8 +117,8 @@ image_tokenizer: {name: patches, image_size: 32, downsampling: 8, codebook_size:
 assert main([*words, "overrides=mine.yaml", "until=pretraining", "run=runs/lighter"]) == 0
 
 # %% [markdown]
-# The run folder has the whole experiment as it was asked for, and the log has the loss of text and
-# of images apart, unweighted.
+# The run folder has the whole experiment as it was asked for. The log has the losses of text and of
+# images separately, unweighted.
 
 # %%
 import json
@@ -131,6 +132,6 @@ asked, {name: value for name, value in last.items() if "loss" in name}
 # %% [markdown]
 # ## Where to go on
 #
-# [Plugins](../plugins.md) goes through every kind of component, how one is tested by the contract
-# tests, and how it is shipped as a package. [Architecture](../architecture.md) lists what each
-# kind has to offer.
+# [Plugins](../plugins.md) goes through every kind of component, the contract tests that check it,
+# and how to ship it as a package. [Architecture](../architecture.md) lists what each kind has to
+# offer.
