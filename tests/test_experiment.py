@@ -1,4 +1,4 @@
-"""Finding experiments, overriding them, and their plugins."""
+"""How experiments are found, overridden and extended by plugins."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Small:
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None) -> Path:
-    """A folder with experiments.yaml, one experiment, and one plugin with the protocols `alpha` and `beta`."""
+    """A folder with experiments.yaml, an experiment, and a plugin with two protocols."""
     monkeypatch.setattr("cm3leon.experiment.files.Experiment", Small)
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments/plugin.py").write_text(
@@ -62,23 +62,22 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None) -
     (tmp_path / "experiments/base.yaml").write_text(
         "seed: 1\nplugins: [plugin.py]\nmetric: {name: alpha, scale: 2, alpha_only: 5}\n"
     )
-    (tmp_path / "experiments.yaml").write_text(
-        dump_yaml(
-            {
-                "plain": {
-                    "file": "experiments/base.yaml",
-                    "cost": "1 CPU core, 1 s",
-                    "expect": "nothing",
-                },
-                "other": {
-                    "file": "experiments/base.yaml",
-                    "cost": "1 CPU core, 1 s",
-                    "expect": "nothing",
-                    "overrides": {"seed": 2, "metric": "beta"},
-                },
-            }
-        )
-    )
+
+    # Two entries of one file, of which the second overrides the seed and the protocol.
+    entries = {
+        "plain": {
+            "file": "experiments/base.yaml",
+            "cost": "1 CPU core, 1 s",
+            "expect": "nothing",
+        },
+        "other": {
+            "file": "experiments/base.yaml",
+            "cost": "1 CPU core, 1 s",
+            "expect": "nothing",
+            "overrides": {"seed": 2, "metric": "beta"},
+        },
+    }
+    (tmp_path / "experiments.yaml").write_text(dump_yaml(entries))
     return tmp_path
 
 
@@ -109,9 +108,12 @@ def test_another_component_takes_no_keys_of_the_old_one(shipped: Path) -> None:
 
 def test_resolved_copy_loads_from_anywhere(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load("plain", ["seed=9"], shipped)
+
     copy = shipped / "runs/digits/resolved.yaml"
     copy.parent.mkdir(parents=True)
     copy.write_text(dump_yaml(to_mapping(loaded)))
+
+    # Relative paths, such as the plugin's, are absolute in the copy.
     monkeypatch.chdir("/")
     assert load(str(copy), [], shipped) == loaded
     assert loaded.plugins == [str(shipped / "experiments/plugin.py")]
@@ -177,22 +179,22 @@ SINGLE = [
 def test_shipped_experiments_resolve(name: str) -> None:
     try:
         loaded = experiment.load_experiment(name)
-    except (
-        UserError
-    ) as error:  # an experiment may leave to the user what only the user has, such as a folder
+    except UserError as error:
+        # An experiment may leave to the user what only the user has, such as a folder.
         if not re.match(r"data\.\w+ is missing", str(error)):
             raise
         return
+
     assert from_mapping(experiment.Experiment, to_mapping(loaded)) == loaded
 
 
 def test_the_first_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    """Not on what a run has asked for before."""
+    """What a run built before its model, such as an image tokenizer, does not matter."""
     digits = experiment.load_experiment("digits_smoke")
     fresh, asked = (RunFolder(digits, tmp_path, torch.device("cpu")) for _ in range(2))
     assert asked.vocab.size == 512
     asked.new_image_tokenizer()
-    weights = [run.new_model().state_dict() for run in (fresh, asked, asked)]
-    assert all(
-        torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other
-    )
+
+    first, *others = [run.new_model().state_dict() for run in (fresh, asked, asked)]
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in other)

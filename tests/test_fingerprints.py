@@ -1,4 +1,4 @@
-"""What a result depends on and nothing else: settings, files wherever they lie, and what may change as it likes."""
+"""A fingerprint depends on the settings and files that change a result, and on nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cm3leon.retrievers.encoder import EncoderConfig
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.table import stages_of
 
-# ------------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 @dataclass(kw_only=True)
@@ -76,15 +76,18 @@ def test_recorded_paths_are_absolute_and_names_and_urls_are_not(
         folder="s3://bucket/*.tar",
         mix={"runs/a": 1.0},
     )
+
     recorded = recorded_settings(config)
     assert recorded["inner"] == {"weights": f"{tmp_path}/w", "size": 3, "every": 5}
     assert (recorded["tag"], recorded["folder"]) == ("openai", "s3://bucket/*.tar")
     assert recorded["mix"] == {f"{tmp_path}/runs/a": 1.0}
+
+    # A tag that is the name of a file here is that file; a pattern is a path too.
     assert recorded_settings(Outer(tag="file", folder="tars/**/*.tar"))["tag"] == f"{tmp_path}/file"
     assert recorded_settings(Outer(folder="tars/**/*.tar"))["folder"] == f"{tmp_path}/tars/**/*.tar"
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_a_digest_says_what_files_hold_and_not_where_they_lie(tmp_path: Path) -> None:
@@ -92,10 +95,14 @@ def test_a_digest_says_what_files_hold_and_not_where_they_lie(tmp_path: Path) ->
         (tmp_path / name / "inner").mkdir(parents=True)
         (tmp_path / name / "inner" / "file.txt").write_text("content")
         (tmp_path / f"{name}.bin").write_bytes(b"same")
+
     assert path_digest(tmp_path / "a") == path_digest(tmp_path / "b")
     assert path_digest(tmp_path / "a.bin") == path_digest(tmp_path / "b.bin")
+
+    # One letter differs.
     (tmp_path / "b" / "inner" / "file.txt").write_text("Content")
     assert path_digest(tmp_path / "a") != path_digest(tmp_path / "b")
+
     assert path_digest("laion2b") == "laion2b"
 
 
@@ -104,13 +111,16 @@ def test_a_large_file_is_told_by_its_size_and_blocks_all_over_it(tmp_path: Path)
     with large.open("wb") as file:
         file.truncate(WHOLE + 12345)
     before = files_digest([large], [""])
-    for place in (0, BLOCK - 1, WHOLE + 12344):
+
+    # The first byte, the last one of the first block, and the last one of the file.
+    for position in (0, BLOCK - 1, WHOLE + 12344):
         with large.open("r+b") as file:
-            file.seek(place)
+            file.seek(position)
             file.write(b"x")
         changed = files_digest([large], [""])
         assert changed != before
         before = changed
+
     with large.open("ab") as file:
         file.write(b"\0")
     assert files_digest([large], [""]) != before
@@ -140,24 +150,28 @@ def test_a_second_start_reads_nothing_unless_a_file_has_changed(
     first = start()
     assert start() == first
     assert len(read) == 1
+
     stat = corpus.stat()
     corpus.write_text("two")
     os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the time of its content is forged
     assert start() != first
+
+    # A damaged record is as good as none.
     (tmp_path / "digests.json").write_text("{")
     assert start() != first
 
 
-# ------------------------------------------------------------------------------------------------ stages
+# ------------------------------------------------------------------------------------------- stages
 
 
 def inputs(tmp_path: Path, *overrides: str, name: str = "digits_smoke") -> dict[str, Any]:
-    """What each stage of an experiment depends on besides other stages."""
+    """Everything that each stage of an experiment depends on, other than earlier stages."""
     experiment = load_experiment(name, overrides)
     run = RunFolder(experiment, tmp_path, torch.device("cpu"))
-    return {
-        stage.name: json.loads(json.dumps(stage.inputs(run))) for stage in stages_of(experiment)
-    }
+    found = {}
+    for stage in stages_of(experiment):
+        found[stage.name] = json.loads(json.dumps(stage.inputs(run)))  # as stage.json records it
+    return found
 
 
 @pytest.mark.parametrize(
@@ -211,6 +225,8 @@ def test_varied_versions_of_earlier_runs_stay_what_they_were(tmp_path: Path) -> 
     some = "augment.versions=2"
     same = (some, "augment.shared=false", "augment.shift_step=0", "augment.outside=black")
     assert inputs(tmp_path, *same) == inputs(tmp_path, some)
+
+    # Settings that came later are left out while they have no effect.
     settings = inputs(tmp_path, some)["tokens"]["augment"]
     assert set(settings) == {"versions", "degrees", "scale", "shear", "shift", "elastic"}
     assert inputs(tmp_path, some, "augment.shared=true")["tokens"]["augment"]["shared"] is True
@@ -221,16 +237,18 @@ def test_a_corpus_that_was_moved_or_copied_is_the_same(tmp_path: Path) -> None:
     first.mkdir()
     CORPORA["folder"](first)
     before = inputs(tmp_path, f"data.path={first}", name="folder")
+
+    # A copy with other times, and the first one gone.
     shutil.copytree(first, second)
     for file in second.rglob("*"):
         os.utime(file, ns=(1, 1))
     assert inputs(tmp_path, f"data.path={second}", name="folder") == before
     shutil.rmtree(first)
     assert inputs(tmp_path, f"data.path={second}/", name="folder") == before
+
     (second / "sub" / "1.txt").write_text("picture l")
-    assert (
-        inputs(tmp_path, f"data.path={second}", name="folder")["documents"] != before["documents"]
-    )
+    changed = inputs(tmp_path, f"data.path={second}", name="folder")
+    assert changed["documents"] != before["documents"]
 
 
 def test_an_encoder_that_a_run_has_is_built_without_its_published_weights() -> None:

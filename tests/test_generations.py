@@ -1,4 +1,4 @@
-"""Opening a run: its parts belong together, and each is read with the settings that it was made with."""
+"""An opened run has parts that belong together, each read with the settings that made it."""
 
 from __future__ import annotations
 
@@ -31,20 +31,17 @@ ANOTHER = "1" * 64
 
 
 def record(folder: Path, name: str, fingerprint: str = MADE, **content: Any) -> Path:
-    """Writes the record of a finished stage."""
+    """Write the record of a finished stage."""
+    fields = {"fingerprint": fingerprint, "version": 1, "seconds": 1.0, "files": {}, **content}
     file = folder / name / "stage.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        json.dumps(
-            {"fingerprint": fingerprint, "version": 1, "seconds": 1.0, "files": {}, **content}
-        )
-    )
+    file.write_text(json.dumps(fields))
     return file
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run of the digits in which all up to pretraining is finished, by its records."""
+    """A run of the digits whose records say that everything up to pretraining is finished."""
     run = tmp_path / "run"
     experiment = load_experiment("digits_smoke")
     needs: dict[str, str] = {}
@@ -76,11 +73,13 @@ def test_settings_of_what_is_finished_win_over_what_was_asked_for_last(folder: P
 
 def test_parts_of_different_generations_are_refused_with_what_differs(folder: Path) -> None:
     check_generations(folder, ("pretraining",))
-    place = folder / "text_tokenizer"
-    inputs = {"text_tokenizer": {"vocab_size": 512}}
-    record(folder, "text_tokenizer", inputs=inputs)
-    shutil.copytree(place, folder / "superseded" / f"text_tokenizer-{MADE[:12]}")
+
+    # The tokenizer is made anew with other settings; the earlier one is kept among the superseded.
+    record(folder, "text_tokenizer", inputs={"text_tokenizer": {"vocab_size": 512}})
+    superseded = folder / "superseded" / f"text_tokenizer-{MADE[:12]}"
+    shutil.copytree(folder / "text_tokenizer", superseded)
     record(folder, "text_tokenizer", ANOTHER, inputs={"text_tokenizer": {"vocab_size": 300}})
+
     for needs in (("pretraining",), ()):
         with pytest.raises(UserError, match="was made with another text_tokenizer"):
             open_run(folder, needs=needs)
@@ -88,8 +87,8 @@ def test_parts_of_different_generations_are_refused_with_what_differs(folder: Pa
         check_generations(folder, ("pretraining",))
     assert str(refusal.value) == (
         f"run: pretraining in {folder} was made with another text_tokenizer than the one there now "
-        "(text_tokenizer.vocab_size was 512, is 300); make it anew with redo=pretraining, or put the earlier "
-        "text_tokenizer back by running the command with its settings"
+        "(text_tokenizer.vocab_size was 512, is 300); make it anew with redo=pretraining, or put "
+        "the earlier text_tokenizer back by running the command with its settings"
     )
 
 
@@ -155,30 +154,32 @@ def test_a_damaged_record_is_a_sentence(folder: Path) -> None:
         open_run(folder)
 
 
-# ------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    """Content of each file below a folder, by its path there."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def test_a_refused_command_writes_nothing(tmp_path: Path) -> None:
-    """Neither beside a running process, nor where settings are refused."""
+    """Neither beside a process that works in the run, nor where settings are refused."""
     run = tmp_path / "run"
     words = ("experiment=digits_smoke", f"run={run}", "until=documents")
     cm3leon(*words)
-    # A finished one, of other inputs.
+
+    # A finished retriever that other settings made.
     record(run, "retriever", inputs={"retriever_training": {"steps": 20}})
     before = everything(run)
+
     with locked(run):
         refused = cm3leon(*words, "split.held_out=0.5", check=False)
+
     assert refused.returncode == 2
     assert "another process is working" in refused.stderr
     assert everything(run) == before
+
     refused = cm3leon(*words[:2], "retriever_training.steps=30", check=False)
     assert refused.returncode == 2
     assert "retriever_training.steps was 20, is 30" in refused.stderr
@@ -213,7 +214,7 @@ def test_a_folder_of_ones_own_is_not_written_into(tmp_path: Path) -> None:
 def test_workers_are_given_the_experiment_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A config.yaml that another command has written meanwhile is not theirs."""
+    """They do not read config.yaml, which another command may have written meanwhile."""
     given: list[Any] = []
 
     class Process:
@@ -229,10 +230,12 @@ def test_workers_are_given_the_experiment_itself(
     monkeypatch.setattr(
         sharing.multiprocessing, "get_context", lambda method: SimpleNamespace(Process=Process)
     )
+
     settings = ["data.path=none", "shards.workers=2", "split.held_out=0.125"]
     run = RunFolder(load_experiment("corpus", settings), tmp_path, torch.device("cpu"))
     sharing.share_out(run, tmp_path / "tokens", lambda run, folder, part: None)
     assert [args[0]["split"]["held_out"] for args in given] == [0.125, 0.125]
+
     made: list[Any] = []
     sharing._work(*given[1][:3], lambda run, folder, part: made.append((run, part)), (1, 2))
     ((theirs, part),) = made
@@ -241,7 +244,7 @@ def test_workers_are_given_the_experiment_itself(
 
 
 def test_a_setting_that_only_one_record_has_is_a_difference() -> None:
-    """Also one without a value, which is another thing than no setting."""
+    """A setting that is null is another thing than no setting."""
     inputs = ({"text": {"size": 1, "fill": None}}, {"text": {"size": 1}, "seed": 0})
     before, now = (StageRecord("", version=1, inputs=each) for each in inputs)
     assert differences(before, now) == [

@@ -1,4 +1,4 @@
-"""Image files as cameras, editors and scanners write them: which are read, and what is said of the others."""
+"""Image files as cameras, editors and scanners write them: what is read, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def saved(image: Image.Image, format_: str = "png", **options: object) -> bytes:
 
 
 def png(width: int, height: int, kind: tuple[int, int], rows: bytes, transparent: bytes) -> bytes:
-    """A PNG by its parts: (bits, colour type), rows with their filter bytes, the chunk of transparency."""
+    """A PNG put together by hand, of any bit depth and colour type.
+
+    `kind` is (bits, colour type); `rows` are the pixels with the filter byte of each row, and
+    `transparent` is the content of the tRNS chunk: the colour that is transparent.
+    """
 
     def chunk(name: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + content))
@@ -71,7 +75,9 @@ def test_the_first_frame_and_the_first_page_are_taken() -> None:
 
 @pytest.mark.parametrize("place", [33, -12], ids=["before the pixels", "after them"])
 def test_texts_and_profiles_of_any_size_do_not_matter(place: int) -> None:
-    content = saved(Image.fromarray(picture()), icc_profile=b"z" * 3_000_000 if place > 0 else None)
+    """The header of a PNG ends at byte 33, its closing chunk is the last 12 bytes."""
+    profile = b"z" * 3_000_000 if place > 0 else None
+    content = saved(Image.fromarray(picture()), icc_profile=profile)
     for text in (
         b"zTXta\0\0" + zlib.compress(b"x" * 3_000_000),
         b"iTXta\0\1\0\0\0" + zlib.compress(b"y" * 3_000_000),
@@ -86,19 +92,23 @@ def test_the_limit_on_pixels_is_the_only_one(
 ) -> None:
     content = encoded(picture(side=40))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, made small
+
+    # An error, were Pillow to warn of a file that our own limit lets pass.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decode_image(content, 1600).shape == (40, 40, 3)
+
     with pytest.raises(UnusableImage, match="too large: 40x40 pixels"):
         decode_image(content, 1599)
     with pytest.raises(UnusableImage, match="too large: 40x40 pixels"):
         decode_image(content, 700)
+
     assert Image.MAX_IMAGE_PIXELS == 100
     assert capsys.readouterr().err == ""
 
 
 BROKEN = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\x40\0\0\0\xff\xff\0\0\0\0\0\0"
-"""EXIF whose first value lies behind its end, of which Pillow warns."""
+"""EXIF block whose first value lies behind the block's end, of which Pillow warns."""
 
 
 def test_warnings_name_the_file_a_few_times_each(
@@ -121,12 +131,14 @@ def test_threads_read_images_at_the_same_time() -> None:
     def read(number: int) -> None:
         found[number] = decode_image(contents[number], 900)
 
+    # Decoding must not change Pillow's own limit, which all threads share.
     limit = Image.MAX_IMAGE_PIXELS
     threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
     assert all(np.array_equal(found[number], picture(number, 30)) for number in range(8))
     assert limit == Image.MAX_IMAGE_PIXELS
 
@@ -134,8 +146,12 @@ def test_threads_read_images_at_the_same_time() -> None:
 def test_pythons_warnings_are_left_alone_while_a_thread_decodes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Somebody else's filters begin while an image is decoded and end behind it, or the other way round."""
+    """Filters of other code may begin while an image is decoded and end after it, or the reverse.
+
+    A thread that set filters of its own and put the earlier ones back would undo theirs.
+    """
     monkeypatch.setattr(pillow, "_warned", Counter())
+
     bad = encoded(picture(), "jpeg", exif=BROKEN)
     inside, leave = threading.Event(), threading.Event()
     decoded = images._decoded
@@ -147,7 +163,9 @@ def test_pythons_warnings_are_left_alone_while_a_thread_decodes(
 
     monkeypatch.setattr(images, "_decoded", waits)
     thread = threading.Thread(target=decode_image, args=(bad, 10**6, "bad.jpg"))
+
     before = (warnings.filters[:], warnings.showwarning)
+
     with warnings.catch_warnings(action="ignore"):
         own = warnings.filters[:]
         thread.start()
@@ -159,6 +177,7 @@ def test_pythons_warnings_are_left_alone_while_a_thread_decodes(
             leave.set()
             thread.join()
         assert warnings.filters == own
+
     assert (warnings.filters, warnings.showwarning) == before
     assert capsys.readouterr().err.startswith("'bad.jpg': Pillow warns: ")
 
@@ -176,18 +195,17 @@ def test_a_warning_names_the_file_that_its_thread_reads(
     monkeypatch.setattr(pillow, "_warned", Counter())
     good, bad = encoded(picture(), "jpeg"), encoded(picture(), "jpeg", exif=BROKEN)
     monkeypatch.setattr(ahead, "threads", lambda: 4)
-    list(
-        ahead.worked_ahead(
-            range(200), lambda n: decode_image(good if n % 50 else bad, 10**6, f"{n}.jpg")
-        )
-    )
+
+    # Every fiftieth of 200 images warns, while other threads decode good ones.
+    def decode(number: int) -> np.ndarray:
+        content = good if number % 50 else bad
+        return decode_image(content, 10**6, f"{number}.jpg")
+
+    list(ahead.worked_ahead(range(200), decode))
+
     told = capsys.readouterr().err.splitlines()
-    assert sorted(line.split(":")[0] for line in told) == [
-        "'0.jpg'",
-        "'100.jpg'",
-        "'150.jpg'",
-        "'50.jpg'",
-    ]
+    warned = sorted(line.split(":")[0] for line in told)
+    assert warned == ["'0.jpg'", "'100.jpg'", "'150.jpg'", "'50.jpg'"]
 
 
 @pytest.mark.parametrize(

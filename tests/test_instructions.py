@@ -1,8 +1,13 @@
-"""Instruction data: published files to documents by the paper's templates, their roles through training and prompts."""
+"""Instruction data from published files to prompts.
+
+Sources make documents by the paper's templates, with a role for each segment; training and
+prompts go by these roles.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -48,12 +53,16 @@ VOCAB = Vocab(text_size=60, image_size=20, sentinels=8)
 CODES = 4
 
 
-def read(name: str, place: Path, **fields: Any) -> tuple[list[Document], list[Skipped]]:
-    """Documents and what is left out of a small corpus."""
-    items = list(SOURCES.build({"name": name, **INSTRUCTIONS[name](place), **fields}).documents())
-    return [item for item in items if isinstance(item, Document)], [
-        item for item in items if isinstance(item, Skipped)
-    ]
+def read(name: str, folder: Path, **fields: Any) -> tuple[list[Document], list[Skipped]]:
+    """The documents of a small corpus that is written into a folder, and what was left out."""
+    items = list(SOURCES.build({"name": name, **INSTRUCTIONS[name](folder), **fields}).documents())
+    documents = [item for item in items if isinstance(item, Document)]
+    skipped = [item for item in items if isinstance(item, Skipped)]
+    return documents, skipped
+
+
+def shown_all(documents: list[Document]) -> list[str]:
+    return [shown(document) for document in documents]
 
 
 def empty(folder: Path) -> Path:
@@ -63,14 +72,22 @@ def empty(folder: Path) -> Path:
 
 
 def shown(document: Document) -> str:
-    """A document as the template has it: segments by ` | `, an answer in brackets, images as their roles."""
+    """A document in one line: `Q: what? A:[ red] | <image>`.
+
+    Segments are separated by ` | `, an answer stands in brackets, an instruction begins with `!`,
+    and an image is its role.
+    """
     pieces: list[str] = []
     for segment in document.segments:
         if isinstance(segment, ImageSegment):
             pieces.append(f"<{segment.role or 'image'}>")
             continue
-        text = f"[{segment.text}]" if segment.role == "answer" else segment.text
-        text = f"!{text}" if segment.role == "instruction" else text
+
+        text = segment.text
+        if segment.role == "answer":
+            text = f"[{text}]"
+        if segment.role == "instruction":
+            text = f"!{text}"
         if segment.joined:
             pieces[-1] += text
         else:
@@ -78,14 +95,21 @@ def shown(document: Document) -> str:
     return " | ".join(pieces)
 
 
-# ------------------------------------------------------------------------------------------------ templates
+# ---------------------------------------------------------------------------------------- templates
 
 
 def test_the_paper_has_these_templates() -> None:
     assert {task: len(templates) for task, templates in TABLE_5.items()} == {
-        "edit": 1, "write": 1, "grounded": 1, "features": 1, "caption": 2, "paragraph": 3, "narrative": 3, "vqa": 3,
+        "edit": 1,
+        "write": 1,
+        "grounded": 1,
+        "features": 1,
+        "caption": 2,
+        "paragraph": 3,
+        "narrative": 3,
+        "vqa": 3,
         "reasoning": 2,
-    }  # fmt: skip
+    }
     assert set(FEATURES) == {"canny", "segmentation", "hed", "pose", "depth", "normals", "scribble"}
 
 
@@ -104,41 +128,41 @@ def test_an_answer_is_a_segment_with_the_space_before_it() -> None:
     for segments, texts in zip(filled, expected, strict=True):
         assert [(s.text, s.role, s.joined) for s in segments if isinstance(s, TextSegment)] == texts
         assert not isinstance(segments[-1], TextSegment)
-    (only, _) = fill(
-        "{caption} | {image}", {"caption": "a dog", "image": np.zeros(1)}, ROLES["caption"]
-    )
+
+    # A caption that begins its text has no space before it.
+    captioned = {"caption": "a dog", "image": np.zeros(1)}
+    (only, _) = fill("{caption} | {image}", captioned, ROLES["caption"])
     assert only == TextSegment("a dog", "answer", joined=False)
 
 
 def test_joined_texts_are_one_run() -> None:
-    segments = fill(
-        TABLE_5["vqa"][0], {"question": "q", "answer": "a", "image": np.zeros(1)}, ROLES["vqa"]
-    )
+    values = {"question": "q", "answer": "a", "image": np.zeros(1)}
+    segments = fill(TABLE_5["vqa"][0], values, ROLES["vqa"])
     texts = tuple(segment for segment in segments if isinstance(segment, TextSegment))
     assert Document("d", (*texts, TextSegment("more"))).text == "Question: q Answer: a. more"
 
 
-# ------------------------------------------------------------------------------------------------ published files
+# ---------------------------------------------------------------------------------- published files
 
 
 def test_vqa2(tmp_path: Path) -> None:
     documents, skipped = read("vqa", tmp_path, templates=[TABLE_5["vqa"][0]])
-    assert [shown(document) for document in documents] == [
-        f"Question: What is {n}? Answer:[ {'pâté' if n == 0 else 'two'}]. | <image>"
-        for n in range(6)
+    answers = ["pâté", "two", "two", "two", "two", "two"]
+    assert shown_all(documents) == [
+        f"Question: What is {number}? Answer:[ {answer}]. | <image>"
+        for number, answer in enumerate(answers)
     ]
-    reasons = " ".join(item.reason for item in skipped)
+
     assert len(skipped) == 4
-    assert all(
-        reason in reasons
-        for reason in ("COCO_train2014_000000000099", "no answers", "no annotation")
-    )
+    said = " ".join(item.reason for item in skipped)
+    reasons = ("COCO_train2014_000000000099", "no answers", "no annotation")
+    assert all(reason in said for reason in reasons)
 
 
 def test_vizwiz(tmp_path: Path) -> None:
     documents, skipped = read("vizwiz", tmp_path, templates=[TABLE_5["vqa"][1]])
     answers = ["soup", "soup", "unanswerable", "soup", "soup"]
-    assert [shown(document) for document in documents] == [
+    assert shown_all(documents) == [
         f"Question: What is this {number}?[\n{answer}] | <image>"
         for number, answer in enumerate(answers)
     ]
@@ -146,14 +170,15 @@ def test_vizwiz(tmp_path: Path) -> None:
 
 
 def test_flickr30k(tmp_path: Path) -> None:
-    documents, skipped = read("karpathy", tmp_path, templates=["{caption} | {image}"])
-    assert [shown(document) for document in documents] == [
-        f"[A picture {number}, take {take}.] | <image>" for number in range(3) for take in range(2)
-    ]
+    templates = ["{caption} | {image}"]
+    documents, skipped = read("karpathy", tmp_path, templates=templates)
+    expected = []
+    for number in range(3):
+        expected += [f"[A picture {number}, take {take}.] | <image>" for take in range(2)]
+    assert shown_all(documents) == expected
     assert len(skipped) == 2
-    held_out, _ = read(
-        "karpathy", empty(tmp_path / "test"), templates=["{caption} | {image}"], split="test"
-    )
+
+    held_out, _ = read("karpathy", empty(tmp_path / "test"), templates=templates, split="test")
     assert len(held_out) == 2
 
 
@@ -181,61 +206,65 @@ def test_scienceqa(tmp_path: Path) -> None:
 
 def test_visdial(tmp_path: Path) -> None:
     documents, skipped = read("visdial", tmp_path, templates=[TABLE_5["vqa"][0]])
-    assert [shown(document) for document in documents] == [
+    assert shown_all(documents) == [
         "Question: a dog by a tree. is it big? Answer:[ yes]. | <image>",
         "Question: a dog by a tree. is it big? yes. what colour is it? Answer:[ red]. | <image>",
-        "Question: a dog by a tree. is it big? yes. what colour is it? red. é? Answer:[ can't tell]. | <image>",
+        "Question: a dog by a tree. is it big? yes. what colour is it? red. é? "
+        "Answer:[ can't tell]. | <image>",
         "Question: a cat. é? Answer:[ no]. | <image>",
     ]
     assert skipped[0].reason == "answer 77 is not listed"
     assert len(skipped) == 3
+
+    # Where dense annotations are given, the rounds that they rate alone.
     rated, _ = read("visdial", empty(tmp_path / "rated"), relevance=dense_annotations(tmp_path))
     assert [document.id for document in rated] == ["visdial-1-2", "visdial-2-1"]
 
 
 def test_instruct_pix2pix(tmp_path: Path) -> None:
     documents, skipped = read("instruct_pix2pix", tmp_path)
-    assert [shown(document) for document in documents] == [
+    assert shown_all(documents) == [
         f"Edit first image following the instruction | <condition> | !make it {n} | <image>"
         for n in range(4)
     ]
-    assert (
-        len({document.id.rsplit("-", 1)[1] for document in documents}) == 2
-    )  # either of the seeds
+
+    # An edit is drawn by several seeds, of which one is taken: here either of two.
+    seeds = {document.id.rsplit("-", 1)[1] for document in documents}
+    assert len(seeds) == 2
     assert not np.array_equal(*documents[0].images)
     assert len(skipped) == 2
 
 
-def file_of(place: Path, pattern: str) -> set[str]:
-    """SHA-256 of the files in a folder."""
-    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in place.rglob(pattern)}
+def file_of(folder: Path, pattern: str) -> set[str]:
+    """SHA-256 of the files below a folder whose names match."""
+    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob(pattern)}
+
+
+def split_keys(documents: list[Document]) -> set[str]:
+    return {document.split_key for document in documents}
 
 
 def test_splits_go_by_the_picture_that_an_example_is_about(tmp_path: Path) -> None:
     questions, _ = read("vqa", empty(tmp_path / "vqa"))
-    assert len(questions) > len({document.split_key for document in questions}) > 1
-    assert {document.split_key for document in questions} <= file_of(tmp_path / "vqa", "*.jpg")
-    assert all(
-        (one.split_key == other.split_key) == np.array_equal(one.images[0], other.images[0])
-        for one in questions
-        for other in questions
-    )
+    assert len(questions) > len(split_keys(questions)) > 1
+    assert split_keys(questions) <= file_of(tmp_path / "vqa", "*.jpg")
+    for one, other in itertools.product(questions, repeat=2):
+        same_picture = np.array_equal(one.images[0], other.images[0])
+        assert (one.split_key == other.split_key) == same_picture
+
     # Of an edit it is the image before it, of features the photograph that they are features of.
     edits, _ = read("instruct_pix2pix", empty(tmp_path / "edits"))
-    assert {document.split_key for document in edits} <= file_of(tmp_path / "edits", "*_0.jpg")
+    assert split_keys(edits) <= file_of(tmp_path / "edits", "*_0.jpg")
     maps, _ = read("features", empty(tmp_path / "features"))
     assert maps
-    assert {document.split_key for document in maps} <= file_of(
-        tmp_path / "features" / "images", "*"
-    )
+    assert split_keys(maps) <= file_of(tmp_path / "features" / "images", "*")
 
 
 @pytest.mark.parametrize("name", sorted(set(INSTRUCTIONS) - {"scene_instructions"}))
 def test_every_published_source_names_its_pictures(name: str, tmp_path: Path) -> None:
     documents, _ = read(name, tmp_path)
     assert documents
-    files = file_of(tmp_path, "*.*g")
-    assert {document.split_key for document in documents} <= files
+    assert split_keys(documents) <= file_of(tmp_path, "*.*g")
 
 
 def test_all_tasks_about_a_scene_fall_on_its_side() -> None:
@@ -243,20 +272,22 @@ def test_all_tasks_about_a_scene_fall_on_its_side() -> None:
     for task in SCENE_TASKS:
         config = from_mapping(SceneInstructionsSource.Config, {"task": task, "side": 32})
         found = SceneInstructionsSource(config).document(7)
-        keys |= {found.split_key} if isinstance(found, Document) else set()
+        if isinstance(found, Document):
+            keys.add(found.split_key)
+
     scenes = SOURCES.build({"name": "scenes", "count": 8, "side": 32})
     assert keys == {scenes.document(7).split_key}
 
 
 def test_boxes_of_coco(tmp_path: Path) -> None:
-    """Of 40x20 pixels the middle 20x20 are kept: x from 10 to 30."""
+    """Of 40 x 20 pixels the middle 20 x 20 are kept, where x is from 10 to 30."""
     documents, skipped = read("coco_boxes", tmp_path)
     start = "!Generate high quality image of"
-    assert [shown(document) for document in documents] == [
+    assert shown_all(documents) == [
         f"{start} dog with segmentations dog at (0, 64) -> (128, 192) | <image>",
         f"{start} dog with segmentations dog at (0, 64) -> (128, 192) | <image>",
-        f"{start} dog and person with segmentations dog at (0, 64) -> (128, 192), person at (128, 0) -> (256, 256) | "
-        "<image>",
+        f"{start} dog and person with segmentations dog at (0, 64) -> (128, 192), "
+        "person at (128, 0) -> (256, 256) | <image>",
         f"{start} A good dog. with segmentations dog at (0, 64) -> (128, 192) | <image>",
     ]
     assert len(skipped) == 2
@@ -266,23 +297,25 @@ def test_boxes_of_coco(tmp_path: Path) -> None:
 
 def test_boxes_of_openimages(tmp_path: Path) -> None:
     documents, skipped = read("openimages_boxes", tmp_path)
-    assert [shown(document) for document in documents] == [
-        "!Generate high quality image of dog with segmentations dog at (64, 26) -> (192, 154) | <image>"
-    ] * 4
+    expected = (
+        "!Generate high quality image of dog with segmentations dog at (64, 26) -> (192, 154) "
+        "| <image>"
+    )
+    assert shown_all(documents) == [expected] * 4
     assert len(skipped) == 1
 
 
 def test_written_words(tmp_path: Path) -> None:
     documents, skipped = read("ocr", tmp_path)
-    assert [shown(document) for document in documents] == ['!draw "OPEN CAFÉ late" | <image>'] * 4
+    assert shown_all(documents) == ['!draw "OPEN CAFÉ late" | <image>'] * 4
     assert [item.reason for item in skipped] == [
-        "12 readable words, from 1 to 8 are used", "0 readable words, from 1 to 8 are used"
-    ]  # fmt: skip
-    assert in_reading_order([([50, 0, 9, 9], "b"), ([0, 3, 9, 9], "a"), ([0, 30, 9, 9], "c")]) == [
-        "a",
-        "b",
-        "c",
+        "12 readable words, from 1 to 8 are used",
+        "0 readable words, from 1 to 8 are used",
     ]
+
+    # Two words on a line, though one is 3 pixels lower, and one on the next line.
+    boxes = [([50, 0, 9, 9], "b"), ([0, 3, 9, 9], "a"), ([0, 30, 9, 9], "c")]
+    assert in_reading_order(boxes) == ["a", "b", "c"]
 
 
 @given(
@@ -294,12 +327,12 @@ def test_written_words(tmp_path: Path) -> None:
 )
 @settings(max_examples=100)
 def test_boxes_follow_the_cut_to_the_middle(box: Any, width: int, height: int) -> None:
-    """Against the pixels of a mask that is cut as images are."""
+    """A box of whole pixels is moved and clipped as a mask of it is, cut as images are."""
+    sizes = (width, height) * 2
+    left, top, right, bottom = (round(edge * size) for edge, size in zip(box, sizes, strict=True))
     mask_HW = np.zeros((height, width), bool)
-    left, top, right, bottom = (
-        round(edge * size) for edge, size in zip(box, (width, height) * 2, strict=True)
-    )
     mask_HW[top:bottom, left:right] = True
+
     side = min(width, height)
     x0, y0 = (width - side) / 2, (height - side) / 2
     found = centred((left / width, top / height, right / width, bottom / height), width, height)
@@ -342,11 +375,18 @@ def test_files_of_another_kind_are_refused_in_a_sentence(
     name: str, wrong: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     fields = INSTRUCTIONS[name](tmp_path)
+
+    # Files of the wrong kind; the first three are written with the corpus.
     files = {
-        "questions": tmp_path / "questions.json", "annotations": tmp_path / "annotations.json",
-        "version": tmp_path / "version.json", "numbers": tmp_path / "numbers.json", "others": tmp_path / "others.json",
-        "classes": tmp_path / "classes.csv", "object": tmp_path / "object.json", "list": tmp_path / "list.json",
-    }  # fmt: skip
+        "questions": tmp_path / "questions.json",
+        "annotations": tmp_path / "annotations.json",
+        "classes": tmp_path / "classes.csv",
+        "version": tmp_path / "version.json",
+        "numbers": tmp_path / "numbers.json",
+        "others": tmp_path / "others.json",
+        "object": tmp_path / "object.json",
+        "list": tmp_path / "list.json",
+    }
     files["object"].write_text("{}")
     files["list"].write_text("[]")
     files["version"].write_text(
@@ -354,10 +394,10 @@ def test_files_of_another_kind_are_refused_in_a_sentence(
     )
     files["numbers"].write_text("[1, 2]")
     files["others"].write_text('[{"image_id": 5, "round_id": 1, "gt_relevance": [1.0]}]')
-    fields |= {
-        key: str(files.get(value, value)) if isinstance(value, str) else value
-        for key, value in wrong.items()
-    }
+
+    # A value of `wrong` that names one of these files stands for its path.
+    for key, value in wrong.items():
+        fields[key] = str(files.get(value, value)) if isinstance(value, str) else value
     with pytest.raises(UserError, match=message):
         list(SOURCES.build({"name": name, **fields}).documents())
 
@@ -382,14 +422,13 @@ def test_a_corpus_changes_with_all_its_files(tmp_path: Path) -> None:
 
 def test_annotations_of_another_split_are_refused(tmp_path: Path) -> None:
     fields = INSTRUCTIONS["vqa"](tmp_path)
-    Path(fields["annotations"]).write_text(
-        json.dumps({"annotations": [{"question_id": 999, "answers": []}]})
-    )
+    others = {"annotations": [{"question_id": 999, "answers": []}]}
+    Path(fields["annotations"]).write_text(json.dumps(others))
     with pytest.raises(UserError, match="answers none of the questions"):
         SOURCES.build({"name": "vqa", **fields}).parts()
 
 
-# ------------------------------------------------------------------------------------------------ scenes
+# ------------------------------------------------------------------------------------------- scenes
 
 
 @pytest.mark.parametrize("task", SCENE_TASKS)
@@ -398,6 +437,7 @@ def test_every_task_is_about_scenes_too(task: str) -> None:
     source = SceneInstructionsSource(config)
     documents = [item for item in source.documents() if isinstance(item, Document)]
     assert len(documents) >= 10
+
     for document in documents:
         assert document.images[-1].shape == (48, 48, 3)
         roles = {segment.role for segment in document.segments}
@@ -405,15 +445,17 @@ def test_every_task_is_about_scenes_too(task: str) -> None:
         assert ("answer" in roles) == is_answered
         assert ("instruction" in roles) == (not is_answered and task != "text_to_image")
         assert ("condition" in roles) == (task == "edit" or task in FEATURES)
+
+    # The words differ from scene to scene.
     texts = Counter(shown(document).split("[")[0] for document in documents)
     assert len(texts) > 1 or task in ("text_to_image",)
 
 
 def test_the_image_of_an_edit_is_the_scene_after_it() -> None:
+    """Scenes that can be read back from their pixels: no words, figures, textures or overlaps."""
     world = World(words=0, figures=0, textures=["plain"], overlap=0, things=[1, 2])
-    source = SceneInstructionsSource(
-        SceneInstructionsSource.Config(task="edit", world=world, count=40)
-    )
+    config = SceneInstructionsSource.Config(task="edit", world=world, count=40)
+    source = SceneInstructionsSource(config)
     for seed in range(40):
         document = source.document(seed)
         assert isinstance(document, Document)
@@ -425,31 +467,27 @@ def test_the_image_of_an_edit_is_the_scene_after_it() -> None:
         assert (before.background != after.background) == ("!change the background" in text)
 
 
-# ------------------------------------------------------------------------------------------------ roles in training
+# -------------------------------------------------------------------------------- roles in training
 
 
 def instruction(kind: str) -> TokenDocument:
     """A question about an image, or an edit of one, as ids."""
     image = TokenSegment("image", np.arange(VOCAB.image_start, VOCAB.image_start + CODES))
     if kind == "question":
-        texts = [([10, 11], "", False), ([12, 13], "answer", True), ([14], "", True)]
-        segments = [
-            TokenSegment("text", np.array(ids), role, joined) for ids, role, joined in texts
-        ]  # type: ignore[arg-type]
-        return TokenDocument("question", (*segments, image))
-    before = TokenSegment("image", image.ids_T[::-1], "condition")
+        question = TokenSegment("text", np.array([10, 11]))
+        answer = TokenSegment("text", np.array([12, 13]), "answer", True)
+        stop = TokenSegment("text", np.array([14]), "", True)
+        return TokenDocument("question", (question, answer, stop, image))
     template = TokenSegment("text", np.array([20, 21]))
-    return TokenDocument(
-        "edit",
-        (template, before, TokenSegment("text", np.array([22, 23, 24]), "instruction"), image),
-    )
+    before = TokenSegment("image", image.ids_T[::-1], "condition")
+    wish = TokenSegment("text", np.array([22, 23, 24]), "instruction")
+    return TokenDocument("edit", (template, before, wish, image))
 
 
 def test_no_break_stands_before_what_is_joined() -> None:
     laid_out = lay_out(Sample(instruction("question")), VOCAB)
-    assert laid_out.ids_T.tolist() == [
-        VOCAB.eos, 10, 11, 12, 13, 14, VOCAB.brk, *range(VOCAB.image_start, VOCAB.image_start + CODES), VOCAB.eos
-    ]  # fmt: skip
+    text, codes = [10, 11, 12, 13, 14], range(VOCAB.image_start, VOCAB.image_start + CODES)
+    assert laid_out.ids_T.tolist() == [VOCAB.eos, *text, VOCAB.brk, *codes, VOCAB.eos]
     assert token_count(instruction("question"), PAPER) == len(laid_out.ids_T) - 2
     assert [segment.role for segment in laid_out.segments] == ["", "answer", "", ""]
 
@@ -461,28 +499,33 @@ def test_shards_keep_roles(tmp_path: Path) -> None:
     write_plan(tmp_path, {"tokenizers": vars(made_by), "parts": 1})
     write_token_shard(shard_path(tmp_path, 0, 1), documents, made_by)
     finish_tokens(tmp_path, 1)
+
+    def fields(document: TokenDocument) -> list[Any]:
+        return [(s.modality, s.role, s.joined, s.ids_T.tolist()) for s in document.segments]
+
     shards = Shards(tmp_path)
     for number, document in enumerate(documents):
-        found = shards.document(number)
-        assert [(s.modality, s.role, s.joined, s.ids_T.tolist()) for s in found.segments] == [
-            (s.modality, s.role, s.joined, s.ids_T.tolist()) for s in document.segments
-        ]
-    assert shards.token_counts(np.array([2, 0, 1, 0])).tolist() == [
-        token_count(documents[number], PAPER) for number in (2, 0, 1, 0)
-    ]
-    assert shards.longest == max(token_count(each, PAPER) for each in documents)
+        assert fields(shards.document(number)) == fields(document)
+
+    # Lengths can be had of documents in any order.
+    counts = [token_count(document, PAPER) for document in documents]
+    rows = [2, 0, 1, 0]
+    assert shards.token_counts(np.array(rows)).tolist() == [counts[row] for row in rows]
+    assert shards.longest == max(counts)
 
 
 def drawn(kind: str, count: int = 4000, **fields: Any) -> Counter[tuple[str, ...]]:
-    """How often which roles are masked, by an objective."""
+    """How often an objective masks which roles together."""
     objective = Instruct(from_mapping(Instruct.Config, fields), vocab=VOCAB)
     laid_out = lay_out(Sample(instruction(kind)), VOCAB)
     of_span = {(segment.start, segment.end): segment.role for segment in laid_out.segments}
+
     rng = np.random.default_rng(0)
-    return Counter(
-        tuple(of_span[span] for span in objective.draw_spans(laid_out, rng, 100))
-        for _ in range(count)
-    )
+    counts: Counter[tuple[str, ...]] = Counter()
+    for _ in range(count):
+        spans = objective.draw_spans(laid_out, rng, 100)
+        counts[tuple(of_span[span] for span in spans)] += 1
+    return counts
 
 
 def test_answers_are_rotated_whole_as_often_as_asked() -> None:
@@ -507,10 +550,8 @@ def test_answers_of_retrieved_documents_stay() -> None:
 
 
 def test_samples_without_roles_are_those_of_cm3() -> None:
-    plain = TokenDocument(
-        "plain", tuple(TokenSegment(s.modality, s.ids_T) for s in instruction("edit").segments)
-    )
-    laid_out = lay_out(Sample(plain), VOCAB)
+    segments = [TokenSegment(s.modality, s.ids_T) for s in instruction("edit").segments]
+    laid_out = lay_out(Sample(TokenDocument("plain", tuple(segments))), VOCAB)
     objective = Instruct(from_mapping(Instruct.Config, {"mean_spans": 2.0}), vocab=VOCAB)
     rng = np.random.default_rng(0)
     assert len({tuple(objective.draw_spans(laid_out, rng, 100)) for _ in range(200)}) > 20
@@ -522,23 +563,23 @@ def test_a_rotated_sample_fits_or_stays_as_it_is() -> None:
     )
     laid_out = lay_out(Sample(instruction("question")), VOCAB)
     length = len(laid_out.ids_T)
+
+    # A rotation adds three tokens: two sentinels and the end of the span.
     for room, expected in ((length + 3, length + 3), (length + 2, length)):
         corrupted = objective.corrupt(laid_out, np.random.default_rng(0), room)
         assert len(corrupted.ids_T) == expected
+
+    # Tokens 12 and 13 are the answer.
     corrupted = objective.corrupt(laid_out, np.random.default_rng(0), 99)
     weights = dict(zip(corrupted.ids_T.tolist(), corrupted.weight_T.tolist(), strict=True))
-    assert (weights[12], weights[13], weights[10], weights[VOCAB.end_of_span]) == (
-        3.0,
-        3.0,
-        1.0,
-        1.0,
-    )
+    assert (weights[12], weights[13]) == (3.0, 3.0)
+    assert (weights[10], weights[VOCAB.end_of_span]) == (1.0, 1.0)
     assert weights[VOCAB.sentinel(0)] == 0
 
 
 @pytest.mark.parametrize("kind", ["question", "edit"])
 def test_pieces_of_a_sample_are_the_whole_of_it(kind: str) -> None:
-    """In stream packing: every token once, pieces within their room."""
+    """As stream packing takes them: every token once, and no piece is longer than its room."""
     objective = Instruct(
         from_mapping(Instruct.Config, {"rotate_answer": 1.0, "mask_all": 1.0}), vocab=VOCAB
     )
@@ -549,22 +590,28 @@ def test_pieces_of_a_sample_are_the_whole_of_it(kind: str) -> None:
             piece, start = objective.take(laid_out, start, room, np.random.default_rng(0))
             assert len(piece.ids_T) <= room
             seen += [token for token in piece.ids_T.tolist() if token < VOCAB.sentinel_start]
+
+        # Without the sentinels and the ends of spans, which rotation adds.
         rest = Counter(seen) - Counter({VOCAB.end_of_span: 9})
         assert rest == Counter(laid_out.ids_T.tolist())
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 def test_prompts_are_beginnings_of_what_is_trained() -> None:
-    """A prompt, the answer, and what closes it are the sample that training makes, stream by stream."""
+    """A prompt, its answer and what closes it are a sample of training, for each stream."""
     task = TASKS.build("instruction", vocab=VOCAB, grid=(2, 2))
     question, edit = instruction("question"), instruction("edit")
+
+    # The answer is tokens 3 and 4 of the sample.
     prompt = task.prompt(question)
     laid_out = lay_out(Sample(question), VOCAB)
     rotated_T, _ = rotate(laid_out.ids_T, [(3, 5)], VOCAB)
     assert [*prompt.ids_T, 12, 13, VOCAB.end_of_span] == rotated_T.tolist()
     assert (prompt.modality, prompt.end) == ("text", VOCAB.end_of_span)
+
+    # An image is drawn by up to three streams; in the others, what it is drawn by is masked.
     prompt = task.prompt(edit)
     laid_out = lay_out(Sample(edit), VOCAB)
     spans = {segment.role: (segment.start, segment.end) for segment in laid_out.segments}
@@ -586,34 +633,43 @@ def test_answers_stand_where_they_belong(kind: str) -> None:
     assert completed.segments[answer_index_of(query)].ids_T.tolist() == [50, 51]
     assert task.keeps_given(query, completed)
     assert not task.keeps_given(query, instruction("edit" if kind == "question" else "question"))
+
     with pytest.raises(UserError, match="asks for nothing"):
         answer_index_of(TokenDocument("text", (TokenSegment("text", np.array([5])),)))
 
 
 def as_texts(value: Any) -> Any:
     """JSON whose ids are texts instead of numbers."""
-    if isinstance(value, dict):
-        return {
-            key: str(each) if key in ("image_id", "question_id", "category_id") else as_texts(each)
-            for key, each in value.items()
-        }
-    return [as_texts(each) for each in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [as_texts(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+
+    changed = {}
+    for key, each in value.items():
+        is_id = key in ("image_id", "question_id", "category_id")
+        changed[key] = str(each) if is_id else as_texts(each)
+    return changed
 
 
-@pytest.mark.parametrize("name", sorted(set(INSTRUCTIONS) & {
-    "vqa", "vizwiz", "visdial", "coco_boxes", "features", "image_paragraph", "written_words"}))  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        set(INSTRUCTIONS)
+        & {"vqa", "vizwiz", "visdial", "coco_boxes", "features", "image_paragraph", "written_words"}
+    ),
+)
 def test_ids_match_as_numbers_and_as_texts(name: str, tmp_path: Path) -> None:
     documents, _ = read(name, tmp_path)
     for file in tmp_path.rglob("*.json"):
         file.write_text(json.dumps(as_texts(json.loads(file.read_text()))))
+
+    # The settings of the same corpus elsewhere, pointed at the files that were changed.
     settings = INSTRUCTIONS[name](empty(tmp_path / "other"))
-    settings = {
-        key: value.replace(str(tmp_path / "other"), str(tmp_path))
-        if isinstance(value, str)
-        else value
-        for key, value in settings.items()
-    }
+    for key, value in settings.items():
+        if isinstance(value, str):
+            settings[key] = value.replace(str(tmp_path / "other"), str(tmp_path))
     found = SOURCES.build({"name": name, **settings}).documents()
     again = [item for item in found if isinstance(item, Document)]
     assert documents
-    assert [shown(item) for item in again] == [shown(item) for item in documents]
+    assert shown_all(again) == shown_all(documents)

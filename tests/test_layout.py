@@ -1,4 +1,8 @@
-"""Other families' sequences: the same samples, prompts and answers by another table of ids."""
+"""Layouts of sequences: how other families separate documents, and open, size and close images.
+
+Samples, prompts, masks and answers go by a layout's table of ids, and agree with each other
+whatever the table says.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +57,7 @@ TEXT = replace(
 )
 """Sizes are written as text, in unequal numbers of pieces; an image is closed by two tokens."""
 PARTED = replace(TEXT, last_row_closed=False)
-"""And rows are parted, not closed."""
+"""The same, but rows are separated, so that nothing closes the last one."""
 LAYOUTS = {"paper": PAPER, "chameleon": CHAMELEON, "rows": ROWS, "text": TEXT, "parted": PARTED}
 GRID = (2, 3)
 CODES = GRID[0] * GRID[1]
@@ -81,10 +85,11 @@ samples = st.tuples(documents, st.lists(documents, max_size=3))
 
 
 def made(layout: Layout, parts: list[tuple[str, list[int]]]) -> TokenDocument:
-    return TokenDocument(
-        "document",
-        tuple(text(*ids) if kind == "text" else image(layout, ids) for kind, ids in parts),
-    )
+    """The document of texts and images, which are given by their codes."""
+    segments = []
+    for kind, ids in parts:
+        segments.append(text(*ids) if kind == "text" else image(layout, ids))
+    return TokenDocument("document", tuple(segments))
 
 
 def sample_of(layout: Layout, drawn: Any) -> Sample:
@@ -93,25 +98,33 @@ def sample_of(layout: Layout, drawn: Any) -> Sample:
 
 
 def written(name: str, parts: list[tuple[str, list[int]]]) -> list[int]:
-    """A document by hand."""
-    layout = LAYOUTS[name]
-    start = vocab(layout).image_start
-    runs = []
-    for kind, ids in parts:
+    """Ids of a document, laid out by hand.
+
+    A text 9 10 and an image of 2 x 3 codes a ... f, for example:
+
+        paper        9 10 BREAK a b c d e f
+        chameleon    9 10 BREAK a b c d e f CLOSE
+        rows         9 10 BREAK size size a b c ROW d e f ROW CLOSE
+    """
+    start = vocab(LAYOUTS[name]).image_start
+    size = [SIZE, SIZE + 1] if name == "rows" else [22, 29, 23, SIZE]
+    close = [CLOSE] if name == "rows" else [SIZE + 1, CLOSE]
+    last = [] if name == "parted" else [ROW]
+
+    found: list[int] = []
+    for number, (kind, ids) in enumerate(parts):
+        if number > 0 and name == "paper":
+            found.append(BREAK)
         codes = [start + code for code in ids]
         if kind == "text":
-            runs.append(ids)
+            found += ids
         elif name == "paper":
-            runs.append(codes)
+            found += codes
         elif name == "chameleon":
-            runs.append([BREAK, *codes, CLOSE])
+            found += [BREAK, *codes, CLOSE]
         else:
-            size = [SIZE, SIZE + 1] if name == "rows" else [22, 29, 23, SIZE]
-            close = [CLOSE] if name == "rows" else [SIZE + 1, CLOSE]
-            last = [] if name == "parted" else [ROW]
-            runs.append([BREAK, *size, *codes[:3], ROW, *codes[3:], *last, *close])
-    between = [BREAK] if name == "paper" else []
-    return list(itertools.chain(*(between * (number > 0) + run for number, run in enumerate(runs))))
+            found += [BREAK, *size, *codes[:3], ROW, *codes[3:], *last, *close]
+    return found
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -124,11 +137,12 @@ def test_samples_are_laid_out_as_the_table_says(name: str, drawn: Any) -> None:
     expected = [layout.begin]
     for number, parts in enumerate([*retrieved, query]):
         expected += [between] * (number > 0) + written(name, parts)
+
     laid_out = lay_out(sample, vocab(layout))
     assert laid_out.ids_T.tolist() == [*expected, EOS]
     assert sample_length(sample, layout) == len(laid_out.ids_T)
 
-    segments = [s for d in (*sample.retrieved, sample.query) for s in d.segments]
+    segments = list(itertools.chain(*(d.segments for d in (*sample.retrieved, sample.query))))
     for span, segment in zip(laid_out.segments, segments, strict=True):
         assert laid_out.ids_T[span.start : span.end].tolist() == segment.ids_T.tolist()
     for document in (*sample.retrieved, sample.query):
@@ -139,7 +153,7 @@ def test_samples_are_laid_out_as_the_table_says(name: str, drawn: Any) -> None:
 @given(drawn=samples, length=st.integers(1, 150))
 @settings(max_examples=80)
 def test_a_shortened_sample_is_the_end_of_the_whole_one(name: str, drawn: Any, length: int) -> None:
-    """And an image that lacks its beginning has no ids that open it."""
+    """An image that lacks its beginning has no ids that open it."""
     layout = LAYOUTS[name]
     sample = sample_of(layout, drawn)
     assume(sample_length(Sample(sample.query), layout) <= length)
@@ -147,13 +161,15 @@ def test_a_shortened_sample_is_the_end_of_the_whole_one(name: str, drawn: Any, l
     full, ids_T = (lay_out(each, vocab(layout)).ids_T.tolist() for each in (sample, short))
     assert len(ids_T) == sample_length(short, layout) <= length
     assert ids_T[1:] == full[len(full) - len(ids_T) + 1 :]
-    # Whole pieces are lost at most: what opens an image, and what closes one behind codes that are gone.
+
+    # Beyond what must go, whole pieces are lost at most: what opens an image, and what closes one
+    # after codes that are gone.
     most = layout.around_image(GRID) + len(layout.between_documents) + len(layout.between_segments)
     assert len(full) <= length or len(ids_T) >= length - most
-    assert (
-        is_cut
-        or short.retrieved == sample.retrieved[len(sample.retrieved) - len(short.retrieved) :]
-    )
+
+    # Documents go from the front, where none of them is cut.
+    gone = len(sample.retrieved) - len(short.retrieved)
+    assert is_cut or short.retrieved == sample.retrieved[gone:]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -168,6 +184,7 @@ def test_shards_count_what_stands_beside_the_segments(name: str, tmp_path: Any) 
     ]
     if layout.sizes:
         documents[3] = TokenDocument("tall", (image(layout, codes, (3, 2)), text(9)))
+
     tokenizers = Tokenizers("text", "image", 30, 16, 6)
     write_plan(tmp_path, {"tokenizers": asdict(tokenizers)})
     write_token_shard(shard_path(tmp_path, 0, 1), documents, tokenizers)
@@ -198,31 +215,27 @@ def test_prompt_and_answer_are_what_is_trained(name: str, caption: list[int], dr
     }
     behind = [*layout.image_close, layout.end]
 
+    # Prompt, image and what closes it are the sample. Ids that close rows are not asked for.
     for task in ("text_to_image", "page_image"):
         prompt = asked(layout, task).prompt(query, retrieved)
         assert [*prompt.ids_T, *answer["image"], *behind] == laid_out.ids_T.tolist()
-        assert [answer["image"][place] for place in prompt.closed] == [layout.row_close] * len(
-            prompt.closed
-        )
+        closing = [answer["image"][index] for index in prompt.closed]
+        assert closing == [layout.row_close] * len(prompt.closed)
         closed = 2 if layout.last_row_closed else 1
         assert len(prompt.closed) == (closed if layout.row_close else 0)
-        assert (
-            asked(layout, task)
-            .complete(query, np.array(answer["image"]))
-            .segments[1]
-            .ids_T.tolist()
-            == answer["image"]
-        )
+        completed = asked(layout, task).complete(query, np.array(answer["image"]))
+        assert completed.segments[1].ids_T.tolist() == answer["image"]
 
-    # The second stream is a sample whose caption is rotated, as far as its image; by another convention it has none.
+    # The second stream is a sample whose caption is rotated, up to the end of its image.
     rotated_T, _ = rotate(laid_out.ids_T, [(words.start, words.end)], ids)
     second_T = asked(layout, "text_to_image").prompt(query, retrieved).unconditional_T.tolist()
     if layout.sizes:  # the size of a masked image is not said, that of the asked one is
         size = layout.sizes[GRID]
         assert tuple(second_T[-len(size) :]) == size
-    assert [*second_T, *answer["image"]] == rotated_T[
-        : len(second_T) + len(answer["image"])
-    ].tolist()
+    second_and_image = [*second_T, *answer["image"]]
+    assert second_and_image == rotated_T[: len(second_and_image)].tolist()
+
+    # By another convention it has neither a caption nor documents.
     alone = asked(
         layout, "text_to_image", unconditional_text="none", unconditional_documents="drop"
     )
@@ -244,15 +257,15 @@ def test_prompt_and_answer_are_what_is_trained(name: str, caption: list[int], dr
         prompt, part = task.prompt(query, retrieved), answer["image"][start:end]
         rotated_T, _ = rotate(laid_out.ids_T, [(codes.start + start, codes.start + end)], ids)
         assert [*prompt.ids_T, *part, ids.end_of_span] == rotated_T.tolist()
-        assert ids.image_codes(np.array(part)).tolist() == list(
-            range(3) if half == "top" else range(3, 6)
-        )
+        drawn_codes = range(3) if half == "top" else range(3, 6)
+        assert ids.image_codes(np.array(part)).tolist() == list(drawn_codes)
         is_closed = layout.row_close is not None and (layout.last_row_closed or half == "top")
-        assert [part[place] for place in prompt.closed] == [layout.row_close] * is_closed
+        assert [part[index] for index in prompt.closed] == [layout.row_close] * is_closed
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_box_takes_codes_and_leaves_what_closes_their_rows(name: str) -> None:
+    """Boxes in pixels, of an image of 6 x 6 whose codes are 0 1 2 / 3 4 5 / 6 7 8."""
     layout, grid = LAYOUTS[name], (3, 3)
     ids = vocab(layout)
     document = TokenDocument("", (text(9), image(layout, list(range(9)), grid)))
@@ -260,6 +273,7 @@ def test_a_box_takes_codes_and_leaves_what_closes_their_rows(name: str) -> None:
         spans = box_spans(box, segment=1, grid=(3, 3), width=6, height=6, layout=layout)
         found = [document.segments[1].ids_T[span.start : span.end] for span in spans]
         assert [ids.image_codes(each).tolist() for each in found] == rows
+
         ends = [layout.row_ends(3, span.start, span.end) for span in spans]
         for each, closed in zip(found, ends, strict=True):
             assert [int(id_) for id_ in each[list(closed)]] == [layout.row_close] * len(closed)
@@ -274,13 +288,16 @@ def test_a_box_takes_codes_and_leaves_what_closes_their_rows(name: str) -> None:
 )
 @settings(max_examples=80)
 def test_a_box_asks_for_what_a_mask_of_its_pixels_does(grid: Any, size: Any, data: Any) -> None:
-    """In images of any shape and grids of any shape; and a mask of everything asks for every code."""
+    """In images and grids of any shape. A mask of everything asks for every code."""
     height, width = size
     assert mask_codes(np.ones(size, bool), grid).all()
+
+    # Any box of the pixels that the grid covers.
     across, down = _cells(width, height, grid)
     left, right = sorted(data.draw(st.tuples(*[st.integers(*across.seen)] * 2)))
     top, bottom = sorted(data.draw(st.tuples(*[st.integers(*down.seen)] * 2)))
     assume(left < right and top < bottom)
+
     mask_HW = np.zeros(size, bool)
     mask_HW[top:bottom, left:right] = True
     box: Any = (left, top, right, bottom)
@@ -299,16 +316,17 @@ def test_the_sizes_within_a_number_of_codes_are_the_largest(sizes: Any, codes: i
     def inside(small: Any, large: Any) -> bool:
         return small != large and small[0] <= large[0] and small[1] <= large[1]
 
-    assert sorted(found) == sorted(
-        grid for grid in fitting if not any(inside(grid, other) for other in fitting)
-    )
+    largest = []
+    for grid in fitting:
+        if not any(inside(grid, other) for other in fitting):
+            largest.append(grid)
+    assert sorted(found) == sorted(largest)
 
 
 def decoder(ids: Vocab) -> Llama:
-    model = Llama(
-        Llama.Config(layers=2, width=32, head_size=16, mlp_width=48, seq_len=64),
-        vocab_size=ids.size,
-    )
+    """A small model with weights large enough for clear choices."""
+    config = Llama.Config(layers=2, width=32, head_size=16, mlp_width=48, seq_len=64)
+    model = Llama(config, vocab_size=ids.size)
     generator = torch.Generator().manual_seed(3)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.5, generator=generator)
@@ -318,7 +336,7 @@ def decoder(ids: Vocab) -> Llama:
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_engine_draws_codes_and_closes_their_rows(name: str, window: int) -> None:
-    """What it draws is what a plain loop over the model takes: the likeliest code, or what closes a row."""
+    """A plain loop over the model gives the same: the likeliest code, or the end of a row."""
     ids = vocab(LAYOUTS[name])
     model, query = decoder(ids), made(ids.layout, [("text", [9, 12, 20]), ("image", [0] * CODES)])
     prompt = asked(ids.layout, "text_to_image").prompt(query)
@@ -330,8 +348,8 @@ def test_the_engine_draws_codes_and_closes_their_rows(name: str, window: int) ->
     expected = prompt.ids_T.tolist()
     low, high = ids.id_range("image")
     with torch.inference_mode():
-        for place in range(prompt.length):
-            if place in prompt.closed:
+        for index in range(prompt.length):
+            if index in prompt.closed:
                 expected.append(ROW)
             else:
                 logits_V = model(torch.tensor([expected]))[0, -1, low:high]
@@ -341,7 +359,7 @@ def test_the_engine_draws_codes_and_closes_their_rows(name: str, window: int) ->
 
 
 def followed(ids: Vocab, drawn: list[int], **fields: Any) -> list[int]:
-    """What a grammar takes, where `drawn` is what is chosen wherever there is a choice."""
+    """Tokens that a grammar takes, where `drawn` are the choices wherever it leaves one."""
     rules = grammar.interleaved(ids, grid=GRID, text_length=2, **fields)
     choices, taken = iter(drawn), []
     try:
@@ -363,6 +381,7 @@ def test_interleaved_answers_are_samples_as_they_are_trained(name: str) -> None:
     codes = list(range(CODES))
     page = made(layout, [("text", [10, 11]), ("image", codes), ("text", [12])])
     trained = lay_out(Sample(page), ids).ids_T.tolist()
+
     start = ids.image_start
     between = [BREAK] if name == "paper" else []
     drawn = [10, 11, *(start + code for code in codes), *between, 12, EOS]
@@ -371,10 +390,12 @@ def test_interleaved_answers_are_samples_as_they_are_trained(name: str) -> None:
     assert list(grammar.segments_of(taken, ids)) == [
         (segment.modality, segment.ids_T.tolist()) for segment in page.segments
     ]
-    # An image comes first behind what opens it, and is the last segment that is asked for.
-    opened = asked(layout, "page_image").prompt(made(layout, [("text", [10]), ("image", codes)]))
+
+    # An image alone: the prompt ends with what opens it, and it is the last segment asked for.
+    illustrated = made(layout, [("text", [10]), ("image", codes)])
+    opened = asked(layout, "page_image").prompt(illustrated)
     taken = followed(ids, [start + code for code in codes], first="image", segments=1)
-    whole = lay_out(Sample(made(layout, [("text", [10]), ("image", codes)])), ids).ids_T.tolist()
+    whole = lay_out(Sample(illustrated), ids).ids_T.tolist()
     assert [*opened.ids_T, *taken] == whole
 
 
@@ -384,8 +405,10 @@ def test_images_that_are_not_square_go_to_ids_and_back() -> None:
         ids_T = ids.image_ids(np.arange(6), grid)
         assert ROWS.grid_of(ids_T) == grid
         assert ids.image_codes(ids_T).tolist() == list(range(6))
+
     two_BT = ids.image_ids(np.arange(12).reshape(2, 6), (3, 2))
     assert ids.image_codes(two_BT).tolist() == np.arange(12).reshape(2, 6).tolist()
+
     odd = TokenDocument("", (image(ROWS, [0, 1, 2, 3], (2, 2)),))
     with pytest.raises(ValueError, match="images of 2 x 2 codes have no ids of their size"):
         lay_out(Sample(odd), ids)
@@ -402,6 +425,7 @@ def test_sizes_of_one_row_that_nothing_closes_are_refused() -> None:
     found = LayoutTable.from_names(table, "layout.json").layout
     assert found.sizes == {(2, 1): (10, 9)}
     assert found.row_close == 4
+
     for changed, sentence in (
         ({"sizes": {"1x2": ["1", "2"]}}, "images of one row"),
         ({"last_row_closed": "no"}, "last_row_closed is 'no'; it must be true or false"),

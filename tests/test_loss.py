@@ -1,4 +1,4 @@
-"""The chunked output layer: its formula, its gradients, and what it never holds."""
+"""The output layer in chunks: the loss and gradients of its formula, without holding all logits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def by_formula(
 
 
 class Watch(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes, and the precision of every matrix product."""
+    """Records the size of the largest tensor made, and the precision of each matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,6 +87,8 @@ def test_chunks_are_the_formula(tokens: int, vocabulary: int, rows: int, z: floa
     loss, nll = linear_cross_entropy(
         hidden, head, *given_tensors[2:], z_loss=z, most_logits=rows * vocabulary
     )
+
+    # A factor behind the loss reaches the gradients, which are made in the forward pass.
     (0.25 * loss).backward()
     expected = by_formula(*given_tensors, z)
     for found, wanted in zip((loss, nll, 4 * hidden.grad, 4 * head.grad), expected, strict=True):
@@ -100,11 +102,11 @@ def test_logits_far_from_zero_neither_overflow_nor_vanish() -> None:
     loss, nll = linear_cross_entropy(*given_tensors, most_logits=90)
     logits_NV = (given_tensors[0].double() @ head.double().T).numpy()
     assert logits_NV.max() > 500  # exp of it is no float32
+
     wanted_N = np.logaddexp.reduce(logits_NV, 1) - logits_NV[np.arange(20), target.numpy()]
     np.testing.assert_allclose(nll.numpy(), wanted_N, rtol=1e-4, atol=1e-3)
-    assert loss.item() == pytest.approx(
-        (wanted_N * weight.numpy()).sum() / weight.sum().item(), rel=1e-4
-    )
+    mean = (wanted_N * weight.numpy()).sum() / weight.sum().item()
+    assert loss.item() == pytest.approx(mean, rel=1e-4)
 
 
 @pytest.mark.parametrize("z", [0.0, 1e-2])
@@ -127,6 +129,7 @@ def test_one_chunk_is_bit_for_bit_what_these_operations_give(z: float) -> None:
         loss, nll = function(hidden, head)
         loss.backward()
         results.append((loss, nll, hidden.grad, head.grad))
+
     for ours in results[:2]:
         assert all(torch.equal(one, other) for one, other in zip(ours, results[2], strict=True))
 
@@ -135,8 +138,7 @@ def test_one_chunk_is_bit_for_bit_what_these_operations_give(z: float) -> None:
     not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy"
 )
 def test_torch_has_the_same_loss_and_gradients() -> None:
-    given_tensors = problem(20, 30)[:2]
-    target = problem(20, 30)[2]
+    *given_tensors, target, _ = problem(20, 30)
     results = []
     for function in (
         lambda *both: linear_cross_entropy(*both, target, torch.ones(20), most_logits=90)[0],
@@ -146,6 +148,7 @@ def test_torch_has_the_same_loss_and_gradients() -> None:
         loss = function(hidden, head)
         loss.backward()
         results.append((loss.detach(), hidden.grad, head.grad))
+
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -160,6 +163,7 @@ def test_no_weight_is_no_loss_and_no_gradient() -> None:
         most_logits=90,
     )
     loss.backward()
+
     assert loss.item() == 0
     assert (nll > 0).all()
     assert not hidden.grad.any()
@@ -181,23 +185,21 @@ def test_bf16_is_within_its_rounding_of_the_formula(
     given_tensors = problem(64, 50, width=32)
     hidden = given_tensors[0].to(of_hidden).requires_grad_()
     head = given_tensors[1].to(of_head).requires_grad_()
+
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), Watch() as watch:
         loss, nll = linear_cross_entropy(hidden, head, *given_tensors[2:], most_logits=500)
     loss.backward()
     assert watch.products == [torch.bfloat16] * 3 * 7  # 10 tokens a chunk
-    assert (loss.dtype, nll.dtype, hidden.grad.dtype, head.grad.dtype) == (
-        *(torch.float32,) * 2,
-        of_hidden,
-        of_head,
-    )
-    expected = by_formula(*given_tensors, 0.0)
-    for found, wanted in zip(
-        (loss, hidden.grad, head.grad), (expected[0], *expected[2:]), strict=True
-    ):
-        error = (
-            found.detach().double() - wanted.detach()
-        ).abs().max() / wanted.detach().abs().max()
-        assert error < 0.02  # bf16 has 8 bits
+    assert (loss.dtype, nll.dtype) == (torch.float32, torch.float32)
+    assert (hidden.grad.dtype, head.grad.dtype) == (of_hidden, of_head)
+
+    # The bound is a few roundings of bf16, which has 8 bits.
+    of_loss, _, *of_gradients = by_formula(*given_tensors, 0.0)
+    results = (loss, hidden.grad, head.grad)
+    for found, wanted in zip(results, (of_loss, *of_gradients), strict=True):
+        difference = found.detach().double() - wanted.detach()
+        error = difference.abs().max() / wanted.detach().abs().max()
+        assert error < 0.02
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "head", "both"])
@@ -206,19 +208,21 @@ def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
     hidden = given_tensors[0].clone().requires_grad_(frozen == "head")
     head = given_tensors[1].clone().requires_grad_(frozen == "hidden")
     loss, _ = linear_cross_entropy(hidden, head, *given_tensors[2:], most_logits=90)
+
     expected = by_formula(*given_tensors, 0.0)
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
     if frozen != "both":
         loss.backward()
     assert (hidden.grad is None) == (frozen != "head")
     assert (head.grad is None) == (frozen != "hidden")
+
     with torch.inference_mode():
-        assert linear_cross_entropy(*given_tensors, most_logits=90)[0].item() == pytest.approx(
-            loss.item()
-        )
+        without_gradients, _ = linear_cross_entropy(*given_tensors, most_logits=90)
+        assert without_gradients.item() == pytest.approx(loss.item())
 
 
 def test_gradients_are_scaled_once() -> None:
+    """The backward pass scales the gradients in place, so a second one is an error."""
     hidden, head, target, weight = problem(20, 30)
     loss, _ = linear_cross_entropy(hidden.requires_grad_(), head, target, weight, most_logits=90)
     loss.backward(retain_graph=True)
@@ -228,18 +232,21 @@ def test_gradients_are_scaled_once() -> None:
 
 TOKENS, VOCABULARY, ROWS = 500, 300, 32
 CHUNKS = 16
-"""Of 32 tokens each, the last of 20."""
+"""Each of 32 tokens, except for the last one of 20."""
 
 
 def test_the_logits_of_all_tokens_are_never_held_and_no_product_is_taken_twice() -> None:
     hidden, head, target, weight = problem(TOKENS, VOCABULARY)
     hidden.requires_grad_(), head.requires_grad_()
+    most_logits = ROWS * VOCABULARY
     with Watch() as chunked:
-        linear_cross_entropy(hidden, head, target, weight, most_logits=ROWS * VOCABULARY)[
-            0
-        ].backward()
+        loss, _ = linear_cross_entropy(hidden, head, target, weight, most_logits=most_logits)
+        loss.backward()
+
+    # Three products: the logits and the two gradients.
     assert chunked.elements == ROWS * VOCABULARY
     assert len(chunked.products) == 3 * CHUNKS
+
     with Watch() as plain:
         plain_linear_cross_entropy(hidden, head, target, weight)[0].backward()
     assert plain.elements == TOKENS * VOCABULARY
@@ -253,9 +260,8 @@ def test_no_gradient_is_made_where_none_is_kept(mode: Any) -> None:
     with mode(), Watch() as watch:
         loss, _ = linear_cross_entropy(hidden, head, target, weight, most_logits=ROWS * VOCABULARY)
     assert len(watch.products) == CHUNKS
-    assert loss.item() == pytest.approx(
-        by_formula(hidden.detach(), head.detach(), target, weight, 0.0)[0].item()
-    )
+    expected, *_ = by_formula(hidden.detach(), head.detach(), target, weight, 0.0)
+    assert loss.item() == pytest.approx(expected.item())
 
 
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=4)
@@ -273,9 +279,8 @@ def test_modalities_are_counted_one_by_one_over_a_packed_batch(
     def document(number: int) -> TokenDocument:
         text_T = rng.integers(VOCAB.text_size - 10, VOCAB.text_size, 5)
         image_T = rng.integers(VOCAB.image_start, VOCAB.image_start + 16, 9)
-        return TokenDocument(
-            str(number), (TokenSegment("text", text_T), TokenSegment("image", image_T))
-        )
+        segments = (TokenSegment("text", text_T), TokenSegment("image", image_T))
+        return TokenDocument(str(number), segments)
 
     samples = [objective.corrupt(lay_out(Sample(document(n)), VOCAB), rng, 30) for n in range(4)]
     blocks = [pack(samples[:2], 64, VOCAB.pad), pack(samples[2:], 64, VOCAB.pad)]
@@ -284,6 +289,7 @@ def test_modalities_are_counted_one_by_one_over_a_packed_batch(
     head = torch.nn.Linear(D, VOCAB.size, bias=False)
     loss, figures = objective.loss(hidden_BTD, head, batch)
 
+    # The same sums, position by position.
     totals, counts, positions = Counter[str](), Counter[str](), 0
     logits_BTV = (hidden_BTD.double() @ head.weight.detach().double().T).numpy()
     for b, block in enumerate(blocks):
@@ -291,22 +297,25 @@ def test_modalities_are_counted_one_by_one_over_a_packed_batch(
             positions += block.sample_T[t] >= 0
             if block.weight_T[t] == 0:
                 continue
+
             target = int(block.target_T[t])
             nll = np.log(np.exp(logits_BTV[b, t]).sum()) - logits_BTV[b, t, target]
-            modality = "text" if target < 40 else "image" if target < 56 else "other"
+            modality = "other"
+            if target < 40:
+                modality = "text"
+            elif target < 56:
+                modality = "image"
             for kind in (modality, "all"):
                 totals[kind] += nll
                 counts[kind] += 1
+
     assert min(counts["text"], counts["image"]) > 10
     assert loss.item() == pytest.approx(totals["all"] / counts["all"], rel=1e-5)
     assert figures["tokens"] == positions
     for kind in ("text", "image"):
         total, count = figures[f"loss_{kind}"]
-        assert (total.dtype, count.dtype, total.requires_grad) == (
-            torch.float32,
-            torch.float32,
-            False,
-        )
+        kinds = (total.dtype, count.dtype, total.requires_grad)
+        assert kinds == (torch.float32, torch.float32, False)
         assert total.item() == pytest.approx(totals[kind], rel=1e-5)
         assert count.item() == counts[kind]
 
@@ -316,12 +325,15 @@ def test_modalities_are_counted_one_by_one_over_a_packed_batch(
 def test_on_a_gpu_the_peak_is_below_half_of_the_logits() -> None:
     hidden, head, target, weight = (tensor.cuda() for tensor in problem(4096, 65_536, width=64))
     hidden.requires_grad_(), head.requires_grad_()
+
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         loss, nll = linear_cross_entropy(hidden, head, target, weight, z_loss=1e-4)
     loss.backward()
     assert torch.cuda.max_memory_allocated() - before < 4096 * 65_536 * 4 / 2
+
+    # The plain loss, whose logits would not have fitted below that bound.
     found = loss.detach(), nll, hidden.grad, head.grad
     hidden.grad = head.grad = None
     with torch.autocast("cuda", dtype=torch.bfloat16):

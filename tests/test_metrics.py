@@ -1,4 +1,4 @@
-"""Metrics as functions of arrays, the registered ones, and the judge of images."""
+"""Metrics of evaluations: intervals, figures of images, codes and a corpus, and the judge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from cm3leon.types import Document, ImageSegment, TextSegment
 
 discover()
 
-# ------------------------------------------------------------------------------------------------ intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 @given(st.integers(1, 3000), st.data())
@@ -69,9 +69,9 @@ def test_quantile_of_the_intervals() -> None:
 def test_average_has_the_interval_of_its_standard_error(values: list[float]) -> None:
     measured = average(np.array(values))
     error = np.std(values, ddof=1) / math.sqrt(len(values))
-    low, high = (
-        stats.norm.interval(0.95, np.mean(values), error) if error else (np.mean(values),) * 2
-    )
+    low = high = np.mean(values)
+    if error:
+        low, high = stats.norm.interval(0.95, np.mean(values), error)
     assert measured.value == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
     assert (measured.low, measured.high) == pytest.approx((low, high), abs=1e-6)
     assert measured.n == len(values)
@@ -81,9 +81,8 @@ def test_average_has_the_interval_of_its_standard_error(values: list[float]) -> 
 def test_runs_have_students_interval(values: list[float]) -> None:
     found = over_runs(values)
     error = stats.sem(values)
-    low, high = stats.t.interval(
-        0.95, len(values) - 1, loc=np.mean(values), scale=max(error, 1e-300)
-    )
+    scale = max(error, 1e-300)  # scipy has no interval of scale 0
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=scale)
     assert found.deviation == pytest.approx(np.std(values, ddof=1))
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-3, abs=1e-3 * error + 1e-12)
 
@@ -101,7 +100,7 @@ def test_one_value_has_no_finite_interval_and_none_has_no_figure() -> None:
             metric(np.array([]))
 
 
-# ------------------------------------------------------------------------------------------------ images, codes
+# ------------------------------------------------------------------------------------ images, codes
 
 
 @given(st.integers(0, 1000))
@@ -109,13 +108,16 @@ def test_one_value_has_no_finite_interval_and_none_has_no_figure() -> None:
 def test_psnr_is_the_mean_over_images(seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
+
+    # 20 log10(255 / RMSE) of each image, number by number.
     each = []
     for one, other in zip(a, b, strict=True):
-        squares = [
-            (float(x) - float(y)) ** 2 for x, y in zip(one.ravel(), other.ravel(), strict=True)
-        ]
+        squares = []
+        for x, y in zip(one.ravel().tolist(), other.ravel().tolist(), strict=True):
+            squares.append(float(x - y) ** 2)
         each.append(20 * math.log10(255) - 10 * math.log10(math.fsum(squares) / len(squares)))
     assert psnr(a, b) == pytest.approx(sum(each) / 3)
+
     # An image that comes back exactly has no PSNR, and does not count.
     assert psnr(np.concatenate([a, a[:1]]), np.concatenate([b, a[:1]])) == pytest.approx(psnr(a, b))
 
@@ -150,23 +152,29 @@ def test_equal_to_any_against_brute_force(codes: list[list[int]], known: list[li
     known_MN = np.array(known, dtype=np.int64).reshape(-1, 2)
     found = equal_to_any(codes_BN, known_MN)
     assert found.dtype == bool
-    assert found.tolist() == [any(row == other for other in known) for row in codes]
+    assert found.tolist() == [row in known for row in codes]
     assert equal_to_any(codes_BN[:, ::-1], known_MN[:, ::-1]).tolist() == found.tolist()
 
 
-# ------------------------------------------------------------------------------------------------ a run's own corpus
+# ------------------------------------------------------------------------------- a run's own corpus
 
 TRAINING_MN = np.array([[3, 4], [9, 9], [2, 1]])
+
+
+def drawn(read: int, clip: float, *codes: int) -> Answer:
+    """An image that is read as a class, with its CLIP score and its codes."""
+    image_HWC = np.full((1, 1, 3), read, np.int64)
+    return Answer(image_HWC=image_HWC, clip=clip, codes_N=np.array(codes))
+
+
+# Five questions for these classes; the second answer has the codes of a training image.
 CLASSES = [3, 1, 4, 1, 5]
-READ = [3, 1, UNKNOWN, 2, 5]
 ANSWERS = [
-    Answer(image_HWC=np.full((1, 1, 3), read, np.int64), clip=clip, codes_N=np.array(codes))
-    for read, clip, codes in zip(
-        READ,
-        [0.1, 0.2, 0.3, 0.4, 0.5],
-        [[1, 2], [3, 4], [1, 2], [5, 6], [1, 2]],
-        strict=True,
-    )
+    drawn(3, 0.1, 1, 2),
+    drawn(1, 0.2, 3, 4),
+    drawn(UNKNOWN, 0.3, 1, 2),
+    drawn(2, 0.4, 5, 6),
+    drawn(5, 0.5, 1, 2),
 ]
 
 
@@ -193,6 +201,8 @@ def measure(
 
 def test_accuracy_is_the_share_of_classes_read_as_asked() -> None:
     assert measure()["accuracy"] == proportion(np.array([True, True, False, False, True]))
+
+    # Captions have a class too, here that of their length, but nothing that only images have.
     texts = corpus_task("caption")
     item = Item("a", "caption", Document("a", (TextSegment("abc"),)), truth=3)
     figures = texts.score([item, item], [Answer(text="one"), Answer(text="")])
@@ -202,12 +212,12 @@ def test_accuracy_is_the_share_of_classes_read_as_asked() -> None:
 
 
 def test_accuracy_does_not_apply_where_a_class_is_unknown() -> None:
-    """A class that nobody asked for and that nothing shows would otherwise count as read."""
+    """Otherwise an image without a class, asked for without one, would count as right."""
     assert "accuracy" not in measure(classes=[3, None, 4, 1, 5])
 
 
 def test_accuracy_does_not_apply_where_nobody_can_read_the_images() -> None:
-    """A judge is trained where every training image has a class; without one, all answers would count as wrong."""
+    """There is a judge where every training image has a class; without one, all would be wrong."""
     protocol = corpus_task("text_to_image")
     vars(protocol.corpus)["judge"] = None
     pair = Document("a", (TextSegment("a seven"), ImageSegment(np.zeros((1, 1, 3), np.uint8))))
@@ -217,11 +227,13 @@ def test_accuracy_does_not_apply_where_nobody_can_read_the_images() -> None:
 
 def test_copies_are_those_of_training_images_and_of_the_retrieved_ones() -> None:
     assert measure()["copies"].value == 0.2
+
+    # The third answer has the codes of a retrieved image, the second those of a training image.
     retrieved = [(), (), ([7, 7], [1, 2]), ([1, 2], [5, 7]), ([5, 6],)]
-    answers = [
-        dataclasses.replace(answer, retrieved=[np.array(codes) for codes in found])
-        for answer, found in zip(ANSWERS, retrieved, strict=True)
-    ]
+    answers = []
+    for answer, found in zip(ANSWERS, retrieved, strict=True):
+        codes = [np.array(of_image) for of_image in found]
+        answers.append(dataclasses.replace(answer, retrieved=codes))
     assert measure(answers)["copies"] == proportion(np.array([False, True, True, False, False]))
     assert measure(training_MN=np.zeros((0, 2), np.int64))["copies"].value == 0
 
@@ -241,35 +253,32 @@ def test_given_kept_is_the_share_of_exact_ones() -> None:
         dataclasses.replace(answer, given_kept=number > 0) for number, answer in enumerate(ANSWERS)
     ]
     assert measure(answers)["given_kept"].value == 0.8
-    # True answers, of which the ceiling is made, have nothing beside them that a model could change.
+
+    # The true answers, which the ceiling is made of, have nothing given that could be changed.
     assert "given_kept" not in measure()
 
 
 def test_documents_are_asked_as_often_as_it_takes() -> None:
     protocol = CorpusTask(CorpusTask.Config(task="text_to_image", at_least=5))
     documents = [Document(id_, (TextSegment("a"),), 3) for id_ in "abc"]
-    protocol.ask_about(
-        dataclasses.replace(corpus_task("caption").corpus, documents=lambda split: documents)
-    )
+    corpus = corpus_task("caption").corpus
+    protocol.ask_about(dataclasses.replace(corpus, documents=lambda split: documents))
     assert [item.id for item in protocol.items()] == [*"abc", *(f"{id_}#1" for id_ in "abc")]
 
 
-# ------------------------------------------------------------------------------------------------ judge
+# -------------------------------------------------------------------------------------------- judge
 
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images, labels, and which are held out."""
+    """The images, their labels, and which of them are held out."""
     documents = list(SOURCES.build("digits").documents())
     splits = [
         split_of_key(document.id, validation=0.113, held_out=0.1946) for document in documents
     ]
     images_BHWC = np.stack([document.image for document in documents])
-    return (
-        images_BHWC,
-        np.array([document.label for document in documents]),
-        np.array(splits) == "held_out",
-    )
+    labels_B = np.array([document.label for document in documents])
+    return images_BHWC, labels_B, np.array(splits) == "held_out"
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +294,7 @@ def test_judge_reads_held_out_digits(
     read_B = judge.read(images_BHWC[held_out_B])
     assert read_B.shape == (359,)
     assert np.mean(read_B == labels_B[held_out_B]) > 0.97
+
     for label in range(10):
         chosen_B = labels_B[held_out_B] == label
         assert np.mean(read_B[chosen_B] == label) > 0.9
