@@ -10,7 +10,14 @@ from cm3leon.run import main
 
 
 def cm3leon(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """What `python -m cm3leon.run` with these words says, and its exit code; 0 unless `check` is off."""
+    """Call `python -m cm3leon.run` with these words.
+
+    Args:
+        check: fail unless the exit code is 0.
+
+    Returns:
+        The exit code, and what was written to standard output and error.
+    """
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = main(list(words))

@@ -23,7 +23,7 @@ def vgg_weights() -> dict[str, Tensor]:
 
 
 def write_vgg(path: Path, weights: dict[str, Tensor]) -> Path:
-    """The published files are older than PyTorch's present format."""
+    """Write the weights in PyTorch's older file format, as the published files are."""
     parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
     torch.save(
         {**parameters, "classifier.0.bias": torch.zeros(4096)},
@@ -50,6 +50,6 @@ def inception_weights() -> dict[str, Tensor]:
 
 
 def write_inception(path: Path, weights: dict[str, Tensor]) -> Path:
-    """As pytorch-fid's file."""
+    """Write the weights as pytorch-fid's file holds them."""
     torch.save(weights, path, _use_new_zipfile_serialization=False)
     return path

@@ -24,24 +24,24 @@ SMALL: dict[str, Any] = {
 """A geometry that encodes 16x16 pixels in milliseconds."""
 
 
-def pretrained(place: Path) -> dict[str, Any]:
-    """Settings of the tokenizer `pretrained`, and the file for them."""
-    return {"path": str(write_taming(place / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL))))}
+def pretrained(root: Path) -> dict[str, Any]:
+    """Write a file for the tokenizer `pretrained`, and return the settings that name it."""
+    return {"path": str(write_taming(root / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL))))}
 
 
-def emu3(place: Path) -> dict[str, Any]:
-    """Settings of the tokenizer `emu3`, and the folder for them, as the library writes it."""
+def emu3(root: Path) -> dict[str, Any]:
+    """Write a folder for the tokenizer `emu3` by its own library, and return the settings."""
     library = pytest.importorskip("transformers")
     shape: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1], "hidden_size": 32}
     config = library.Emu3VQVAEConfig(
         codebook_size=16, num_res_blocks=1, attn_resolutions=[1], **shape
     )
-    library.Emu3VQVAE(config).save_pretrained(place / "emu3")
-    return {"path": str(place / "emu3"), "image_size": 16}
+    library.Emu3VQVAE(config).save_pretrained(root / "emu3")
+    return {"path": str(root / "emu3"), "image_size": 16}
 
 
 IMAGE_TOKENIZER_FILES = {"pretrained": pretrained, "chameleon": pretrained, "emu3": emu3}
-"""For image tokenizers that need one: a function that writes a small file and returns the settings that name it."""
+"""By the name of an image tokenizer that reads a file: writes a small one, returns the settings."""
 
 
 def random_tensors(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
@@ -53,13 +53,16 @@ def random_tensors(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[s
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     tensor = torch.randn(shape, generator=generator)
     if "norm" in name:
-        return (1.0 if name.endswith("weight") else 0.0) + 0.1 * tensor
+        center = 1.0 if name.endswith("weight") else 0.0
+        return center + 0.1 * tensor
     if "embed" in name:
         return tensor
-    return tensor / tensor[0].numel() ** 0.5 if tensor.dim() > 1 else 0.1 * tensor
+    if tensor.dim() <= 1:
+        return 0.1 * tensor
+    return tensor / tensor[0].numel() ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------ names and shapes
+# -------------------------------------------------------------------------------- names and shapes
 
 
 def _conv(name: str, out: int, into: int, side: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -97,29 +100,47 @@ def _network(
     z_channels: int,
     finest_first: bool,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of an encoder's and an image decoder's tensors.
+
+    Args:
+        words: how the publisher calls the parts: the levels "down" and "up", a level's "block", and
+            the middle's parts "0", "1", "2" where they have names of their own.
+        finest_first: whether the image decoder's level 0 is the one of full resolution.
+    """
     widths = [channels * multiplier for multiplier in multipliers]
     last = len(widths) - 1
+
+    # The middle: a residual block, attention, a residual block, all of the deepest level's width.
+    deepest = widths[-1]
     for side in ("encoder", "decoder"):
-        for number, (what, part) in enumerate(((_block, "0"), (_attention, "1"), (_block, "2"))):
-            width = (widths[-1],) * (1 if number == 1 else 2)
-            yield from what(f"{side}.mid.{words.get(part, part)}", *width)
+        yield from _block(f"{side}.mid.{words.get('0', '0')}", deepest, deepest)
+        yield from _attention(f"{side}.mid.{words.get('1', '1')}", deepest)
+        yield from _block(f"{side}.mid.{words.get('2', '2')}", deepest, deepest)
+
     yield from _conv("encoder.conv_in", channels, 3, 3)
-    yield from _norm("encoder.norm_out", widths[-1])
-    yield from _conv("encoder.conv_out", z_channels, widths[-1], 3)
-    yield from _conv("decoder.conv_in", widths[-1], z_channels, 3)
+    yield from _norm("encoder.norm_out", deepest)
+    yield from _conv("encoder.conv_out", z_channels, deepest, 3)
+    yield from _conv("decoder.conv_in", deepest, z_channels, 3)
     yield from _norm("decoder.norm_out", channels * multipliers[0])
     yield from _conv("decoder.conv_out", 3, channels * multipliers[0], 3)
+
     for level, width in enumerate(widths):
         down = f"encoder.{words['down']}.{level}"
         up = f"decoder.{words['up']}.{level if finest_first else last - level}"
-        before = {down: widths[level - 1] if level else channels, up: widths[min(level + 1, last)]}
-        for place, count in ((down, residual_blocks), (up, residual_blocks + 1)):
+
+        # A level's first block takes the width of the level that comes before it on its side.
+        from_above = widths[level - 1] if level else channels
+        from_below = widths[min(level + 1, last)]
+        for name, before, count in (
+            (down, from_above, residual_blocks),
+            (up, from_below, residual_blocks + 1),
+        ):
             for number in range(count):
-                yield from _block(
-                    f"{place}.{words['block']}.{number}", width if number else before[place], width
-                )
+                into = width if number else before
+                yield from _block(f"{name}.{words['block']}.{number}", into, width)
                 if level in attention_levels:
-                    yield from _attention(f"{place}.attn.{number}", width)
+                    yield from _attention(f"{name}.attn.{number}", width)
+
         if level < last:
             yield from _conv(f"{down}.downsample.conv", width, width, 3)
         if level:
@@ -134,7 +155,8 @@ def _projections(z_channels: int, code_dim: int) -> Iterator[tuple[str, tuple[in
 def taming_shapes(
     *, code_dim: int, codebook_size: int, gumbel: bool = False, **network: Any
 ) -> dict[str, Any]:
-    """Names and shapes of CompVis/taming-transformers, whose decoder's level 0 is full resolution."""
+    """Names and shapes of CompVis/taming-transformers: level 0 of its decoder is full
+    resolution."""
     words = {
         "down": "down",
         "up": "up",
@@ -152,7 +174,7 @@ def taming_shapes(
 
 
 def llamagen_shapes(*, code_dim: int, codebook_size: int, **network: Any) -> dict[str, Any]:
-    """Names and shapes of FoundationVision/LlamaGen, whose decoder's block 0 is the coarsest."""
+    """Names and shapes of FoundationVision/LlamaGen: block 0 of its decoder is the coarsest."""
     words = {"down": "conv_blocks", "up": "conv_blocks", "block": "res"}
     shapes = dict(_network(words, finest_first=False, **network))
     shapes.update(_projections(network["z_channels"], code_dim))
@@ -163,11 +185,14 @@ def llamagen_shapes(*, code_dim: int, codebook_size: int, **network: Any) -> dic
     }
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------- files
 
 
 def write_taming(file: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """As Lightning does: under state_dict, beside counters and an optimizer's state, and with the loss's tensors."""
+    """Write the tensors as Lightning does: under `state_dict`, beside counters and an optimizer.
+
+    The loss's own tensors stand among them, as its networks are part of the trained module.
+    """
     loss = {
         "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
         "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 4, 1, 1),
@@ -178,6 +203,7 @@ def write_taming(file: Path, tensors: Mapping[str, Tensor]) -> Path:
             "param_groups": [{"lr": 1e-4, "params": [0]}],
         }
     ]
+
     torch.save(
         {
             "epoch": 1,
@@ -191,7 +217,7 @@ def write_taming(file: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def write_llamagen(file: Path, tensors: Mapping[str, Tensor], under: str = "model") -> Path:
-    """Under `model`, as its trainer does; or under `ema`."""
+    """Write the tensors under `model`, as the publisher's trainer does, or under `ema`."""
     torch.save({under: dict(tensors), "steps": 3}, file)
     return file
 
@@ -202,7 +228,7 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     name: str = "model.safetensors",
 ) -> Path:
-    """A Hugging Face folder with its weights in one file."""
+    """Write a Hugging Face folder with its weights in one file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings))
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -216,7 +242,7 @@ def write_folder(
 def split_in_two(
     folder: Path, tensors: Mapping[str, Tensor], name: str = "model.safetensors"
 ) -> Path:
-    """Replaces a folder's file of weights by two parts and an index."""
+    """Replace a folder's file of weights by two parts and an index."""
     (folder / name).unlink()
     keys = sorted(tensors)
     parts = {f"model-0000{number + 1}-of-00002.safetensors": keys[number::2] for number in range(2)}

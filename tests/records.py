@@ -10,7 +10,7 @@ from cm3leon.records import MARKER, checksum
 
 
 def finish(*stages: Path) -> None:
-    """Writes down each stage as finished, with its files as they are now."""
+    """Record each stage as finished, with its files as they are now."""
     for stage in stages:
         files = {
             file.relative_to(stage).as_posix(): checksum(file)

@@ -1,8 +1,10 @@
-"""What every registered component promises; a new one is covered from the moment it is registered."""
+"""Contracts that every registered component keeps.
+
+The tests run over the registries, so a new component is covered once it is registered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -40,20 +42,19 @@ discover()
 
 
 def every(*registries: Registry[Any]) -> pytest.MarkDecorator:
-    """Parametrises a test over `(registry, name)` of every component in the registries."""
-    pairs: Iterable[Any] = (
-        pytest.param(
-            registry,
-            name,
-            id=f"{registry.kind.replace(' ', '_')}-{name}",
-            marks=pytest.mark.cluster
-            if registry is MODELS and MODELS.get(name).missing is not Model.missing
-            else (),
-        )
-        for registry in registries
-        for name in registry.names()
-    )
-    return pytest.mark.parametrize(("registry", "name"), list(pairs))
+    """Parametrize a test over `(registry, name)` of every component in the registries.
+
+    A model that needs a package of the cluster's stack is marked as such.
+    """
+    pairs: list[Any] = []
+    for registry in registries:
+        for name in registry.names():
+            marks: Any = ()
+            if registry is MODELS and MODELS.get(name).missing is not Model.missing:
+                marks = pytest.mark.cluster
+            label = f"{registry.kind.replace(' ', '_')}-{name}"
+            pairs.append(pytest.param(registry, name, id=label, marks=marks))
+    return pytest.mark.parametrize(("registry", "name"), pairs)
 
 
 @every(*REGISTRIES)
@@ -82,7 +83,8 @@ def test_unknown_key_is_refused_by_its_path(registry: Registry[Any], name: str) 
         registry.check({"name": name, "no_such_key": 1}, "here")
 
 
-# What each kind of component has to do. Components are built small: a size that a `Config` has is set to `SMALL`'s.
+# What each kind of component has to do. Components are built small: `SMALL` has a value for each
+# size, and those that a component's `Config` has are set.
 
 CORPORA = CAPTIONED | INSTRUCTIONS
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
@@ -104,34 +106,40 @@ SMALL: dict[str, Any] = {
 
 
 def small(registry: Registry[Any], name: str, **extra: Any) -> dict[str, Any]:
+    """Settings of a component, with each of its sizes as in `SMALL`."""
     fields = [doc.name for doc in registry.describe(name)]
-    return {"name": name, **{key: value for key, value in SMALL.items() if key in fields}, **extra}
+    sizes = {key: value for key, value in SMALL.items() if key in fields}
+    return {"name": name, **sizes, **extra}
 
 
-def corpus(name: str, place: Any) -> dict[str, Any]:
-    """Settings of a source, with a corpus made for it; none for one of a plugin that does without."""
-    return CORPORA[name](place) if name in CORPORA else {}
+def corpus(name: str, folder: Any) -> dict[str, Any]:
+    """Settings of a source and a small corpus for it; none for a plugin's source without one."""
+    if name not in CORPORA:
+        return {}
+    return CORPORA[name](folder)
 
 
 def document(name: str = "query", first_code: int = 0) -> TokenDocument:
+    """A text of three tokens and an image."""
     codes = VOCAB.image_ids(np.arange(first_code, first_code + CODES))
-    return TokenDocument(
-        name, (TokenSegment("text", np.array([10, 11, 12])), TokenSegment("image", codes))
-    )
+    text = TokenSegment("text", np.array([10, 11, 12]))
+    return TokenDocument(name, (text, TokenSegment("image", codes)))
 
 
 @every(OBJECTIVES)
 def test_objective_keeps_every_token_within_the_limit(registry: Registry[Any], name: str) -> None:
     objective = registry.build(small(registry, name), vocab=VOCAB)
     sample = lay_out(Sample(document(), (document("other", 8),)), VOCAB)
+
     for seed in range(50):
         corrupted = objective.corrupt(sample, np.random.default_rng(seed), 30)
         assert len(corrupted.weight_T) == len(corrupted.ids_T) <= 30
         assert not (set(sample.ids_T.tolist()) - set(corrupted.ids_T.tolist()))
+
+    # A head of zeros gives each of the vocabulary's tokens the same probability.
     batch = collate([pack([corrupted], 32, VOCAB.pad)], torch.device("cpu"))
-    loss, figures = objective.loss(
-        torch.zeros(1, 32, 8), torch.nn.Linear(8, VOCAB.size, bias=False), batch
-    )
+    head = torch.nn.Linear(8, VOCAB.size, bias=False)
+    loss, figures = objective.loss(torch.zeros(1, 32, 8), head, batch)
     assert loss.item() == pytest.approx(np.log(VOCAB.size), abs=1e-5)
     assert figures["tokens"] == len(corrupted.ids_T)
 
@@ -141,6 +149,7 @@ def test_decoder_leaves_something_to_draw(registry: Registry[Any], name: str) ->
     decoder = registry.build(small(registry, name))
     torch.manual_seed(0)
     conditional_BV, unconditional_BV = torch.randn(3, 20), torch.randn(3, 20)
+
     for second in (None, unconditional_BV):
         logits_BV = decoder.logits(conditional_BV.clone(), second)
         assert logits_BV.shape == (3, 20)
@@ -159,6 +168,7 @@ def test_task_asks_and_reads_back(registry: Registry[Any], name: str) -> None:
         assert prompt.modality == task.answers_in
         assert (prompt.unconditional_T is not None) == task.guided
         assert prompt.ids_T[0] == VOCAB.eos
+
         low, high = VOCAB.id_range(prompt.modality)
         completed = task.complete(query, np.arange(low, high)[: prompt.length])
         assert task.keeps_given(query, completed)
@@ -170,23 +180,29 @@ def test_image_tokenizer_gives_codes_and_images(
     registry: Registry[Any], name: str, tmp_path: Any
 ) -> None:
     torch.manual_seed(0)
-    files = IMAGE_TOKENIZER_FILES[name](tmp_path) if name in IMAGE_TOKENIZER_FILES else {}
+    files: dict[str, Any] = {}
+    if name in IMAGE_TOKENIZER_FILES:
+        files = IMAGE_TOKENIZER_FILES[name](tmp_path)
     tokenizer = registry.build(small(registry, name, **files))
+
     side = tokenizer.image_size
     images_BHWC = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+
+    # A pretrained tokenizer is never trained, and the same files give the same one.
     if tokenizer.pretrained:
         with pytest.raises(UserError, match="used as it is"):
             tokenizer.training_module()
-        assert (
-            tokenizer.fingerprint() == registry.build(small(registry, name, **files)).fingerprint()
-        )
+        again = registry.build(small(registry, name, **files))
+        assert tokenizer.fingerprint() == again.fingerprint()
     else:
         loss, figures = tokenizer.training_module().train().loss(torch.from_numpy(images_BHWC))
         loss.backward()
         assert figures["images"] == 3
+
     codes_BN = tokenizer.eval().encode(images_BHWC)
     assert codes_BN.shape == (3, tokenizer.grid**2)
     assert 0 <= codes_BN.min() <= codes_BN.max() < tokenizer.codebook_size
+
     rebuilt_BHWC = tokenizer.decode(codes_BN)
     assert rebuilt_BHWC.shape == images_BHWC.shape
     assert rebuilt_BHWC.dtype == np.uint8
@@ -198,16 +214,19 @@ def test_retriever_never_returns_the_query_itself(registry: Registry[Any], name:
     retriever = registry.build({**small(registry, name), "threshold": 2.0})
     retriever.encoder.eval()
     assert retriever.vector_width(retriever.config) == retriever.encoder.embed_dim
+
     images_BHWC = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     texts = [f"text {n}" for n in range(6)]
     bank = bank_of(retriever.parts(texts, images_BHWC), pairs_only=True)
+
+    # No similarity reaches the threshold of 2, so only the query itself may be left out.
     for modality in ("text", "image"):
         results, _ = retriever.retrieve(
             bank, retriever.parts(texts, images_BHWC), modality, exclude_Q=np.arange(6), count=3
         )
-        assert all(
-            len(set(rows)) == 3 and own not in rows for own, rows in enumerate(results.tolist())
-        )
+        for own, rows in enumerate(results.tolist()):
+            assert len(set(rows)) == 3
+            assert own not in rows
 
 
 @every(SOURCES)
@@ -218,9 +237,11 @@ def test_source_yields_documents_in_a_fixed_order(
     source = registry.build(settings)
     first, second = list(source.documents()), list(source.documents())
     assert sum(isinstance(item, Document) for item in first) >= 4 or not source.parts()
+
     ids = [item.id for item in first if isinstance(item, Document)]
     assert ids == [item.id for item in second if isinstance(item, Document)]
     assert len(set(ids)) == len(ids)
+
     for item in first:
         if isinstance(item, Skipped):
             assert item.reason
@@ -228,10 +249,13 @@ def test_source_yields_documents_in_a_fixed_order(
             assert item.segments
             assert item.image is None or (item.image.dtype == np.uint8 and item.image.shape[2] == 3)
             assert item.label is None or source.class_in(item.text) == item.label
+
+    # The fingerprint depends on the files, not on the object that read them.
     assert source.fingerprint() == registry.build(settings).fingerprint()
 
 
 def _same_item(a: Any, b: Any) -> bool:
+    """Whether two reads gave the same document, or skipped it for the same reason."""
     if isinstance(a, Skipped) or isinstance(b, Skipped):
         return bool(a == b)
     return a.id == b.id and len(a.segments) == len(b.segments) and np.array_equal(a.image, b.image)

@@ -1,4 +1,4 @@
-"""Decoding: each formula against brute force in float64, and the engine against one prompt at a time."""
+"""Decoding: each formula against brute force in float64, and batches against each prompt alone."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ SEQ_LEN = 64
 
 
 def normal(*shape: int, seed: int, scale: float = 2.0) -> torch.Tensor:
-    return scale * torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    """Normally distributed numbers in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def kept(logits_BV: torch.Tensor) -> list[set[int]]:
+    """The columns of each row that can still be drawn."""
     return [set(np.flatnonzero(row_V > -np.inf).tolist()) for row_V in logits_BV.numpy()]
 
 
-# ------------------------------------------------------------------------------------------------ top-p
+# ------------------------------------------------------------------------------------------- top-p
 
 
 @given(
@@ -59,17 +60,18 @@ def test_top_p_keeps_the_fewest_likeliest_tokens(
 ) -> None:
     logits_BV = normal(3, size, seed=seed, scale=scale)
     result_BV = keep_top_p(logits_BV, top_p)
+
     for row, stay in enumerate(kept(result_BV)):
         p_V = np.exp(logits_BV[row].numpy() - logits_BV[row].numpy().max())
         p_V /= p_V.sum()
-        likeliest = sorted(p_V, reverse=True)
-        sums = np.cumsum(likeliest)
-        # Where a sum meets top_p but for rounding, either count is right.
+        sums = np.cumsum(sorted(p_V, reverse=True))
+
+        # Where rounding decides whether a sum reaches top_p, either count is right.
         assert sums[len(stay) - 1] >= top_p - 1e-12
         assert len(stay) == 1 or sums[len(stay) - 2] < top_p + 1e-12
-        assert min(p_V[list(stay)]) >= max(
-            [p for v, p in enumerate(p_V) if v not in stay], default=0
-        )
+
+        others = [p for v, p in enumerate(p_V) if v not in stay]
+        assert min(p_V[list(stay)]) >= max(others, default=0)
         assert torch.equal(result_BV[row, list(stay)], logits_BV[row, list(stay)])
 
 
@@ -78,10 +80,9 @@ def test_top_p_by_hand() -> None:
     assert kept(keep_top_p(logits_BV, 0.45))[0] == {1}
     assert kept(keep_top_p(logits_BV, 0.6))[0] == {1, 3}
     assert kept(keep_top_p(logits_BV, 0.8))[0] == {1, 2, 3}
-    assert [len(stay) for stay in kept(keep_top_p(logits_BV, 0.7))] == [
-        2,
-        3,
-    ]  # of equals, as many as it takes
+
+    # Of four equals, the result keeps as many as it takes.
+    assert [len(stay) for stay in kept(keep_top_p(logits_BV, 0.7))] == [2, 3]
     assert torch.equal(keep_top_p(logits_BV, 1.0), logits_BV)
 
 
@@ -93,15 +94,13 @@ def test_the_smallest_top_p_keeps_the_likeliest(top_p: float) -> None:
 def test_top_p_in_float32_over_a_large_vocabulary() -> None:
     logits_BV = normal(4, 8192, seed=0)
     for top_p in (0.1, 0.9, 0.99):
-        single, double = (
-            kept(keep_top_p(logits_BV.float(), top_p)),
-            kept(keep_top_p(logits_BV, top_p)),
-        )
+        single = kept(keep_top_p(logits_BV.float(), top_p))
+        double = kept(keep_top_p(logits_BV, top_p))
         for one, other in zip(single, double, strict=True):
             assert len(one ^ other) <= 3
 
 
-# ------------------------------------------------------------------------------------------------ guidance
+# ---------------------------------------------------------------------------------------- guidance
 
 
 def test_guidance_of_weight_zero_is_unconditional_and_of_one_conditional() -> None:
@@ -121,12 +120,14 @@ def test_guidance_of_weight_zero_is_unconditional_and_of_one_conditional() -> No
 @settings(max_examples=150)
 def test_cd_k_is_equation_3(size: int, seed: int, alpha: float, k: int) -> None:
     conditional_BV, unconditional_BV = normal(2, size, seed=seed), normal(2, size, seed=seed + 1000)
+
     scores_BV = contrastive_k(conditional_BV, unconditional_BV, alpha=alpha, k=k).numpy()
     for row in range(2):
-        c_V, u_V = (
-            np.exp(logits_BV[row].numpy()) for logits_BV in (conditional_BV, unconditional_BV)
-        )
+        c_V = np.exp(conditional_BV[row].numpy())
+        u_V = np.exp(unconditional_BV[row].numpy())
         c_V, u_V = c_V / c_V.sum(), u_V / u_V.sum()
+
+        # The k-th largest probability, or the smallest if there are fewer than k.
         threshold = alpha * sorted(c_V, reverse=True)[min(k, size) - 1]
         for v in range(size):
             if c_V[v] >= threshold:
@@ -139,25 +140,23 @@ def test_cd_k_with_k_1_is_contrastive_decoding() -> None:
     """Li et al. 2023: log p - log q over the tokens with p >= alpha * max p."""
     conditional_BV, unconditional_BV = normal(3, 20, seed=3), normal(3, 20, seed=4)
     p_BV, q_BV = conditional_BV.softmax(-1), unconditional_BV.softmax(-1)
-    expected_BV = (
-        (p_BV / q_BV).log().masked_fill(p_BV < 0.2 * p_BV.amax(-1, keepdim=True), -torch.inf)
-    )
-    torch.testing.assert_close(
-        contrastive_k(conditional_BV, unconditional_BV, alpha=0.2, k=1), expected_BV
-    )
+    too_small_BV = p_BV < 0.2 * p_BV.amax(-1, keepdim=True)
+    expected_BV = (p_BV / q_BV).log().masked_fill(too_small_BV, -torch.inf)
+    scores_BV = contrastive_k(conditional_BV, unconditional_BV, alpha=0.2, k=1)
+    torch.testing.assert_close(scores_BV, expected_BV)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3, 1 / 3, 0.7])
 def test_the_threshold_of_cd_k_is_as_exact_as_the_logits(alpha: float) -> None:
-    """A token a little above or below alpha times the largest probability, by far less than float32 can tell."""
+    """A token just above or below alpha times the largest probability, too near for float32."""
     for factor, stays in ((1 + 1e-10, True), (1 - 1e-10, False)):
         logits_BV = torch.tensor([[1.0, alpha * factor, 0.01]], dtype=torch.float64).log()
-        assert (
-            1 in kept(contrastive_k(logits_BV, torch.zeros_like(logits_BV), alpha=alpha, k=1))[0]
-        ) is stays
+        scores_BV = contrastive_k(logits_BV, torch.zeros_like(logits_BV), alpha=alpha, k=1)
+        assert (1 in kept(scores_BV)[0]) is stays
 
 
 def built(name: str, **fields: Any) -> Any:
+    """The decoder of this name with these settings."""
     return DECODERS.build({"name": name, **fields})
 
 
@@ -165,12 +164,13 @@ def test_top_p_decoder_puts_its_parts_together() -> None:
     conditional_BV, unconditional_BV = normal(2, 30, seed=5), normal(2, 30, seed=6)
     decoder = built("top_p", cfg=2.5, temperature=0.7, top_p=0.8)
     guided_BV = unconditional_BV + 2.5 * (conditional_BV - unconditional_BV)
-    torch.testing.assert_close(
-        decoder.logits(conditional_BV, unconditional_BV), keep_top_p(guided_BV / 0.7, 0.8)
-    )
-    torch.testing.assert_close(
-        decoder.logits(conditional_BV, None), keep_top_p(conditional_BV / 0.7, 0.8)
-    )
+    expected_BV = keep_top_p(guided_BV / 0.7, 0.8)
+    torch.testing.assert_close(decoder.logits(conditional_BV, unconditional_BV), expected_BV)
+
+    # Without a second stream there is nothing to guide by.
+    expected_BV = keep_top_p(conditional_BV / 0.7, 0.8)
+    torch.testing.assert_close(decoder.logits(conditional_BV, None), expected_BV)
+
     assert [built("top_p", cfg=weight).streams for weight in (2.5, 0, 1)] == [2, 2, 1]
 
 
@@ -184,16 +184,15 @@ def test_cd_k_decoder_puts_its_parts_together() -> None:
 
 def test_greedy_keeps_the_likeliest_alone() -> None:
     logits_BV = normal(5, 12, seed=7)
-    assert kept(built("greedy").logits(logits_BV, None)) == [
-        {int(best)} for best in logits_BV.argmax(-1)
-    ]
+    expected = [{int(best)} for best in logits_BV.argmax(-1)]
+    assert kept(built("greedy").logits(logits_BV, None)) == expected
 
 
-# ------------------------------------------------------------------------------------------------ draw
+# -------------------------------------------------------------------------------------------- draw
 
 
 def test_numbers_are_those_of_split_mix() -> None:
-    """Its stream from 1234567, as published for the generator of Java and Xoshiro's authors."""
+    """The stream from 1234567, as published for Java's generator and by the authors of Xoshiro."""
     found_N = random_bits(torch.tensor(1234567), torch.arange(5))
     expected = [
         6457827717110365317,
@@ -211,6 +210,8 @@ def test_noise_is_gumbels_and_each_place_its_own() -> None:
     assert noise_KN.dtype == torch.float32
     for noise_N in noise_KN:
         assert kstest(noise_N.numpy(), "gumbel_r").pvalue > 1e-3
+
+    # Neither streams of other seeds nor neighbours in one stream are correlated.
     neighbours = [
         (noise_KN[0], noise_KN[1]),
         (noise_KN[0], noise_KN[2]),
@@ -218,6 +219,7 @@ def test_noise_is_gumbels_and_each_place_its_own() -> None:
     ]
     for one_N, other_N in neighbours:
         assert abs(np.corrcoef(one_N, other_N)[0, 1]) < 0.01
+
     alone = gumbel_noise(torch.tensor(keys[1]), torch.tensor(77))
     assert alone == noise_KN[1, 77]
 
@@ -227,12 +229,12 @@ def test_draws_have_the_distribution() -> None:
     p_V = logits_V.double().softmax(-1).numpy()
     noise_BV = gumbel_noise(torch.tensor(stream_key(0)), torch.arange(50_000 * 7).view(-1, 7))
     counts_V = torch.bincount(draw(logits_V.expand(50_000, 7), noise_BV), minlength=7).numpy()
+
     possible = p_V > 0
     assert counts_V[~possible].sum() == 0
     expected_V = 50_000 * p_V[possible]
-    assert ((counts_V[possible] - expected_V) ** 2 / expected_V).sum() < chi2.ppf(
-        0.999, possible.sum() - 1
-    )
+    statistic = ((counts_V[possible] - expected_V) ** 2 / expected_V).sum()
+    assert statistic < chi2.ppf(0.999, possible.sum() - 1)
 
 
 @given(
@@ -246,14 +248,15 @@ def test_draws_have_the_distribution() -> None:
 def test_what_cannot_be_is_never_drawn(
     size: int, seed: int, bits: int, scale: float, dtype: torch.dtype
 ) -> None:
-    """With the noise of both ends of the numbers too, and impossible tokens first, last, and everywhere but one."""
+    """At both ends of the noise, too, and with impossible tokens anywhere, up to all but one."""
     generator = torch.Generator().manual_seed(seed)
     logits_BV = normal(4, size, seed=seed, scale=scale).to(dtype)
     gone_BV = torch.rand(4, size, generator=generator) < torch.tensor([0.0, 0.3, 0.9, 1.0])[:, None]
-    gone_BV.scatter_(
-        1, torch.randint(size, (4, 1), generator=generator), False
-    )  # at least one token may be drawn
+
+    # At least one token of each row may be drawn.
+    gone_BV.scatter_(1, torch.randint(size, (4, 1), generator=generator), False)
     logits_BV = logits_BV.masked_fill(gone_BV, -torch.inf)
+
     numbers_BV = torch.full((4, size), bits, dtype=torch.int64) << 32
     with patch("cm3leon.decoders.processors.random_bits", lambda key, index: numbers_BV):
         noise_BV = gumbel_noise(torch.tensor(0), torch.tensor(0))
@@ -261,11 +264,14 @@ def test_what_cannot_be_is_never_drawn(
     assert logits_BV.gather(1, draw(logits_BV, noise_BV)[:, None]).isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------ engine
+# ------------------------------------------------------------------------------------------ engine
 
 
 def model(seed: int = 0) -> Transformer:
-    """A decoder with large random weights; a second tells that an answer depends on the model."""
+    """A model with large random weights, so that its answers depend on its input.
+
+    A model of another seed shows whether an answer depends on the model.
+    """
     config = Transformer.Config(layers=2, width=24, head_size=8, seq_len=SEQ_LEN)
     module = Transformer(config, vocab_size=VOCAB.size)
     generator = torch.Generator().manual_seed(seed)
@@ -277,11 +283,15 @@ def model(seed: int = 0) -> Transformer:
 
 
 def prompt(rng: np.random.Generator, size: int, modality: Any, length: int, guided: bool) -> Prompt:
+    """A prompt of random ids, three fewer of them in its second stream."""
+
     def ids(count: int) -> np.ndarray:
         return np.concatenate([[VOCAB.eos], rng.integers(3, VOCAB.used, count - 1)])
 
     end = VOCAB.end_of_span if modality == "text" else VOCAB.eos
-    return Prompt(ids(size), modality, length, end, ids(max(1, size - 3)) if guided else None)
+    ids_T = ids(size)
+    unconditional_T = ids(max(1, size - 3)) if guided else None
+    return Prompt(ids_T, modality, length, end, unconditional_T)
 
 
 def prompts(seed: int = 0, *, guided: bool = True) -> list[Prompt]:
@@ -300,11 +310,12 @@ def prompts(seed: int = 0, *, guided: bool = True) -> list[Prompt]:
 
 
 def lists(answers: Sequence[np.ndarray]) -> list[list[int]]:
+    """Answers as lists, which compare by value."""
     return [answer_T.tolist() for answer_T in answers]
 
 
 class Recorder(Decoder):
-    """A decoder that passes on to another, and keeps what it was given and what it gave."""
+    """Passes on to another decoder, and keeps what it was given and what it returned."""
 
     def __init__(self, inner: Decoder) -> None:
         self.inner = inner
@@ -318,8 +329,10 @@ class Recorder(Decoder):
         self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None
     ) -> torch.Tensor:
         result_BV = self.inner.logits(conditional_BV, unconditional_BV)
-        self.steps.append((conditional_BV.clone(), unconditional_BV if unconditional_BV is None
-                           else unconditional_BV.clone(), result_BV.clone()))  # fmt: skip
+        second = None
+        if unconditional_BV is not None:
+            second = unconditional_BV.clone()
+        self.steps.append((conditional_BV.clone(), second, result_BV.clone()))
         return result_BV
 
 
@@ -333,33 +346,40 @@ def alone(module: Transformer, ids_T: np.ndarray, answer_T: np.ndarray) -> torch
 @pytest.mark.parametrize("modality", ["image", "text"])
 @pytest.mark.parametrize("name", ["top_p", "cd_k"])
 def test_batched_guidance_is_two_separate_passes(modality: str, name: str) -> None:
-    """What the decoder is given in a batch of both streams equals each stream of each prompt run by itself."""
+    """A batch gives the decoder what each stream of each prompt gives in a pass of its own."""
     module, rng = model(), np.random.default_rng(1)
     asked = [prompt(rng, size, modality, 10, True) for size in (4, 11, 7)]
-    recorder = Recorder(built(name, **({"alpha": 0.1, "k": 32} if name == "cd_k" else {})))
+    fields = {"alpha": 0.1, "k": 32} if name == "cd_k" else {}
+    recorder = Recorder(built(name, **fields))
     answers = generate(module, asked, recorder, vocab=VOCAB, seeds=[5, 6, 7])
+
+    # The decoder sees the columns that the grammar allows: a text may also end.
     low, high = VOCAB.id_range(asked[0].modality)
-    allowed = [*([VOCAB.end_of_span] if modality == "text" else []), *range(low, high)]
+    allowed = list(range(low, high))
+    if modality == "text":
+        allowed.insert(0, VOCAB.end_of_span)
+
+    # The end of a text takes a step, too, unless the answer has its full length.
+    steps = [min(len(answer) + (modality == "text"), 10) for answer in answers]
+    assert len(recorder.steps) == max(steps)
+
     order = sorted(range(3), key=lambda row: len(asked[row].ids_T))  # as the engine lays the rows
-    assert len(recorder.steps) == max(
-        min(len(answer) + (modality == "text"), 10) for answer in answers
-    )
-    steps = [min(len(answers[row]) + (modality == "text"), 10) for row in range(3)]
     for row in order:
         assert asked[row].unconditional_T is not None
         conditional_TV = alone(module, asked[row].ids_T, answers[row])[:, allowed]
         unconditional_TV = alone(module, asked[row].unconditional_T, answers[row])[:, allowed]
         assert len(answers[row]) > 2
+
         for step in range(len(answers[row])):
             given_BV, without_BV, result_BV = recorder.steps[step]
-            place = [other for other in order if steps[other] > step].index(
-                row
-            )  # a row that has ended leaves
+            # Rows that have ended leave the batch, and the others move up.
+            index = [other for other in order if steps[other] > step].index(row)
             assert without_BV is not None
-            torch.testing.assert_close(given_BV[place], conditional_TV[step], rtol=0, atol=1e-5)
-            torch.testing.assert_close(without_BV[place], unconditional_TV[step], rtol=0, atol=1e-5)
+            torch.testing.assert_close(given_BV[index], conditional_TV[step], rtol=0, atol=1e-5)
+            torch.testing.assert_close(without_BV[index], unconditional_TV[step], rtol=0, atol=1e-5)
+
             column = allowed.index(int(answers[row][step]))
-            assert result_BV[place, column] > -torch.inf
+            assert result_BV[index, column] > -torch.inf
 
 
 @pytest.mark.parametrize(
@@ -373,10 +393,11 @@ def test_a_batch_gives_what_each_prompt_gives_alone(fields: dict[str, Any], seed
     in_small_batches = lists(
         generate(module, asked, decoder, vocab=VOCAB, seeds=seeds, batch_size=2)
     )
-    each = [
-        generate(module, [one], decoder, vocab=VOCAB, seeds=[seed])[0].tolist()
-        for one, seed in zip(asked, seeds, strict=True)
-    ]
+
+    each = []
+    for one, own_seed in zip(asked, seeds, strict=True):
+        (answer_T,) = generate(module, [one], decoder, vocab=VOCAB, seeds=[own_seed])
+        each.append(answer_T.tolist())
     assert together == each
     assert in_small_batches == each
 
@@ -385,14 +406,15 @@ def test_same_seeds_same_answers_and_others_others() -> None:
     module, asked = model(), prompts()
     decoder = built("top_p", top_p=1.0)
     seeds = list(range(len(asked)))
-    first = lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds))
+
+    def answers(module: Transformer, seeds: list[int]) -> list[list[int]]:
+        return lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds))
+
+    first = answers(module, seeds)
     torch.manual_seed(123)  # no global state takes part
-    assert lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds)) == first
-    assert (
-        lists(generate(module, asked, decoder, vocab=VOCAB, seeds=[seed + 50 for seed in seeds]))
-        != first
-    )
-    assert lists(generate(model(1), asked, decoder, vocab=VOCAB, seeds=seeds)) != first
+    assert answers(module, seeds) == first
+    assert answers(module, [seed + 50 for seed in seeds]) != first
+    assert answers(model(1), seeds) != first
 
 
 def test_greedy_and_an_unguided_weight_do_not_look_at_the_second_stream() -> None:
@@ -400,24 +422,26 @@ def test_greedy_and_an_unguided_weight_do_not_look_at_the_second_stream() -> Non
     for decoder in (built("greedy"), built("top_p", cfg=1)):
         answers = generate(module, prompts(guided=True), decoder, vocab=VOCAB, seeds=range(8))
         without = generate(module, prompts(guided=True)[:1], decoder, vocab=VOCAB, seeds=[0])
+
         bare = Prompt(prompts()[0].ids_T, "image", 16, VOCAB.eos)
-        assert (
-            lists(generate(module, [bare], decoder, vocab=VOCAB, seeds=[0]))
-            == lists(without)
-            == lists(answers[:1])
-        )
+        unguided = generate(module, [bare], decoder, vocab=VOCAB, seeds=[0])
+        assert lists(unguided) == lists(without) == lists(answers[:1])
 
 
 def test_greedy_answers_are_the_likeliest_tokens() -> None:
     module, asked = model(), prompts()
-    for one, answer_T in zip(
-        asked, generate(module, asked, built("greedy"), vocab=VOCAB, seeds=range(8)), strict=True
-    ):
+    answers = generate(module, asked, built("greedy"), vocab=VOCAB, seeds=range(8))
+    for one, answer_T in zip(asked, answers, strict=True):
         low, high = VOCAB.id_range(one.modality)
-        ended = one.modality == "text" and len(answer_T) < one.length
-        full_T = np.append(answer_T, VOCAB.end_of_span) if ended else answer_T
+        allowed = list(range(low, high))
+        full_T = answer_T
+        if one.modality == "text":
+            allowed.insert(0, VOCAB.end_of_span)
+            # The answer leaves out the token that ended it.
+            if len(answer_T) < one.length:
+                full_T = np.append(answer_T, VOCAB.end_of_span)
+
         logits_TV = alone(module, one.ids_T, full_T)
-        allowed = [*([VOCAB.end_of_span] if one.modality == "text" else []), *range(low, high)]
         assert [allowed[column] for column in logits_TV[:, allowed].argmax(-1)] == full_T.tolist()
 
 
@@ -439,7 +463,7 @@ def test_answers_keep_the_grammar(name: str, seed: int) -> None:
 
 
 class Fixed(Decoder):
-    """A decoder that gives each row the columns of a script, one after the other; one that has had 0 leaves."""
+    """Gives each row the columns of a script, one a step; a row whose column was 0 has left."""
 
     def __init__(self, columns: Sequence[Sequence[int]]) -> None:
         self.columns, self.step = columns, 0
@@ -447,9 +471,8 @@ class Fixed(Decoder):
     def logits(
         self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None
     ) -> torch.Tensor:
-        column_B1 = torch.tensor(
-            [row[self.step] for row in self.columns if 0 not in row[: self.step]]
-        )[:, None]
+        columns = [row[self.step] for row in self.columns if 0 not in row[: self.step]]
+        column_B1 = torch.tensor(columns)[:, None]
         self.step += 1
         return torch.full_like(conditional_BV, -torch.inf).scatter(1, column_B1, 0.0)
 
@@ -457,10 +480,7 @@ class Fixed(Decoder):
 def test_text_stops_at_its_end_or_at_its_length() -> None:
     """Column 0 of text is `<end_of_span>`, column 1 the first text id, 4."""
     rng = np.random.default_rng(0)
-    asked = [
-        prompt(rng, size, "text", length, False)
-        for size, length in ((2, 5), (3, 5), (4, 5), (5, 5))
-    ]
+    asked = [prompt(rng, size, "text", 5, False) for size in (2, 3, 4, 5)]
     decoder = Fixed([[2, 3, 0, 1, 1], [0, 1, 1, 1, 1], [1, 2, 3, 4, 5], [1, 1, 1, 1, 0]])
     answers = generate(model(), asked, decoder, vocab=VOCAB, seeds=range(4))
     assert lists(answers) == [[5, 6], [], [4, 5, 6, 7, 8], [4, 4, 4, 4]]
@@ -477,9 +497,11 @@ def test_it_stops_when_all_rows_have_ended() -> None:
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_length_zero_is_an_empty_answer(modality: str) -> None:
     rng = np.random.default_rng(0)
-    asked = [prompt(rng, size, modality, length, True) for size, length in ((3, 0), (5, 4), (4, 0))]
+    sizes_and_lengths = ((3, 0), (5, 4), (4, 0))
+    asked = [prompt(rng, size, modality, length, True) for size, length in sizes_and_lengths]
     answers = generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=[0, 1, 2])
     assert [len(answer_T) == 0 for answer_T in answers][::2] == [True, True]
+
     assert lists(generate(model(), asked[:1], built("top_p"), vocab=VOCAB, seeds=[0])) == [[]]
     assert answers[0].dtype == np.int64
 
@@ -489,7 +511,7 @@ def test_no_prompts_no_answers() -> None:
 
 
 def test_answers_are_announced_as_they_end() -> None:
-    told: list[FinishedSample] = []
+    announced: list[FinishedSample] = []
     asked = prompts()
     answers = generate(
         model(),
@@ -498,10 +520,10 @@ def test_answers_are_announced_as_they_end() -> None:
         vocab=VOCAB,
         seeds=range(8),
         batch_size=2,
-        on_answer=told.append,
+        on_answer=announced.append,
     )
-    assert sorted(answer.ticket for answer in told) == list(range(len(asked)))
-    assert sum(len(answer.tokens) for answer in told) >= sum(map(len, answers))
+    assert sorted(answer.ticket for answer in announced) == list(range(len(asked)))
+    assert sum(len(answer.tokens) for answer in announced) >= sum(map(len, answers))
 
 
 def test_prompt_and_answer_may_fill_the_context() -> None:
@@ -540,13 +562,14 @@ def test_text_is_cut_where_the_positions_end_for_each_prompt_by_itself() -> None
     ]
     answers = generate(model(), asked, Endless(), vocab=VOCAB, seeds=range(5))
     assert [len(answer_T) for answer_T in answers] == [30, 4, 30, 1, 30]
+
     # All of them are truncated: three by their length, two by the model's positions.
     cut = [is_truncated(*pair, SEQ_LEN) for pair in zip(asked, answers, strict=True)]
     assert cut == [True] * 5
 
 
 class EndsAt(Decoder):
-    """Would end a text behind so many pieces."""
+    """Ends a text after so many pieces."""
 
     def __init__(self, pieces: int) -> None:
         self.pieces, self.drawn = pieces, 0
@@ -554,15 +577,15 @@ class EndsAt(Decoder):
     def logits(
         self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None
     ) -> torch.Tensor:
-        end = self.drawn == self.pieces
+        column = 0 if self.drawn == self.pieces else 1
         self.drawn += 1
         likely = torch.full_like(conditional_BV, -torch.inf)
-        return likely.index_fill(1, torch.tensor([0 if end else 1]), 0.0)
+        return likely.index_fill(1, torch.tensor([column]), 0.0)
 
 
 @pytest.mark.parametrize(("pieces", "cut"), [(0, False), (4, False), (5, True), (6, True)])
 def test_a_text_is_truncated_where_its_end_was_not_drawn(pieces: int, cut: bool) -> None:
-    """Of five tokens the end is one: behind four pieces it is drawn, behind five there is no room for it."""
+    """The end is one of the five tokens: after five pieces there is no room to draw it."""
     asked = prompt(np.random.default_rng(0), 5, "text", 5, False)
     (answer_T,) = generate(model(), [asked], EndsAt(pieces), vocab=VOCAB, seeds=[0])
     assert len(answer_T) == min(pieces, 5)
@@ -582,10 +605,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_in_a_sentence(
     size: int, modality: str, length: int
 ) -> None:
     asked = [prompt(np.random.default_rng(0), size, modality, length, False)]
-    with pytest.raises(
-        UserError,
-        match=rf"^model.seq_len: a prompt of {size} tokens .* the model's {SEQ_LEN} positions",
-    ):
+    sentence = rf"^model.seq_len: a prompt of {size} tokens .* the model's {SEQ_LEN} positions"
+    with pytest.raises(UserError, match=sentence):
         generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=[0])
 
 
@@ -608,7 +629,7 @@ def test_configs_are_checked() -> None:
             from_mapping(cls.Config, fields, "d")
 
 
-# ------------------------------------------------------------------------------------------------ GPU
+# --------------------------------------------------------------------------------------------- GPU
 
 
 @pytest.mark.gpu
@@ -616,7 +637,5 @@ def test_configs_are_checked() -> None:
 def test_a_gpu_gives_the_same_greedy_answers() -> None:
     asked = prompts()
     expected = lists(generate(model(), asked, built("greedy"), vocab=VOCAB, seeds=range(8)))
-    assert (
-        lists(generate(model().cuda(), asked, built("greedy"), vocab=VOCAB, seeds=range(8)))
-        == expected
-    )
+    found = generate(model().cuda(), asked, built("greedy"), vocab=VOCAB, seeds=range(8))
+    assert lists(found) == expected
