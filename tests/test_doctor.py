@@ -1,4 +1,4 @@
-"""The doctor: what it finds on machines that lack something, and what it makes of figures."""
+"""The doctor: what it finds on machines that lack something, and how it judges figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def by_name(findings: Iterator[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------- files
 
 
 def test_a_local_disk_keeps_everything_and_is_left_as_it_was(tmp_path: Path) -> None:
@@ -44,6 +44,8 @@ def test_a_local_disk_keeps_everything_and_is_left_as_it_was(tmp_path: Path) -> 
 
 
 def refuse(code: int) -> Any:
+    """A function of the system that fails with this error."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
@@ -62,7 +64,7 @@ def test_a_disk_that_does_not_sync_is_wrong(
 def test_a_reader_that_finds_half_a_file_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where rename does not replace in one step."""
+    """Such a file system does not replace a file in one step when it is renamed."""
 
     def in_place(path: Path, text: str) -> None:
         path.unlink(missing_ok=True)
@@ -74,11 +76,11 @@ def test_a_reader_that_finds_half_a_file_is_wrong(
 
 
 def test_without_flock_files_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process and the second one are told that the file system has no locks."""
+    """The file system tells this process and the second one that it has no locks."""
     monkeypatch.setattr(fcntl, "flock", refuse(errno.EOPNOTSUPP))
-    monkeypatch.setattr(
-        files, "SECOND_PROCESS", f"raise OSError({errno.EOPNOTSUPP}, 'not supported')"
-    )
+    in_the_second = f"raise OSError({errno.EOPNOTSUPP}, 'not supported')"
+    monkeypatch.setattr(files, "SECOND_PROCESS", in_the_second)
+
     found = by_name(look_at_files(tmp_path))["files, locked"]
     assert found.verdict == "warning"
     assert "files that name their process lock instead" in found.text
@@ -104,7 +106,7 @@ def test_a_folder_that_cannot_be_written_is_wrong(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
 
 
-# ------------------------------------------------------------------------------------------------ the machine
+# ------------------------------------------------------------------------------------- the machine
 
 MATRIX = """\
 \x1b[4m\tGPU0\tGPU1\tNIC0\tCPU Affinity\x1b[0m
@@ -118,7 +120,7 @@ Legend:
 
 
 def test_links_are_read_from_the_matrix_of_nvidia_smi() -> None:
-    """Those to network cards, which stand in the same rows, are no links between GPUs."""
+    """Links to network cards stand in the same rows, but are none between GPUs."""
     assert links(MATRIX.format("NV18")) == ["NV18", "NV18"]
     assert links(MATRIX.format("SYS")) == ["SYS", "SYS"]
     assert links("") == []
@@ -129,6 +131,7 @@ def test_gpus_that_torch_does_not_see_are_wrong(monkeypatch: pytest.MonkeyPatch)
     (found,) = look_at_gpus(CPU)
     assert found.verdict == "wrong"
     assert found.text.startswith("the driver 570.1 has 2, and torch")
+
     monkeypatch.setattr(machine, "smi", lambda *fields: [])
     assert [finding.verdict for finding in look_at_gpus(CPU)] == ["warning"]
 
@@ -138,6 +141,8 @@ class Properties:
 
 
 def test_a_gpu_that_is_limited_damaged_or_in_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    # nvidia-smi's row: three memory errors, and a power limit below the usual one.
     rows = [["570.1", "NVIDIA H100", "3", "400.00", "700.00"]]
     monkeypatch.setattr(machine, "smi", lambda *fields: rows)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -145,11 +150,14 @@ def test_a_gpu_that_is_limited_damaged_or_in_use_is_said(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (80e9, 80e9))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90a", "compute_90"])
-    assert [finding.verdict for finding in look_at_gpus(CUDA)] == [
-        "good", "good", "wrong", "warning",
-    ]  # fmt: skip
+
+    verdicts = [finding.verdict for finding in look_at_gpus(CUDA)]
+    assert verdicts == ["good", "good", "wrong", "warning"]
+
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (20e9, 80e9))
     assert "60.0 GB are in use" in list(look_at_gpus(CUDA))[1].text
+
+    # A torch that was built for other GPUs only.
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_100"])
     assert list(look_at_gpus(CUDA))[1].verdict == "wrong"
 
@@ -158,6 +166,7 @@ def test_every_backend_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     found = by_name(look_at_attention(CPU))
     assert {finding.verdict for finding in found.values()} == {"good"}
 
+    # A backend with wrong results has to be found out even though it raises nothing.
     class Broken:
         def plan(self, sample_BT: Any, device: Any) -> None: ...
 
@@ -165,15 +174,14 @@ def test_every_backend_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
             return q + k + v
 
     usual = machine.choose
-    monkeypatch.setattr(
-        machine,
-        "choose",
-        lambda name, device: (
-            usual(name, device)._replace(attention=Broken())
-            if name == "sdpa"
-            else usual(name, device)
-        ),
-    )
+
+    def broken_sdpa(name: str, device: torch.device) -> Any:
+        choice = usual(name, device)
+        if name == "sdpa":
+            choice = choice._replace(attention=Broken())
+        return choice
+
+    monkeypatch.setattr(machine, "choose", broken_sdpa)
     assert by_name(look_at_attention(CPU))["attention, sdpa"].verdict == "wrong"
 
 
@@ -186,13 +194,15 @@ def test_partitions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(machine, "partitions", lambda nodes=nodes: nodes)
         assert look_at_slurm().verdict == verdict
+
     assert look_at_slurm().text == "cpu (3 nodes, 0 GPUs each), gpu* (2 nodes, 8 GPUs each)"
+
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     assert look_at_slurm().verdict == "good"
 
 
 class Rank:
-    """A process that has ended as it is told."""
+    """A process that has ended, with this code and these outputs."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.returncode, self._printed = code, (out, err)
@@ -222,7 +232,7 @@ def test_sums_between_gpus(
     assert (found.verdict, words in found.text) == (verdict, True)
 
 
-# ------------------------------------------------------------------------------------------------ figures
+# ----------------------------------------------------------------------------------------- figures
 
 
 def test_all_parts_fit_into_25_minutes() -> None:
@@ -240,8 +250,11 @@ def test_goals_are_judged_on_their_own_device_alone() -> None:
         assert goal is not None
         assert (goal.gpu, own) == (gpu, is_own)
     assert goal_of("reading memory", "NVIDIA H100") == (None, False)
-    assert [g.is_met(4.5) for g in GOALS if g.name == name] == [True, False]
-    assert [g.is_met(4.5) for g in GOALS if g.name == MANY_IMAGES["bf16"]] == [True, False]
+
+    # 4.5 meets the goal of an H100, the first, and misses the stricter one of an H200.
+    assert [goal.is_met(4.5) for goal in GOALS if goal.name == name] == [True, False]
+    many = MANY_IMAGES["bf16"]
+    assert [goal.is_met(4.5) for goal in GOALS if goal.name == many] == [True, False]
 
 
 def test_what_is_raised_becomes_the_reason() -> None:
@@ -250,15 +263,15 @@ def test_what_is_raised_becomes_the_reason() -> None:
 
 
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """Has a part's process run this program in its place; its file is the last argument."""
+    """Let a part's process run this program instead; its file is the last argument."""
     script = tmp_path / "part.py"
     script.write_text(f"import json, os, sys, time\nfile = open(sys.argv[-1], 'a')\n{body}")
     real = parts.subprocess.run
-    monkeypatch.setattr(
-        parts.subprocess,
-        "run",
-        lambda command, **options: real([sys.executable, str(script), *command[-1:]], **options),
-    )
+
+    def ours(command: list[str], **options: Any) -> Any:
+        return real([sys.executable, str(script), *command[-1:]], **options)
+
+    monkeypatch.setattr(parts.subprocess, "run", ours)
 
 
 FIGURE = '{"part": "p", "name": "n", "value": 1.0, "unit": "s"}'
@@ -284,7 +297,7 @@ def test_a_part_that_dies_keeps_what_it_had(
     "part", [p for p in PARTS if p.name not in ("tests", "index")], ids=lambda part: part.name
 )
 def test_every_part_measures_in_small_on_a_cpu(part: Part, tmp_path: Path) -> None:
-    """What a CPU cannot do has its reason; nothing else is without a value."""
+    """Where a CPU cannot do something, the figure has the reason; all others have a value."""
     figures = list(part.measure(CPU, False))
     assert figures
     for figure in figures:
@@ -295,7 +308,10 @@ def test_every_part_measures_in_small_on_a_cpu(part: Part, tmp_path: Path) -> No
 
 
 def test_rates_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that counts the seconds itself: a product of side 64 in half a second is 2 * 64^3 * 2 FLOP/s."""
+    """A clock that advances by half a second at each look shows the work that was counted.
+
+    A product of side 64 in half a second is 2 * 64^3 * 2 FLOP/s.
+    """
     from cm3leon.doctor import hardware
 
     now = iter(range(1000))
@@ -304,7 +320,7 @@ def test_rates_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPatc
     assert read_rate(CPU) == 2 * 4 * 2**25
 
 
-# ------------------------------------------------------------------------------------------------ page and command
+# -------------------------------------------------------------------------------- page and command
 
 
 FIGURES = [
@@ -317,13 +333,17 @@ FIGURES = [
 def test_the_page_says_what_is_wrong_and_which_goals_are_reached(tmp_path: Path) -> None:
     findings = [good("torch", "2"), wrong("faiss", "not there", "install it")]
     made = page.report(findings, FIGURES, "NVIDIA H100", "now")
+
     facts = {fact.label: (fact.value, fact.status) for fact in made.facts}
     assert facts["wrong"] == ("1", "bad")
     assert facts["goals reached"] == ("1 of 3", "bad")
+
+    # What is wrong stands first, and a figure without a value is neither reached nor missed.
     machine_table, goals = (section.blocks[0] for section in made.sections[:2])
     assert machine_table.rows[0][:2] == ["faiss", "wrong"]  # type: ignore[union-attr]
     assert [row[3] for row in goals.rows] == ["reached", "missed", None]  # type: ignore[union-attr]
 
+    # Texts of exceptions are escaped, and no script runs.
     page.write(tmp_path, findings, FIGURES, CPU)
     html = (tmp_path / page.PAGE).read_text()
     assert "&lt;OutOfMemory&gt; &amp; more" in html
@@ -341,6 +361,8 @@ def test_the_command_fails_where_something_is_wrong(
     monkeypatch.setattr(files, "LITTLE", 0)
     monkeypatch.setattr(files, "VERY_LITTLE", 0)
     monkeypatch.setattr(machine, "look_at_machine", lambda device: iter([good("torch", "2")]))
+
+    # Only what is wrong fails the command; the folder that was tried is left as it was.
     options = {"folder": tmp_path / "runs", "out": tmp_path / "out"}
     assert doctor.main(doctor.Options(measure=True, **options)) == 0
     assert len(json.loads((tmp_path / "out" / page.JSON).read_text())["figures"]) == 3

@@ -1,4 +1,7 @@
-"""A run's own evaluations: rows, the best of them, aims, documents of other prompts, and sections that are gone."""
+"""A run's own evaluations: aims, rows and the best of them, documents of other prompts.
+
+Also what becomes of sections, runs and figures of earlier versions.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,17 @@ from cm3leon.types import Document, Notice, TextSegment, TokenDocument, UserErro
 
 discover()
 
-ASKED = "evaluations={a: {title: A, protocol: {name: corpus, task: caption}, sweep: {documents: [0, 1]}}}"
+ASKED = (
+    "evaluations={a: {title: A, protocol: {name: corpus, task: caption}, "
+    "sweep: {documents: [0, 1]}}}"
+)
 
 
-# ------------------------------------------------------------------------------------------------ aims
+# -------------------------------------------------------------------------------------------- aims
 
 
 def row(name: str, value: float, low: float, high: float) -> dict[str, Any]:
+    """A row of results with one figure, its interval, and a ceiling."""
     figure = {"value": value, "low": low, "high": high, "n": 100}
     levels = {"ceiling": {"accuracy": {"value": 0.98}}, "chance": {}}
     return {"row": name, "metrics": {"accuracy": figure}, **levels}
@@ -93,7 +100,7 @@ def test_an_aim_of_a_row_that_is_not_there_is_refused(
     assert f"cm3leon: {sentence}" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# -------------------------------------------------------------------------------------------- rows
 
 
 def test_the_best_row_has_the_highest_first_figure_and_is_the_first_of_equals() -> None:
@@ -125,19 +132,14 @@ def test_a_metric_that_cannot_be_drawn_is_not() -> None:
     )
 
     def blocks(metric: str, values: tuple[Any, Any]) -> int:
-        rows = [
-            {
-                **row(str(value), 0.5, 0.4, 0.6),
-                "ceiling": {},
-                "point": {"documents": value},
-                "model": "",
-                "items": 3,
-            }
-            for value in values
-        ]
+        rows = []
+        for value in values:
+            more = {"ceiling": {}, "point": {"documents": value}, "model": "", "items": 3}
+            rows.append({**row(str(value), 0.5, 0.4, 0.6), **more})
         asked = dataclasses.replace(evaluation, plot=metric)
         return len(evaluation_section(asked, rows, [[], []]).blocks)
 
+    # Neither an unknown metric nor a value that is no number has a place on an axis.
     with_curves = blocks("accuracy", (0, 1))
     assert blocks("acuracy", (0, 1)) == blocks("accuracy", (0, "many")) == with_curves - 1
 
@@ -146,15 +148,17 @@ def test_a_bank_of_a_setting_is_recorded_wherever_the_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [
-        "evaluations={a: {title: A, protocol: {name: corpus, task: caption}, setting: {bank: b}}}"
-    ]
-    experiment = load_experiment("digits_smoke", [*words, "aims=[]"])
+    evaluation = "{title: A, protocol: {name: corpus, task: caption}, setting: {bank: b}}"
+    words = [f"evaluations={{a: {evaluation}}}", "aims=[]"]
+    experiment = load_experiment("digits_smoke", words)
     assert experiment.evaluations["a"].setting["bank"] == str(tmp_path / "b")
 
 
 def test_an_evaluation_is_made_anew_where_its_memory_bank_has_grown(tmp_path: Path) -> None:
-    """By what a bank holds: the run's own with documents that were added, and that of a setting, wherever it lies."""
+    """An evaluation depends on what a bank holds, wherever it lies.
+
+    The bank is the run's own with the documents added to it, or the one that a setting names.
+    """
     banks = [tmp_path / name for name in ("one", "copy")]
     for bank in banks:
         (bank / "index").mkdir(parents=True)
@@ -164,15 +168,16 @@ def test_an_evaluation_is_made_anew_where_its_memory_bank_has_grown(tmp_path: Pa
 
     def inputs(bank: Path) -> dict[str, Any]:
         setting = f"setting: {{documents: 1, bank: {bank}}}"
-        words = [
-            f"evaluations={{a: {{title: A, protocol: {{name: corpus, task: caption}}, {setting}}}}}"
-        ]
-        experiment = load_experiment("digits_smoke", [*words, "aims=[]"])
+        evaluation = f"{{title: A, protocol: {{name: corpus, task: caption}}, {setting}}}"
+        words = [f"evaluations={{a: {evaluation}}}", "aims=[]"]
+        experiment = load_experiment("digits_smoke", words)
         run = RunFolder(experiment, tmp_path / "run", torch.device("cpu"))
         return evaluation_inputs(run)
 
+    # Another folder with the same content changes nothing, documents added to either bank do.
     before = inputs(banks[0])
     assert inputs(banks[1]) == before
+
     (banks[0] / "index" / "added.arrow").write_bytes(b"more")
     grown = inputs(banks[0])
     assert grown != before
@@ -190,9 +195,8 @@ def test_values_that_are_none_are_one_sentence(capsys: pytest.CaptureFixture[str
 
 def test_values_of_a_point_take_the_place_of_a_setting_s() -> None:
     setting = {"decoder": {"name": "top_p", "cfg": 3}, "documents": 1}
-    assert with_values(setting, {"decoder.cfg": 2, "seed": 5}) == {
-        "decoder": {"name": "top_p", "cfg": 2}, "documents": 1, "seed": 5,
-    }  # fmt: skip
+    expected = {"decoder": {"name": "top_p", "cfg": 2}, "documents": 1, "seed": 5}
+    assert with_values(setting, {"decoder.cfg": 2, "seed": 5}) == expected
     assert setting["decoder"] == {"name": "top_p", "cfg": 3}
 
 
@@ -212,7 +216,8 @@ def test_values_of_a_point_take_the_place_of_a_setting_s() -> None:
         ),
         (
             ["evaluations.caption.best_of=guidance", "text_decoder=greedy"],
-            "caption.best_of is guidance, whose best row sets decoder.cfg, which the decoder greedy does not have",
+            "caption.best_of is guidance, whose best row sets decoder.cfg, "
+            "which the decoder greedy does not have",
         ),
     ],
 )
@@ -230,13 +235,17 @@ def test_a_key_of_the_decoder_is_set_in_the_run_s_own() -> None:
         "text_decoder={name: top_p, top_p: 0.7}",
     ]
     experiment = load_experiment("digits", words)
+
     for name, best in (("guidance", {}), ("text_to_image", {"decoder.cfg": 3})):
         ((_, first), *_) = experiment.points_of(name, best)
         assert (first.decoder.name, first.decoder.config.top_p) == ("top_p", 0.8)
         assert first.decoder.config.cfg == (3 if best else 1)
+
+    # A text's decoder is its own, and takes only the swept key from the best row.
     ((_, first), *_) = experiment.points_of("caption", {"decoder.cfg": 3})
     assert (first.decoder.name, first.decoder.config.cfg) == ("top_p", 3)
     assert first.decoder.config.top_p == 0.7
+
     ((_, first), *_) = experiment.points_of("text_to_image", {})
     assert first.decoder is None
 
@@ -249,15 +258,17 @@ def test_a_decoder_without_the_swept_key_is_asked_once() -> None:
 
 
 def test_a_shuffled_prompt_has_the_documents_of_the_next_one() -> None:
-    """Each item is the number of its document, as which it is retrieved for it."""
+    """The model's stand-in retrieves for a text the document whose number the text is."""
     model = SimpleNamespace(
         retrieved=lambda texts, images_BHWC, by, count: [[int(text)] * count for text in texts],
         fitting=lambda task, documents, found, **_: found,
     )
+
     items = [Item(n, "text_to_image", Document(n, (TextSegment(n),))) for n in "012"]
     documents = [TokenDocument(n, ()) for n in "012"]
     setting = AskConfig(documents=2, shuffled=True)
     asker = ItemAsker(model, _Images({}), setting, None)  # type: ignore[arg-type]
+
     assert asker._retrieved(items, documents) == [[1, 1], [2, 2], [0, 0]]
     plain = dataclasses.replace(asker, setting=AskConfig(documents=2))
     assert plain._retrieved(items, documents) == [[0, 0], [1, 1], [2, 2]]
@@ -283,7 +294,7 @@ class _Images(Protocol):
         return {}
 
 
-# ------------------------------------------------------------------------------------------------ earlier versions
+# -------------------------------------------------------------------------------- earlier versions
 
 
 OLD = {
@@ -314,11 +325,14 @@ def test_a_file_with_all_of_them_is_refused_in_one_sentence_whose_example_works(
     file = tmp_path / "old.yaml"
     mapping = {**to_mapping(load_experiment("digits_smoke")), **OLD}
     file.write_text(dump_yaml(mapping))
+
     assert main([f"experiment={file}", "--show"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert ", ".join(sorted(OLD, key=said.index)) in said
     assert "tasks, task_decoders, generation, metrics" in said
+
+    # The example in the message, copied as it stands, replaces what the file had.
     example = said[said.index("evaluations={") : said.rindex("}") + 1]
     file.write_text(dump_yaml({name: mapping[name] for name in mapping if name not in OLD}))
     experiment = load_experiment(str(file), [example, "aims=[]"])
@@ -337,9 +351,8 @@ def old_run(folder: Path) -> Path:
     """The folder of a run that an earlier version began."""
     folder.mkdir()
     mapping = {**to_mapping(load_experiment("digits_smoke")), **OLD}
-    (folder / "config.yaml").write_text(
-        dump_yaml({name: mapping[name] for name in mapping if name not in ("evaluations", "aims")})
-    )
+    kept = {name: mapping[name] for name in mapping if name not in ("evaluations", "aims")}
+    (folder / "config.yaml").write_text(dump_yaml(kept))
     return folder
 
 
@@ -355,6 +368,7 @@ def test_a_run_opens_with_the_evaluations_that_are_finished_whatever_its_aims_ar
     folder = old_run(tmp_path / "run")
     (folder / "config.yaml").write_text(dump_yaml(to_mapping(load_experiment("digits_smoke"))))
     (folder / "evaluation").mkdir()
+
     asked = yaml.safe_load(ASKED.partition("=")[2])
     record = {
         "fingerprint": "0" * 64,
