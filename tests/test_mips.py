@@ -1,7 +1,10 @@
-"""FAISS on GPUs: what is moved there, what stays and why, by a stand-in for GPUs; and the same on real ones.
+"""FAISS on GPUs: what is moved there, what stays on the CPU and why, and that results are the same.
 
-The stand-in has the functions of FAISS 1.15's Python interface that are called, with their limits: results and probes
-up to 2048, codes of some lengths alone. Its indexes are divided as FAISS divides them, and searched on the CPU.
+A stand-in for GPUs runs everywhere; the last section repeats the comparison on real ones.
+
+The stand-in has the functions of FAISS 1.15's Python interface that are called, with their limits:
+results and probes up to 2048, and codes of certain lengths only. It divides indexes among its GPUs
+as FAISS does and searches them on the CPU.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from cm3leon.types import UserError
 pytestmark = pytest.mark.stack
 
 Made = tuple[tuple[Path, Path], np.ndarray]
-"""Folders of vectors and index of a bank, and what is found in it on the CPU."""
+"""Folders of a bank's vectors and of its index, and what a search on the CPU finds in it."""
 DOCUMENTS = 2000
-QUERIES_QD = clustered(1, 30).image_BD[1:5]  # none of them zero, so that there are no ties
+# No query is zero: a zero query would score all documents alike.
+QUERIES_QD = clustered(1, 30).image_BD[1:5]
 
 
 class GpuIndex:
@@ -43,6 +47,7 @@ class GpuIndex:
 
     @staticmethod
     def _share(index: Any, shards: int, number: int) -> Any:
+        # A flat index is copied whole; of inverted lists, each GPU gets every n-th vector.
         if not hasattr(index, "nlist"):
             return faiss.clone_index(index)
         part = faiss.IndexIVFPQ(
@@ -63,7 +68,7 @@ class GpuIndex:
 
 
 class Gpus(ModuleType):
-    """The module `faiss` as a build for GPUs is; `free` is the memory of each of them, in bytes."""
+    """The module `faiss` as in a build for GPUs; `free` is the memory of each GPU in bytes."""
 
     StandardGpuResources = SimpleNamespace
     code_lengths = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
@@ -80,7 +85,7 @@ class Gpus(ModuleType):
         return len(self.free)
 
     def GpuMultipleClonerOptions(self) -> SimpleNamespace:
-        """As some builds with cuVS make them, which use it unless they are told not to."""
+        """Options as in some builds with cuVS, which use it unless the caller turns it off."""
         return SimpleNamespace(use_cuvs=True)
 
     def index_cpu_to_gpu_multiple_py(
@@ -88,10 +93,13 @@ class Gpus(ModuleType):
     ) -> Any:
         assert len(resources) == len(gpus)
         assert not co.use_cuvs  # it has other results
+
+        # A flat index is used for k-means and for exact search.
         if not hasattr(index, "nlist"):
             self.calls.append(f"flat on {list(gpus)}")
             assert not co.useFloat16  # it would be rounded, and search no longer exact
             return faiss.clone_index(index) if not co.shard else GpuIndex(self, index, 1)
+
         self.calls.append(f"lists on {list(gpus)}")
         assert co.shard
         if index.pq.M not in self.code_lengths:
@@ -117,7 +125,7 @@ class Gpus(ModuleType):
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
-    """One GPU with 80 GB left."""
+    """One GPU with 80 GB of free memory."""
     stand_in = Gpus([80 * 10**9])
     monkeypatch.setitem(sys.modules, "faiss", stand_in)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -128,7 +136,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
 
 
 def left_for(vectors: int) -> int:
-    """Free memory of a GPU that has room for the index of so many vectors, and no more."""
+    """Free memory of a GPU that has room for the index of that many vectors, and no more."""
     index_bytes = (
         vectors * (SMALL_IVF["code_bytes"] + mips.ID_BYTES) + 2 * SMALL_IVF["lists"] * 16 * 4
     )
@@ -137,21 +145,21 @@ def left_for(vectors: int) -> int:
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A bank that is searched exactly, and what is found on the CPU."""
+    """A bank that is searched exactly, and what is found in it on the CPU."""
     made = build(tmp_path_factory.mktemp("exact"), clustered(0, DOCUMENTS))
     return made, Bank(*made).search(QUERIES_QD, 8)
 
 
 @pytest.fixture(scope="module")
 def inverted(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A bank of inverted lists, and what is found on the CPU."""
+    """A bank of inverted lists, and what is found in it on the CPU."""
     made = build(tmp_path_factory.mktemp("inverted"), clustered(0, DOCUMENTS), **SMALL_IVF)
     bank = Bank(*made)
     assert bank.place == "CPU"
     return made, bank.search(QUERIES_QD, 8)
 
 
-# ------------------------------------------------------------------------------------------------ where it is searched
+# ----------------------------------------------------------------------------- where it is searched
 
 
 @pytest.mark.parametrize("kind", ["exact", "inverted"])
@@ -199,6 +207,8 @@ def test_one_of_several_processes_has_its_own_gpu_alone(
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert Bank(*inverted[0]).place == "GPU 1"
+
+    # GPU 0 still has room enough, but it belongs to another process.
     gpus.free[1] -= 1000
     assert Bank(*inverted[0]).place.startswith("CPU, as 1 GPUs would")
 
@@ -222,7 +232,7 @@ def test_what_a_gpu_cannot_do_is_done_on_the_cpu(
     assert gpus.calls == (["search"] if on_gpu else [])
 
 
-# ------------------------------------------------------------------------------------------------ building
+# ----------------------------------------------------------------------------------------- building
 
 
 @pytest.mark.parametrize(
@@ -233,15 +243,17 @@ def test_an_index_is_built_on_gpus(
 ) -> None:
     gpus.free = free
     vectors, folder = build(tmp_path, clustered(0, DOCUMENTS), **SMALL_IVF)
+
     every = list(range(len(free)))
     assert gpus.calls[0] == f"flat on {every}"  # k-means
     assert gpus.calls.count("back") == 3
     assert f"lists on {every}" in gpus.calls
-    assert ("knn on 0" in gpus.calls) == (len(free) == 1)  # the two have no room for vectors
+    # Only the one large GPU has room for the vectors themselves, besides the index.
+    assert ("knn on 0" in gpus.calls) == (len(free) == 1)
     assert np.array_equal(Bank(vectors, folder).search(QUERIES_QD, 8), inverted[1])
 
 
-# ------------------------------------------------------------------------------------------------ the library
+# -------------------------------------------------------------------------------------- the library
 
 
 @pytest.mark.parametrize(
@@ -297,7 +309,7 @@ def test_missing_libraries_of_cuda_are_one_sentence(
         mips.import_faiss()
 
 
-# ------------------------------------------------------------------------------------------------ on GPUs
+# ------------------------------------------------------------------------------------------ on GPUs
 
 needs_gpu = pytest.mark.skipif(
     not faiss.get_num_gpus(), reason="needs a GPU and FAISS built for GPUs"
@@ -306,17 +318,16 @@ needs_gpu = pytest.mark.skipif(
 
 @pytest.fixture
 def cpu_alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No GPU is used until this is undone."""
+    """No GPU is used until this patch is undone."""
     monkeypatch.setattr(mips, "_gpus", tuple)
     return monkeypatch
 
 
 def same_up_to_ties(found_QK: np.ndarray, expected_QK: np.ndarray, vectors_MD: np.ndarray) -> float:
-    """Share of results that are as near to their query as those expected."""
+    """Share of the results that are as near to their query as the expected ones."""
     scores_QM = QUERIES_QD.astype(np.float64) @ vectors_MD.T
-    found, expected = (
-        np.take_along_axis(scores_QM, rows_QK, axis=1) for rows_QK in (found_QK, expected_QK)
-    )
+    found = np.take_along_axis(scores_QM, found_QK, axis=1)
+    expected = np.take_along_axis(scores_QM, expected_QK, axis=1)
     return float((np.abs(found - expected) < 1e-5).mean())
 
 
@@ -331,6 +342,7 @@ def test_a_gpu_finds_what_a_cpu_finds(
     parts = clustered(0, DOCUMENTS)
     made = build(tmp_path, parts, **fields)
     expected_QK = Bank(*made).search(QUERIES_QD, 8)
+
     cpu_alone.undo()
     bank = Bank(*made)
     assert bank.place.startswith("GPU")
@@ -342,10 +354,12 @@ def test_a_gpu_finds_what_a_cpu_finds(
 def test_an_index_built_on_a_gpu_finds_what_one_built_on_a_cpu_finds(
     tmp_path: Path, cpu_alone: pytest.MonkeyPatch
 ) -> None:
+    # Every list is searched, for k-means on a GPU may find other lists.
     parts, all_lists = clustered(0, DOCUMENTS), {**SMALL_IVF, "recall_target": 1.0, "rescored": 500}
     for name in ("cpu", "gpu"):
         (tmp_path / name).mkdir()
     expected_QK = Bank(*build(tmp_path / "cpu", parts, **all_lists)).search(QUERIES_QD, 8)
+
     cpu_alone.undo()
     bank = Bank(*build(tmp_path / "gpu", parts, **all_lists))
     assert bank.place.startswith("GPU")

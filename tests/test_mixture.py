@@ -1,4 +1,4 @@
-"""Shuffled order without a table, and weighted mixtures of sources."""
+"""The order of items is shuffled without a table, and sources are mixed by the paper's rule."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ seeds = st.integers(0, 2**63)
 
 
 def order(seed: int, count: int, epoch: int) -> list[int]:
-    """The items of an epoch in order."""
+    """The items of one epoch, in the order in which they are read."""
     return shuffled_array(seed, np.arange(epoch * count, (epoch + 1) * count), count).tolist()
 
 
-# ------------------------------------------------------------------------------------------------ order
+# -------------------------------------------------------------------------------------------- order
 
 
 @given(seeds, st.one_of(st.integers(1, 40), st.integers(1, 3000)), st.integers(0, 2**40))
@@ -75,32 +75,34 @@ def test_all_orders_of_a_few_items_are_equally_likely(count: int) -> None:
 
 
 def test_neighbours_land_anywhere_from_each_other() -> None:
-    """The distance of two items that follow each other is that of two drawn at random."""
+    """Two items that follow each other are as far apart as two items drawn at random."""
     count = 1000
     items_EC = shuffled_array(5, np.arange(300 * count), count).reshape(300, count)
     distance = (items_EC[:, 1:] - items_EC[:, :-1]) % count
     assert stats.chisquare(np.bincount(distance.ravel(), minlength=count)[1:]).pvalue > 1e-4
-    same_place = (items_EC[1:] == items_EC[:-1]).sum()  # in two epochs one after the other
+
+    # From one epoch to the next, an item keeps its place as often as chance has it: once in 1000.
+    same_place = (items_EC[1:] == items_EC[:-1]).sum()
     assert abs(same_place - 299) <= 4 * 299**0.5
 
 
 def test_mixed_seeds_differ_by_numbers_and_their_order() -> None:
-    found = {
-        mixed(*numbers) for numbers in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (1, 0, 0)]
-    }
+    every = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (1, 0, 0)]
+    found = {mixed(*numbers) for numbers in every}
     assert len(found) == 8
 
 
-# ------------------------------------------------------------------------------------------------ mixture
+# ------------------------------------------------------------------------------------------ mixture
 
 
 def test_rates_by_the_papers_rule() -> None:
     assert sampling_rates([100, 900], None) == [1.0, 1.0]
     assert sampling_rates([100, 900], [100, 900]) == [1.0, 1.0]
-    assert sampling_rates([100, 900], [1, 1]) == pytest.approx([3.0, 500 / 900])  # not 5 times
-    assert sampling_rates([100, 900], [0.9, 0.1]) == pytest.approx(
-        [3.0, 0.3]
-    )  # not 9 times, and 0.11 times
+
+    # Equal shares would need the small source five times; it is repeated at most three times.
+    assert sampling_rates([100, 900], [1, 1]) == pytest.approx([3.0, 500 / 900])
+    # Here it would be nine times, and 0.11 times for the large one.
+    assert sampling_rates([100, 900], [0.9, 0.1]) == pytest.approx([3.0, 0.3])
     assert sampling_rates([100, 900], [1, 1], most=6.0, least=0.6) == pytest.approx([5.0, 0.6])
     assert sampling_rates([50, 50, 100], [2, 1, 1]) == pytest.approx([2.0, 1.0, 0.5])
 
@@ -115,8 +117,10 @@ def test_rates_are_within_bounds_and_give_the_shares_where_those_allow(
 ) -> None:
     counts, shares = zip(*drawn, strict=True)
     rates = sampling_rates(counts, shares, most, least)
+
     assert all(least <= rate <= most for rate in rates)
     for count, share, rate in zip(counts, shares, rates, strict=True):
+        # The number of this source's documents in an epoch if nothing limited its rate.
         wanted = share / sum(shares) * sum(counts)
         if rate in (least, most):
             assert wanted <= least * count * (1 + 1e-9) or wanted >= most * count * (1 - 1e-9)
@@ -147,23 +151,26 @@ def test_mixture_against_brute_force(
 ) -> None:
     counts, rates = [list(column) for column in zip(*sources, strict=True)]
     mixture = Mixture(counts, rates, seed)
+
+    # Every epoch holds exactly as many places of each source as its rate says.
     places = [round(count * rate) for count, rate in sources]
     assert len(mixture) == sum(places)
     found = [mixture.at(position) for position in range(epochs * len(mixture))]
-    for epoch in range(epochs):  # exactly so many of each source in every epoch
+    for epoch in range(epochs):
         of_epoch = found[epoch * len(mixture) : (epoch + 1) * len(mixture)]
-        assert [
-            sum(source == number for source, _, _ in of_epoch) for number in range(len(counts))
-        ] == places
+        shares = Counter(source for source, _, _ in of_epoch)
+        assert [shares[number] for number in range(len(counts))] == places
+
     for number, count in enumerate(counts):
+        # Over all epochs, how often two rows were read differs by one at most.
         drawn = Counter(row for source, row, _ in found if source == number)
-        whole, more = divmod(
-            epochs * places[number], count
-        )  # floor or ceil, and how many have one more
+        whole, more = divmod(epochs * places[number], count)
         assert (
             sorted(drawn[row] for row in range(count))
             == [whole] * (count - more) + [whole + 1] * more
         )
+
+        # A pass through the source's rows is finished before the next one begins.
         passes = Counter((row, epoch) for source, row, epoch in found if source == number)
         assert set(passes.values()) <= {1}
         assert set(passes) >= {(row, epoch) for row in range(count) for epoch in range(whole)}
@@ -174,11 +181,13 @@ def test_each_source_has_an_order_of_its_own() -> None:
     """The k-th place of a source holds its k-th row in the order of that source's seed."""
     mixture = Mixture([40, 40], [1.0, 1.5], 9)
     orders: list[list[int]] = [[], []]
+
     for epoch in range(3):
         positions = range(epoch * len(mixture), (epoch + 1) * len(mixture))
         for position in sorted(positions, key=lambda position: shuffled(9, position, len(mixture))):
             source, row, _ = mixture.at(position)
             orders[source].append(row)
+
     assert orders[0] == [shuffled(mixed(9, 0), k, 40) for k in range(120)]
     assert orders[1] == [shuffled(mixed(9, 1), k, 40) for k in range(180)]
     assert orders[0] != orders[1][:120]
@@ -193,8 +202,10 @@ def test_sources_are_spread_evenly_through_an_epoch() -> None:
     mixture = Mixture([3000, 500, 10], [1.0, 3.0, 2.0], 4)
     sources_B, rows_B, _ = columns(mixture, range(len(mixture)))
     for source in range(3):
-        at = np.flatnonzero(sources_B == source)
-        assert stats.kstest(at / len(mixture), "uniform").pvalue > 1e-4
+        positions = np.flatnonzero(sources_B == source)
+        assert stats.kstest(positions / len(mixture), "uniform").pvalue > 1e-4
+
+    # The rows of a source come in a shuffled order, and another seed mixes the sources otherwise.
     assert stats.kstest(rows_B[sources_B == 0][:300] / 3000, "uniform").pvalue > 1e-4
     again = columns(Mixture([3000, 500, 10], [1.0, 3.0, 2.0], 5), range(len(mixture)))
     assert (again[0] != sources_B).mean() > 0.3
@@ -203,6 +214,7 @@ def test_sources_are_spread_evenly_through_an_epoch() -> None:
 def test_a_mixture_of_340_million() -> None:
     mixture = Mixture([340_000_000, 2_000_000], [1.0, 3.0], 0)
     sources_B, rows_B, epochs_B = columns(mixture, range(10**12, 10**12 + 20_000))
+    # The second source has 6 of 346 million places, for its 2 million rows are read three times.
     assert abs(sources_B.mean() - 6 / 346) < 0.004
     assert rows_B.max() < 340_000_000
     assert set(epochs_B[sources_B == 0]) == {10**12 // len(mixture)}

@@ -1,6 +1,7 @@
-"""What every registered model promises; a new one is covered from the moment it is registered.
+"""What every registered model promises; a new model is covered as soon as it is registered.
 
-Each test asks the model what it offers (`matrices`, `share`, `layer_bytes`), and no test asks which model it is.
+Each test asks the model what it offers (`matrices`, `share`, `layer_bytes`); no test asks which
+model it is.
 """
 
 from __future__ import annotations
@@ -42,16 +43,18 @@ SHAPE = {"layers": 2, "width": 64, "kv_heads": 2, "head_size": 16, "seq_len": 32
 
 
 def built(name: str, **fields: Any) -> Model:
-    """A small one whose every parameter shows in the logits. Skips where its package is missing."""
+    """A small model of that name, each of whose parameters shows in the logits.
+
+    The test is skipped where a package that the model needs is missing.
+    """
     missing = MODELS.get(name).missing()
-    section = {
-        **small(MODELS, name),
-        **{k: v for k, v in SHAPE.items() if k in small(MODELS, name)},
-    }
+    section = dict(small(MODELS, name))
+    section |= {key: value for key, value in SHAPE.items() if key in section}
     if missing:
         with pytest.raises(UserError, match=re.escape(missing)):
             MODELS.build(section, vocab_size=V)
         pytest.skip(f"needs {missing}")
+
     model = MODELS.build({**section, **fields}, vocab_size=V)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -68,22 +71,27 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_a_prefix_that_rows_share_and_their_steps_give_the_same_logits(
     registry: Any, name: str
 ) -> None:
+    # Two rows begin with the same six tokens and go on differently.
     model = built(name)
     shared_T, tails_BT = IDS_BT[0, :6], IDS_BT[:2, 6:]
     whole_BTV = model(torch.cat([shared_T.expand(2, 6), tails_BT], 1))
     assert whole_BTV.shape == (2, T, V)
+
     cache = model.new_cache(groups=1, width=2, prefix=6, tail=T)
     bytes_ = model.cache_bytes(groups=1, width=2, prefix=6, tail=T)
     assert cache.nbytes() == bytes_ == 4 * model.cache_numbers * (6 + 2 * T)
 
+    # The prefix is computed once for both rows, then their tails, then two tokens a step.
     with torch.inference_mode():
         attend = cache.prefix_pass(torch.tensor([0]), torch.tensor([6]))
         prefix_BTV = model(shared_T[None], position_BT=attend.positions(6), attend=attend)
         close(prefix_BTV[0], whole_BTV[0, :6])
+
         rows, lengths = torch.tensor([[[0], [1]]]), torch.tensor([[4, 4]])
         attend = cache.tail_pass(torch.tensor([0]), rows, lengths)
         tail_BTV = model(tails_BT[:, :4], position_BT=attend.positions(4), attend=attend)
         close(tail_BTV, whole_BTV[:, 6:10])
+
         for t in range(4, tails_BT.shape[1] - 1, 2):
             attend = cache.step_pass(1, 6, T, tokens=2)
             step_BTV = model(tails_BT[:, t : t + 2], position_BT=attend.positions(2), attend=attend)
@@ -93,13 +101,16 @@ def test_a_prefix_that_rows_share_and_their_steps_give_the_same_logits(
 
 @every(MODELS)
 def test_packed_samples_are_as_alone(registry: Any, name: str) -> None:
+    # Three samples in one row, each with positions that begin at zero.
     model = built(name)
     lengths = (5, 8, 7)
     sample_1T = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
     position_1T = torch.cat([torch.arange(length) for length in lengths])[None]
+
     packed_TV = model(IDS_BT[:1], position_BT=position_1T, sample_BT=sample_1T)[0]
     alone = [model(ids_1T)[0] for ids_1T in IDS_BT[:1].split(lengths, 1)]
     close(packed_TV, torch.cat(alone))
+
     packed_TV.square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -111,11 +122,15 @@ def test_adapters_begin_as_nothing_are_counted_and_are_added_in(registry: Any, n
         with pytest.raises(UserError, match="have no matrices to adapt"):
             add_lora(adapted, 2, 4.0)
         return
+
+    # New adapters change nothing, and only they are trained.
     planned = lora_parameters(adapted, 2)
     add_lora(adapted, 2, 4.0)
     close(adapted(IDS_BT), plain(IDS_BT))
     trained = {key: weight for key, weight in adapted.named_parameters() if weight.requires_grad}
     assert sum(weight.numel() for weight in trained.values()) == planned
+
+    # Once they are trained they do change the logits; the merged matrices give the same ones.
     for key, weight in trained.items():
         if key.endswith("lora_b"):
             torch.nn.init.normal_(weight, std=0.1)
@@ -130,10 +145,14 @@ def test_weights_in_fewer_bits_are_close_and_take_what_is_planned(registry: Any,
     plain, small = built(name), built(name)
     planned = footprint(plain, 16, 1e9)
     assert planned.full_cache == 2 * 2 * plain.cache_numbers * plain.seq_len
+
+    # In bf16 the model computes what autocast would compute, to the bit.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected_BTV = plain(IDS_BT)
         keep_weights(plain, "bf16")
         torch.testing.assert_close(plain(IDS_BT), expected_BTV, atol=0, rtol=0)
+
+    # The plan may be off by the blocks' vectors (norms, biases), and no more.
     held_bytes = sum(weight.nbytes for weight in plain.parameters())
     vectors = sum(weight.nbytes for weight in plain.blocks.parameters() if weight.dim() == 1)
     assert planned.weights["bf16"] == pytest.approx(held_bytes, abs=vectors + 1024)
@@ -143,9 +162,11 @@ def test_weights_in_fewer_bits_are_close_and_take_what_is_planned(registry: Any,
         with pytest.raises(UserError, match="does not offer; take float32 or bf16"):
             keep_weights(small, "int8")
         return
+
     assert planned.weights["bf16"] - planned.weights["int8"] == sum(
         getattr(block, matrix).weight.numel() for block in small.blocks for matrix in small.matrices
     )
+
     pytest.importorskip("torchao")
     keep_weights(small, "int8")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -156,19 +177,26 @@ def test_weights_in_fewer_bits_are_close_and_take_what_is_planned(registry: Any,
 
 @every(MODELS)
 def test_flops_are_those_that_torch_counts(registry: Any, name: str) -> None:
-    """The formula of attention computes all pairs of positions, also those that are masked: twice what we count."""
+    """Attention by its formula computes all pairs of positions, twice as many as we count.
+
+    We leave out the half that is masked.
+    """
     model = built(name, attention="naive")
     count = parameters(model)
     assert count.total == sum(weight.numel() for weight in model.parameters())
     assert min(vars(count).values()) > 0
+
     with FlopCounterMode(display=False) as counted:
         model(IDS_BT).sum().backward()
     products = counted.get_flop_counts()["Global"]
     attention = 6 * model.config.layers * model.heads * model.config.head_size * 3 * T**2
-    # The gradient of the first layer's input is needed for the embeddings: all products have their three parts.
+
+    # The gradient of the first layer's input is needed for the embeddings, so each product is
+    # counted with its three parts: forward, and both gradients.
     flops = model_flops(model, torch.zeros(3, T, dtype=torch.int64))
     assert products[torch.ops.aten.mm] == flops - attention
     assert products[torch.ops.aten.bmm] == 2 * attention
+
     whole = model_flops(model, torch.zeros(1, model.seq_len, dtype=torch.int64))
     assert flops_per_token(model) == pytest.approx(whole / model.seq_len)
 
@@ -181,28 +209,29 @@ def test_a_training_step_of_it_is_planned_and_made(registry: Any, name: str) -> 
         with pytest.raises(UserError, match="does not say what its layers hold in a training"):
             training_memory(model, config, gpus=1, micro_batch=3)
     else:
-        kept = [
-            training_memory(
-                model,
-                DecoderTrainingConfig(batch_size=3, activation_checkpointing=choice),
-                gpus=1,
-                micro_batch=3,
-            ).activations
-            for choice in ("none", "selective", "full")
-        ]
+        # Recomputing more of the activations keeps less of them.
+        kept = []
+        for choice in ("none", "selective", "full"):
+            planned = DecoderTrainingConfig(batch_size=3, activation_checkpointing=choice)
+            memory = training_memory(model, planned, gpus=1, micro_batch=3)
+            kept.append(memory.activations)
         assert kept == sorted(kept, reverse=True)
+
+    # One step of AdamW changes every parameter.
     model = distributed(
         lambda: built(name), lambda: built(name), config, Ranks(torch.device("cpu"))
     )
     before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
     optimizer = new_optimizer(model, config)
     ids_N, weight_N = IDS_BT.flatten(), torch.ones(IDS_BT.numel())
+
     loss = model(
         IDS_BT,
         readout=lambda hidden_BTD, head: linear_cross_entropy(
             hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N
         )[0],
     )
+
     loss.backward()
     optimizer.step()
     assert all(not torch.equal(before[key], weight) for key, weight in model.named_parameters())
@@ -219,7 +248,10 @@ def test_it_comes_back_from_its_files_bit_for_bit(registry: Any, name: str, tmp_
 
 
 def test_three_ranks_answer_as_one() -> None:
-    """Answers with guidance and log-likelihoods, of every model that ranks can share; the others refuse it."""
+    """Three ranks that share a model give the answers and log-likelihoods of one process.
+
+    The answers are guided. A model that ranks cannot share refuses it.
+    """
     alone: dict[str, Model] = {}
     for name in MODELS.names():
         if MODELS.get(name).missing():
@@ -236,6 +268,7 @@ def test_three_ranks_answer_as_one() -> None:
 
     processes = group("share_worker", [*alone], 3)
     assert finish(processes) == [0, 0, 0]
+
     found = json.loads(processes[0].said(0).splitlines()[-1])
     for name in alone:
         expected = results(alone[name])

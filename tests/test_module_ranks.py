@@ -1,4 +1,4 @@
-"""Image tokenizers and the encoder trained on several ranks, as on one."""
+"""Image tokenizers and the encoder are trained by several ranks as by one process."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ from cm3leon.training.distributed import Ranks
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("adversarial", "far", "clip")
 MOVED: Counter[str] = Counter()
-"""Codes that the training alone moved onto vectors, by how these were drawn."""
+"""Number of codes that the training by one process moved, by how their new vectors were drawn."""
 
 discover()
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the trainings by one process."""
-    folder, move = tmp_path_factory.mktemp("alone"), EMAQuantizer._move
+    """The folder of the trainings by one process; dead codes that are moved are counted."""
+    folder = tmp_path_factory.mktemp("alone")
+    move = EMAQuantizer._move
 
     def counted(self: Any, dead_M: Tensor, z_ND: Tensor, weight_N: Tensor | None) -> None:
-        MOVED["evenly" if weight_N is None else "by distance"] += len(dead_M)
+        how = "evenly" if weight_N is None else "by distance"
+        MOVED[how] += len(dead_M)
         move(self, dead_M, z_ND, weight_N)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -56,12 +58,12 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(folder: Path) -> list[dict[str, float]]:
-    """The figures of each step, but for times."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [
-        {name: value for name, value in json.loads(line).items() if not name.endswith("_second")}
-        for line in lines
-    ]
+    """The figures of each step, without those that are times."""
+    found = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found.append({name: v for name, v in record.items() if not name.endswith("_second")})
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,21 +72,25 @@ def test_two_ranks_train_as_one(name: str, alone: Path, together: Path) -> None:
     assert [record["step"] for record in two] == list(range(1, STEPS + 1))
     for record, expected in zip(two, one, strict=True):
         assert record == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
     weights = load_file(together / name / "model.safetensors")
     others = numbers = 0
     for key, weight in load_file(alone / name / "model.safetensors").items():
         close = torch.isclose(weights[key], weight, atol=1e-4, rtol=1e-3)
         assert close.all() or "quantizer" not in key
         others, numbers = others + int((~close).sum()), numbers + close.numel()
-    # AdamW makes whole steps of the rounding of gradients that are 0, as those of biases before a norm are.
+
+    # Some gradients are 0 but for rounding, such as those of biases before a norm, and AdamW makes
+    # whole steps of them.
     assert others < 0.02 * numbers
     if name == "adversarial":
         assert {"adversarial_weight", "discriminator_loss"} <= set(two[-1])
 
 
 def test_dead_codes_were_moved(alone: Path) -> None:
-    """Else the test above would not see that ranks move the same ones onto the same vectors."""
-    assert MOVED["evenly"] > 2 * CODES + 5  # besides all codes at the first step of both tokenizers
+    """Otherwise the test above would not see whether ranks move the same codes alike."""
+    # At the first step all codes of both tokenizers are moved; the dead ones come on top of these.
+    assert MOVED["evenly"] > 2 * CODES + 5
     assert MOVED["by distance"] > 5
 
 
@@ -102,7 +108,9 @@ def test_gradients_are_averaged_once_in_a_backward_pass(monkeypatch: pytest.Monk
     for _ in range(3):
         module(torch.ones(5, 3)).sum().backward()
     assert sizes == [12 + 8 + 2] * 3
-    # Each backward pass halves what is there: 10/2, then (5 + 10)/2, then (7.5 + 10)/2 for a bias of five rows' 5.
+
+    # The loss has a gradient of 5 for the bias, one of each of five rows. Each backward pass adds
+    # it and halves the sum: 5 / 2 = 2.5, then (2.5 + 5) / 2 = 3.75, then (3.75 + 5) / 2 = 4.375.
     assert module[1].bias.grad.tolist() == [4.375, 4.375]
 
 
@@ -124,19 +132,22 @@ def test_what_ranks_train_together(
 
 @pytest.mark.slow
 def test_two_ranks_make_the_stages_that_one_process_makes(tmp_path: Path) -> None:
-    """Image tokenizer and encoder, trained together; what lies between them is made by the first rank."""
-    steps = [
-        f"{stage}.{setting}"
-        for stage in ("image_tokenizer_training", "retriever_training")
-        for setting in ("steps=4", "log_every=1", "callback_every=2", "precision=float32")
-    ]
+    """Image tokenizer and encoder are trained together; the first rank makes what lies between."""
+    steps = []
+    for stage in ("image_tokenizer_training", "retriever_training"):
+        for setting in ("steps=4", "log_every=1", "callback_every=2", "precision=float32"):
+            steps.append(f"{stage}.{setting}")
     words = ["experiment=digits_smoke", "until=retriever", *steps]
+
+    # One process, and then two that torchrun starts.
     cm3leon(*words, f"run={tmp_path / 'one'}")
+
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = ["-m", "cm3leon.run", *words, f"run={tmp_path / 'two'}"]
     subprocess.run([sys.executable, *start, *run], check=True, cwd=ROOT, timeout=300)
+
     for stage in ("image_tokenizer", "retriever"):
-        one, two = (tmp_path / name / stage for name in ("one", "two"))
+        one, two = tmp_path / "one" / stage, tmp_path / "two" / stage
         assert [record["loss"] for record in records(two)] == pytest.approx(
             [record["loss"] for record in records(one)], rel=1e-5
         )

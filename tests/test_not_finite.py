@@ -1,4 +1,7 @@
-"""NaN and infinite numbers in weights, logits, codebooks and vectors: a sentence that names where, never an answer."""
+"""NaN and infinite numbers in weights, logits, codebooks and vectors are refused.
+
+The message names where they are; no answer is made of them.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,8 @@ def test_one_bad_number_among_many_is_found(bad: float, dtype: torch.dtype) -> N
     assert is_finite(tensor)
     tensor[31, 7] = bad
     assert not is_finite(tensor)
+
+    # Empty tensors and integers are finite; numbers in float8 are looked at, too.
     assert is_finite(torch.empty(0))
     assert is_finite(torch.tensor([2**62]))
     assert not is_finite(torch.tensor([1.0, math.nan]).to(torch.float8_e4m3fn))
@@ -73,7 +78,7 @@ def test_no_token_is_drawn_from_logits_that_are_no_numbers(
 
 
 def test_guidance_that_overflows_is_said() -> None:
-    """Every weight is finite, and the logits are; what guidance makes of them is not."""
+    """The weights and the logits are all finite; the logits after guidance are not."""
     module = model()
     with torch.no_grad():
         module.head.weight *= 1e36
@@ -93,10 +98,17 @@ def test_a_likelihood_is_a_number() -> None:
 TOKENIZERS = {
     "vq": {"image_size": 16, "downsampling": 4, "codebook_size": 32, "channels": 32},
     "vqgan": {
-        "image_size": 16, "channels": 32, "z_channels": 32, "multipliers": [1, 1], "residual_blocks": 1,
-        "attention_levels": [], "discriminator_layers": 1, "codebook_size": 32, "perceptual": 0,
+        "image_size": 16,
+        "channels": 32,
+        "z_channels": 32,
+        "multipliers": [1, 1],
+        "residual_blocks": 1,
+        "attention_levels": [],
+        "discriminator_layers": 1,
+        "codebook_size": 32,
+        "perceptual": 0,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -107,11 +119,14 @@ def test_an_image_tokenizer_gives_no_codes_and_no_pixels_of_such_numbers(
     tokenizer: Any = IMAGE_TOKENIZERS.build({"name": name, **TOKENIZERS[name]})
     tokenizer.ready()
     images_BHWC = np.zeros((1, 16, 16, 3), np.uint8)
+    # The new tokenizer works; only then are its weights spoiled.
     for codes in (tokenizer.encode(images_BHWC), np.zeros((1, tokenizer.grid**2), np.int64)):
         tokenizer.decode(codes)
+
     with torch.no_grad():
         next(tokenizer.encoder.parameters()).fill_(bad)
         next(tokenizer.decoder.parameters()).fill_(bad)
+
     with pytest.raises(NotFinite, match=rf"^what the image tokenizer's encoder .* {NUMBERS}"):
         tokenizer.encode(images_BHWC)
     with pytest.raises(NotFinite, match=rf"^the image that the image tokenizer's .* {NUMBERS}"):

@@ -1,4 +1,4 @@
-"""The notebook of the docs runs from its first cell to its last, on a small run."""
+"""The notebook of the docs runs on a small run, from its first cell to its last."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ def test_the_notebook_of_the_page_s_steps_runs(
     jupytext = pytest.importorskip("jupytext", reason="needs cm3leon[dev]")
     nbclient = pytest.importorskip("nbclient", reason="needs cm3leon[dev]")
     pytest.importorskip("ipykernel", reason="needs cm3leon[dev]")
-    # Jupyter's own files are the test's, and the run is one that is tuned on instructions.
+
+    # Jupyter writes its own files into the test's folder, and the run is tuned on instructions.
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     monkeypatch.setenv("CM3LEON_RUN", str(tuned_model.run.folder))
+
     notebook = jupytext.read(NOTEBOOK)
     client = nbclient.NotebookClient(
         notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
@@ -34,18 +36,21 @@ def test_the_notebook_of_the_page_s_steps_runs(
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in codes] == list(range(1, len(codes) + 1))
     images, texts = [], []
-    for output in (output for cell in codes for output in cell.outputs):
+    outputs = [output for cell in codes for output in cell.outputs]
+    for output in outputs:
         if content := output.get("data", {}).get("image/png"):
             images.append(Image.open(io.BytesIO(base64.b64decode(content))))
         texts.append(output.get("text", ""))
-    # Documents, samples, alone and guided, filled in, edited, with an own document.
+
+    # The cells show documents, samples, samples alone and guided, a filled image, edits, and what
+    # is drawn with an added document.
     side = int(tuned_model.run.image_tokenizer.image_size)
     assert [image.width // side for image in images] == [2 * 4, 4 * 4, 8 * 3, 2 * 4, 3 * 4, 4 * 4]
     said = "".join(texts)
     assert f"row {len(tuned_model.run.bank)} of {len(tuned_model.run.bank) + 1:,}" in said
     assert "UserError" not in said
 
-    # What is shown is what the same call gives here.
+    # The picture shows what the same call gives here.
     model = CM3Leon.load(tuned_model.run.folder)
     drawn = [each.image for each in model.generate("a handwritten seven", n=4, retrieve=2, seed=0)]
     for place, image in enumerate(drawn):
