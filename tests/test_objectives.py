@@ -1,4 +1,4 @@
-"""Corruption of samples and of their pieces, and the loss."""
+"""How samples and pieces of them are corrupted, and how the loss is computed."""
 
 from __future__ import annotations
 
@@ -46,29 +46,27 @@ seeds = st.integers(0, 2**32)
 
 @st.composite
 def ids_and_spans(draw: st.DrawFn) -> tuple[np.ndarray, list[Span]]:
-    """Any ids without sentinels, and any spans that are in order and apart; touching and empty ones too."""
+    """Any ids without sentinels, with any spans in order that do not overlap.
+
+    Spans may touch each other, and may be empty.
+    """
     ids = draw(st.lists(st.integers(0, VOCAB.sentinel_start - 1), min_size=1, max_size=40))
     ends = sorted(draw(st.lists(st.integers(0, len(ids)), max_size=2 * (VOCAB.sentinels - 1))))
     return np.array(ids, dtype=np.int64), list(zip(ends[::2], ends[1::2], strict=False))
 
 
-# ------------------------------------------------------------------------------------------------ rotation
+# ----------------------------------------------------------------------------------------- rotation
 
 
 def test_the_papers_example_literally() -> None:
-    words = {
-        "a": 10,
-        "red": 11,
-        "dog": 12,
-        "<eos>": VOCAB.eos,
-        "<break>": VOCAB.brk,
-        "<mask:0>": VOCAB.sentinel(0),
-    }
-    words |= {f"I{n}": VOCAB.image_start + n for n in range(16)} | {
-        "<end_of_span>": VOCAB.end_of_span
-    }
+    words = {"a": 10, "red": 11, "dog": 12}
+    words |= {"<eos>": VOCAB.eos, "<break>": VOCAB.brk}
+    words |= {"<mask:0>": VOCAB.sentinel(0), "<end_of_span>": VOCAB.end_of_span}
+    words |= {f"I{n}": VOCAB.image_start + n for n in range(16)}
+
     sample = "<eos> a red dog <break> I7 I2 I9 I4 <eos>"
     rotated = "<eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0> red dog <end_of_span>"
+
     ids_T = np.array([words[word] for word in sample.split()])
     rotated_T, source_T = rotate(ids_T, [(2, 4)], VOCAB)
     assert rotated_T.tolist() == [words[word] for word in rotated.split()]
@@ -80,15 +78,18 @@ def test_the_papers_example_literally() -> None:
 @settings(max_examples=300)
 def test_rotation_written_with_lists(drawn: tuple[np.ndarray, list[Span]]) -> None:
     ids_T, spans = drawn
+    # Each span is replaced by its sentinel and goes to the end, between the sentinel and the close.
     ids, kept, moved, position = ids_T.tolist(), [], [], 0
     for number, (start, end) in enumerate(spans):
         kept += [*ids[position:start], VOCAB.sentinel(number)]
         moved += [VOCAB.sentinel(number), *ids[start:end], VOCAB.end_of_span]
         position = end
+
     rotated_T, source_T = rotate(ids_T, spans, VOCAB)
     assert rotated_T.tolist() == kept + ids[position:] + moved
     assert len(rotated_T) == len(ids) + EXTRA * len(spans)
     assert EXTRA == 3
+
     from_sample = source_T >= 0
     assert rotated_T[from_sample].tolist() == ids_T[source_T[from_sample]].tolist()
     assert sorted(source_T[from_sample].tolist()) == list(range(len(ids)))
@@ -107,15 +108,14 @@ def test_any_ids_come_back_from_their_rotation(drawn: tuple[np.ndarray, list[Spa
 def test_any_corrupted_sample_is_whole_and_fits(
     sample: LaidOut, fields: dict[str, Any], seed: int, more_room: int
 ) -> None:
-    corrupted = cm3(**fields).corrupt(
-        sample, np.random.default_rng(seed), len(sample.ids_T) + more_room
-    )
-    assert len(corrupted.ids_T) == len(corrupted.weight_T) <= len(sample.ids_T) + more_room
+    room = len(sample.ids_T) + more_room
+    corrupted = cm3(**fields).corrupt(sample, np.random.default_rng(seed), room)
+    assert len(corrupted.ids_T) == len(corrupted.weight_T) <= room
     assert unrotate(corrupted.ids_T, VOCAB).tolist() == sample.ids_T.tolist()
     assert corrupted.weight_T.dtype == np.float32
-    again = cm3(**fields).corrupt(
-        sample, np.random.default_rng(seed), len(sample.ids_T) + more_room
-    )
+
+    # The draw depends on the generator alone.
+    again = cm3(**fields).corrupt(sample, np.random.default_rng(seed), room)
     assert again.ids_T.tolist() == corrupted.ids_T.tolist()
 
 
@@ -133,7 +133,7 @@ def test_what_no_rotation_made_is_refused(ids: list[int], sentence: str) -> None
         unrotate(np.array(ids), VOCAB)
 
 
-# ------------------------------------------------------------------------------------------------ spans
+# -------------------------------------------------------------------------------------------- spans
 
 
 @given(laid_out, settings_of_cm3, seeds)
@@ -160,7 +160,8 @@ def test_without_room_for_a_span_the_sample_stays_as_it_is(
     assert corrupted.ids_T.tolist() == sample.ids_T.tolist()
 
 
-# Every span is a whole segment of one token, of so many that two spans hardly ever meet.
+# Every segment has one token, and each span takes a whole one. There are so many that two spans
+# hardly ever meet.
 MANY_SEGMENTS = lay_out(Sample(document(*[1] * 400)), VOCAB)
 
 
@@ -183,8 +184,11 @@ def test_number_of_spans_is_poisson_clamped(
     limit = len(MANY_SEGMENTS.ids_T) + room
     draws = 1500
     counts = Counter(len(objective.draw_spans(MANY_SEGMENTS, rng, limit)) for _ in range(draws))
+
+    # All draws beyond `most` count as `most`, so its share is the whole upper tail.
     expected = stats.poisson(mean).pmf(np.arange(most + 1))
     expected[most] = stats.poisson(mean).sf(most - 1)
+
     assert max(counts) <= most
     for count in range(most + 1):
         deviation = (draws * expected[count] * (1 - expected[count])) ** 0.5
@@ -192,25 +196,28 @@ def test_number_of_spans_is_poisson_clamped(
 
 
 def spans_of(sample: LaidOut, draws: int, **fields: Any) -> list[Span]:
-    """The spans of those of many draws that have exactly one."""
+    """The spans of those draws that have exactly one span."""
     objective, rng = cm3(**fields), np.random.default_rng(1)
     drawn = (objective.draw_spans(sample, rng, 10_000) for _ in range(draws))
     return [spans[0] for spans in drawn if len(spans) == 1]
 
 
 def near(count: int, draws: int, share: float) -> bool:
-    """Whether a count is within four standard deviations of a binomial's mean."""
+    """Whether a count is within four standard deviations of the mean of a binomial."""
     return abs(count - draws * share) <= 4 * (draws * share * (1 - share)) ** 0.5
 
 
 def test_half_the_spans_are_the_querys_and_its_segments_are_even() -> None:
+    # The query comes last: segments 0 to 4 are the retrieved documents', 5 and 6 are the query's.
     sample = lay_out(Sample(document(20, 20), (document(20, 20), document(20, 20, 20))), VOCAB)
-    spans = spans_of(sample, 6000, mean_spans=0.5)
-    owner = Counter(
-        next(n for n, s in enumerate(sample.segments) if s.start <= start and end <= s.end)
-        for start, end in spans
-    )
     query, retrieved = [5, 6], [0, 1, 2, 3, 4]
+
+    spans = spans_of(sample, 6000, mean_spans=0.5)
+    owner: Counter[int] = Counter()
+    for start, end in spans:
+        inside = (n for n, s in enumerate(sample.segments) if s.start <= start and end <= s.end)
+        owner[next(inside)] += 1
+
     assert near(sum(owner[n] for n in query), len(spans), 0.5)
     assert all(near(owner[n], len(spans), 0.25) for n in query)
     assert all(near(owner[n], len(spans), 0.1) for n in retrieved)
@@ -220,6 +227,8 @@ def test_without_retrieved_documents_all_spans_are_the_querys() -> None:
     sample = lay_out(Sample(document(20, 20)), VOCAB)
     owner = Counter(start > 21 for start, _ in spans_of(sample, 3000, mean_spans=0.5))
     assert near(owner[True], owner.total(), 0.5)
+
+    # A query without tokens has no segment to draw from, so the spans are the retrieved one's.
     empty_query = lay_out(Sample(document(0, 0), (document(5, 5),)), VOCAB)
     assert {start < 13 for start, _ in spans_of(empty_query, 100)} == {True}
 
@@ -227,13 +236,16 @@ def test_without_retrieved_documents_all_spans_are_the_querys() -> None:
 def test_share_of_whole_segments_and_ends_of_the_others() -> None:
     length, draws = 30, 8000
     spans = spans_of(lay_out(Sample(document(length)), VOCAB), draws, mean_spans=0.5)
-    pairs = length * (length + 1) / 2  # two different ends of length + 1
+
+    # A span that is not the whole segment has two different ends of length + 1. One pair of them
+    # gives the whole segment, too.
+    pairs = length * (length + 1) / 2
     whole = sum(span == (1, 1 + length) for span in spans)
     assert near(whole, len(spans), 0.3 + 0.7 / pairs)
+
+    # Every end is as likely as every other, up to the one pair that is left out here.
     parts = [(start - 1, end - 1) for start, end in spans if (start, end) != (1, 1 + length)]
-    for end in range(
-        length + 1
-    ):  # every end is as likely as every other, up to the one pair left out
+    for end in range(length + 1):
         share = (length - (end in (0, length))) / (pairs - 1)
         assert near(sum(end in span for span in parts), len(parts), share), end
     assert min(e - s for s, e in parts) == 1
@@ -246,19 +258,26 @@ def test_whole_segment_one_and_zero() -> None:
 
 
 def test_literal_placement_hardly_ever_masks_a_caption() -> None:
-    """The span of two ends drawn over the whole sample, clipped to the segment that it overlaps most."""
+    """Two ends are drawn over the whole sample, and the span between them is clipped.
+
+    It is clipped to the segment that it overlaps most, which is hardly ever the short caption.
+    """
     sample = lay_out(Sample(document(20, 1000)), VOCAB)
     spans = spans_of(sample, 4000, mean_spans=0.5, placement="block")
     assert sum(start < 21 for start, _ in spans) < 0.02 * len(spans)
+
+    # The same by hand for the image's segment: its spans are as long as those that were drawn.
+    # Short ones are left out, for which the caption could be the longer overlap.
     start, end, rng = sample.segments[1].start, sample.segments[1].end, np.random.default_rng(5)
     ends = np.sort(rng.integers(end + 1, size=(20_000, 2)), axis=1)
     clipped = np.maximum(ends, start)
-    lengths = (clipped[:, 1] - clipped[:, 0])[clipped[:, 1] - clipped[:, 0] > 20]
+    lengths = clipped[:, 1] - clipped[:, 0]
+    lengths = lengths[lengths > 20]
     drawn = [e - s for s, e in spans if s > 21 and e - s > 20]
     assert stats.ks_2samp(drawn, lengths).pvalue > 1e-4
 
 
-# ------------------------------------------------------------------------------------------------ pieces
+# ------------------------------------------------------------------------------------------- pieces
 
 
 @given(laid_out, st.data())
@@ -271,7 +290,7 @@ def test_a_cut_keeps_the_parts_of_segments_that_lie_in_it(
     assert piece.ids_T.tolist() == sample.ids_T.tolist()[start:end]
 
     def owners(of: LaidOut) -> list[tuple[str, bool] | None]:
-        """Of each position, the modality and the side of its segment."""
+        """Modality and side (query or retrieved) of the segment that each position lies in."""
         found: list[tuple[str, bool] | None] = [None] * len(of.ids_T)
         for s in of.segments:
             found[s.start : s.end] = [(s.modality, s.is_query)] * (s.end - s.start)
@@ -288,6 +307,7 @@ def test_pieces_fill_their_room_and_together_are_the_sample(
     objective = cm3(**fields) if name == "cm3" else OBJECTIVES.build("causal", vocab=VOCAB)
     start, parts = 0, []
     while start < len(sample.ids_T):
+        # Take as much as there is room for; the same generator takes the same.
         room = data.draw(st.integers(1, 60))
         piece, end = objective.take(sample, start, room, np.random.default_rng([seed, start]))
         again, same_end = objective.take(sample, start, room, np.random.default_rng([seed, start]))
@@ -296,13 +316,17 @@ def test_pieces_fill_their_room_and_together_are_the_sample(
             piece.weight_T.tolist(),
             end,
         )
+
+        # The room is filled unless the sample ends, and what fits is not cut.
         assert len(piece.weight_T) == len(piece.ids_T) <= room
         assert len(piece.ids_T) == room or end == len(sample.ids_T)
-        assert end == len(sample.ids_T) or len(sample.ids_T) - start > room  # what fits is not cut
+        assert end == len(sample.ids_T) or len(sample.ids_T) - start > room
+
         parts += unrotate(piece.ids_T, VOCAB).tolist()
         assert len(parts) == end > start
         assert (piece.weight_T[VOCAB.is_sentinel(piece.ids_T)] == 0).all()
         start = end
+
     assert parts == sample.ids_T.tolist()
 
 
@@ -313,18 +337,20 @@ def test_weights_of_a_piece_are_those_of_its_tokens() -> None:
     for seed in range(200):
         start, room = seed % 50, 10 + seed % 31
         piece, end = objective.take(sample, start, room, np.random.default_rng(seed))
-        tail = np.flatnonzero(VOCAB.is_sentinel(piece.ids_T))
-        spans = len(tail) // 2
-        kept_T = piece.weight_T[: tail[spans]] if spans else piece.weight_T
-        moved_T = piece.weight_T[tail[spans] :] if spans else piece.weight_T[:0]
+
+        # Each span has two sentinels, of weight 0, and a close, of weight 1.
+        sentinels = np.flatnonzero(VOCAB.is_sentinel(piece.ids_T))
+        spans = len(sentinels) // 2
         expected = [0.25 if p in retrieved else 1.0 for p in range(start, end)]
-        assert sorted([*kept_T, *moved_T]) == sorted(
-            [*expected, *[0.0] * 2 * spans, *[1.0] * spans]
-        )
+        expected += [0.0] * 2 * spans + [1.0] * spans
+        assert sorted(piece.weight_T) == sorted(expected)
 
 
 def test_number_of_spans_of_a_piece_is_poisson_clamped() -> None:
-    """Pieces of many segments, in which spans hardly ever meet; each is cut, so that the spans take from it."""
+    """Pieces of many segments, in which spans hardly ever meet.
+
+    Each piece is cut from a longer sample, so that the spans' extra tokens take from its length.
+    """
     objective, rng, draws, room = cm3(whole_segment=1.0), np.random.default_rng(0), 1500, 700
     counts: Counter[int] = Counter()
     for _ in range(draws):
@@ -332,13 +358,14 @@ def test_number_of_spans_of_a_piece_is_poisson_clamped() -> None:
         spans = int(VOCAB.is_sentinel(piece.ids_T).sum()) // 2
         assert end == 5 + room - EXTRA * spans
         counts[spans] += 1
+
     for count, share in enumerate(stats.poisson(1.0).pmf(np.arange(5))):
         assert abs(counts[count] - draws * share) <= 4 * (draws * share * (1 - share)) ** 0.5 + 1, (
             count
         )
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 @given(laid_out, settings_of_cm3, seeds)
@@ -349,6 +376,8 @@ def test_weights(sample: LaidOut, fields: dict[str, Any], seed: int) -> None:
     assert corrupted.ids_T.tolist() == rotate(sample.ids_T, spans, VOCAB)[0].tolist()
     retrieved = {p for s in sample.segments if not s.is_query for p in range(s.start, s.end)}
     sources = rotate(sample.ids_T, spans, VOCAB)[1].tolist()
+
+    # Sentinels carry no loss, tokens of retrieved documents less than the query's.
     for id_, weight, source in zip(corrupted.ids_T, corrupted.weight_T, sources, strict=True):
         if VOCAB.sentinel_start <= id_ < VOCAB.used:
             assert weight == 0
@@ -366,7 +395,7 @@ def test_causal_leaves_the_sample_as_it_is() -> None:
         assert (corrupted.weight_T == 1).all()
 
 
-# ------------------------------------------------------------------------------------------------ loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def batch_of(target_BT: np.ndarray, weight_BT: np.ndarray, sample_BT: np.ndarray) -> Batch:
@@ -407,19 +436,24 @@ def test_loss_against_its_formula_in_float64(name: str, seed: int) -> None:
     weight_BT = rng.choice([0.0, 0.1, 1.0], size=(3, 11))
     sample_BT = rng.integers(-1, 3, size=(3, 11))
     logits_BTV = rng.normal(size=(3, 11, VOCAB.size)) * 5
-    nll_BT = (
-        np.log(np.exp(logits_BTV).sum(2))
-        - np.take_along_axis(logits_BTV, target_BT[..., None], 2)[..., 0]
-    )
+
+    # The negative log-likelihood from the definition of the softmax.
+    log_sum_BT = np.log(np.exp(logits_BTV).sum(2))
+    nll_BT = log_sum_BT - np.take_along_axis(logits_BTV, target_BT[..., None], 2)[..., 0]
+
     objective = OBJECTIVES.build(name, vocab=VOCAB)
     logits = torch.from_numpy(logits_BTV).float().requires_grad_()
     loss, figures = objective.loss(logits, LOGITS, batch_of(target_BT, weight_BT, sample_BT))
     assert loss.item() == pytest.approx((nll_BT * weight_BT).sum() / weight_BT.sum(), rel=1e-5)
+
+    # Ids below 40 are text, from 40 to 55 codes; what has no weight counts in neither mean.
     counted = weight_BT > 0
     text_BT, image_BT = counted & (target_BT < 40), counted & (target_BT >= 40) & (target_BT < 56)
     assert mean(figures["loss_text"]) == pytest.approx(nll_BT[text_BT].mean(), rel=1e-5)
     assert mean(figures["loss_image"]) == pytest.approx(nll_BT[image_BT].mean(), rel=1e-5)
     assert figures["tokens"] == (sample_BT >= 0).sum()
+
+    # The gradient of a token's loss for its logits is the softmax less the one-hot target.
     loss.backward()
     p_BTV = np.exp(logits_BTV) / np.exp(logits_BTV).sum(2, keepdims=True)
     one_hot_BTV = np.eye(VOCAB.size)[target_BT]
@@ -430,14 +464,14 @@ def test_loss_against_its_formula_in_float64(name: str, seed: int) -> None:
 def test_a_modality_without_targets_counts_none_and_no_weight_is_no_loss() -> None:
     logits_BTV = torch.zeros(1, 3, VOCAB.size)
     only_text = batch_of(np.array([[5, 6, 41]]), np.array([[1, 1, 0]]), np.zeros((1, 3), int))
+
     loss, figures = cm3().loss(logits_BTV, LOGITS, only_text)
     assert mean(figures["loss_text"]) == pytest.approx(np.log(VOCAB.size))
     assert figures["loss_image"][1] == 0
+
     only_image = batch_of(np.array([[41, 41, 41]]), np.array([[1, 1, 0]]), np.zeros((1, 3), int))
     assert cm3().loss(logits_BTV, LOGITS, only_image)[1]["loss_text"][1] == 0
-    loss, _ = cm3().loss(
-        logits_BTV,
-        LOGITS,
-        batch_of(np.array([[5, 6, 41]]), np.zeros((1, 3)), np.zeros((1, 3), int)),
-    )
+
+    no_weight = batch_of(np.array([[5, 6, 41]]), np.zeros((1, 3)), np.zeros((1, 3), int))
+    loss, _ = cm3().loss(logits_BTV, LOGITS, no_weight)
     assert loss.item() == 0

@@ -1,4 +1,4 @@
-"""Muon beside AdamW, float8, and what `precision: auto` chooses."""
+"""Muon together with AdamW, training in float8, and what `precision: auto` chooses."""
 
 from __future__ import annotations
 
@@ -40,17 +40,22 @@ def gradients(model: nn.Module, seed: int) -> None:
         parameter.grad = torch.randn_like(parameter)
 
 
-# ------------------------------------------------------------------------------------------------ Muon
+# --------------------------------------------------------------------------------------------- Muon
 
 
 def test_muon_takes_the_layers_matrices_and_adamw_everything_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against both optimizers of torch, each over its own parameters; its Muon computes in bf16."""
+    """The same as both optimizers of torch, each over its own parameters.
+
+    torch's Muon computes in bf16, so ours does here as well.
+    """
     monkeypatch.setattr(muon, "uses_bf16", lambda device, precision: True)
     rates = {"learning_rate": 0.02, "weight_decay": 0.1, "undecayed": ["positions"]}
     model, twin = small(), small()
     ours = new_optimizer(model, DecoderTrainingConfig(optimizer="muon", **rates))
+
+    # The twin's layers go to torch's Muon, its tables and its head to torch's AdamW.
     inside = list(twin.blocks.parameters())
     outside = [twin.embedding.weight, twin.head.weight]
     theirs = torch.optim.Muon(inside, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -60,12 +65,14 @@ def test_muon_takes_the_layers_matrices_and_adamw_everything_else(
         betas=(0.9, 0.95),
         weight_decay=0.1,
     )
+
     for step in range(3):
         for each in (model, twin):
             gradients(each, step)
         for optimizer in (ours, theirs, adamw):
             set_rate(optimizer, 0.02 / (1 + step))
             optimizer.step()
+
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
@@ -75,7 +82,7 @@ def test_muon_takes_the_layers_matrices_and_adamw_everything_else(
 def test_muon_moves_along_the_singular_vectors_of_the_momentum(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], bf16: bool
 ) -> None:
-    """Against an SVD in float64 with the polynomial applied to the singular values."""
+    """The reference is an SVD in float64, with the polynomial applied to the singular values."""
     monkeypatch.setattr(muon, "uses_bf16", lambda device, precision: bf16)
     torch.manual_seed(1)
     matrix = nn.Parameter(torch.zeros(shape))
@@ -83,11 +90,13 @@ def test_muon_moves_along_the_singular_vectors_of_the_momentum(
     optimizer = muon.ShardedMuon([{"params": [matrix], "weight_decay": 0.0}], lr=1.0)
     optimizer.step()
 
-    # Of the first step, momentum and gradient have one direction.
+    # At the first step the momentum has the direction of the gradient. Each of
+    # the five steps of the Newton-Schulz iteration applies this polynomial to the singular values.
     U, values, V = torch.linalg.svd(matrix.grad.double(), full_matrices=False)
     values = values / values.norm()
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+
     expected = -0.2 * max(shape) ** 0.5 * (U * values @ V)
     error = (matrix.detach() - expected).norm() / expected.norm()
     assert error < (0.03 if bf16 else 0.01)
@@ -106,6 +115,7 @@ def test_a_primed_muon_has_its_state_and_has_changed_nothing() -> None:
     model, before = small(), small()
     optimizer = new_optimizer(model, DecoderTrainingConfig(optimizer="muon"))
     prime(optimizer)
+
     kinds = {tuple(sorted(state)) for state in optimizer.state.values()}
     assert kinds == {("momentum_buffer",), ("exp_avg", "exp_avg_sq", "step")}
     assert all(not tensor.any() for s in optimizer.state.values() for tensor in s.values())
@@ -121,7 +131,7 @@ def test_only_the_decoder_is_trained_by_muon_or_in_float8(fields: dict[str, Any]
     from_mapping(DecoderTrainingConfig, fields, "x")
 
 
-# ------------------------------------------------------------------------------------------------ float8
+# ------------------------------------------------------------------------------------------- float8
 
 
 def output_and_gradients(model: Transformer, ids_BT: Tensor) -> list[Tensor]:
@@ -132,24 +142,27 @@ def output_and_gradients(model: Transformer, ids_BT: Tensor) -> list[Tensor]:
 
 
 def test_float8_rounds_the_layers_products_and_nothing_else() -> None:
-    """By torchao's emulation: close to float32, but not equal, with weights and names as they were."""
+    """torchao's emulation gives results close to float32 and not equal to it.
+
+    Weights and their names stay as they were.
+    """
     pytest.importorskip("torchao")
     model, rounded = small(), small()
     to_float8(rounded, emulate=True)
     assert list(rounded.state_dict()) == list(model.state_dict())
     assert type(rounded.head) is nn.Linear
     assert all(type(block.qkv) is not nn.Linear for block in rounded.blocks)
+
     ids_BT = torch.randint(48, (2, 16))
-    pairs = zip(
-        output_and_gradients(model, ids_BT), output_and_gradients(rounded, ids_BT), strict=True
-    )
-    for exact, found in pairs:
+    exact_tensors = output_and_gradients(model, ids_BT)
+    found_tensors = output_and_gradients(rounded, ids_BT)
+    for exact, found in zip(exact_tensors, found_tensors, strict=True):
         error = ((found - exact).norm() / exact.norm()).item()
         assert 0 < error < 0.25
 
 
 def test_a_product_in_float8_is_that_of_operands_rounded_by_hand() -> None:
-    """Each scaled so that its largest entry is the largest number of float8 with four bits of exponent."""
+    """Each operand is scaled so that its largest entry is the largest number of float8 e4m3."""
     pytest.importorskip("torchao")
     model, rounded = small(), small()
     to_float8(rounded, emulate=True)
@@ -169,6 +182,7 @@ def test_float8_is_refused_where_no_processor_computes_in_it() -> None:
     )
     with pytest.raises(UserError, match=sentence):
         check_device(CPU)
+
     config = DecoderTrainingConfig(precision="float8")
     with pytest.raises(UserError, match=sentence):
         distributed(small, small, config, Ranks(CPU))
@@ -190,12 +204,12 @@ def test_float8_of_odd_sizes_is_refused() -> None:
         to_float8(Transformer(config, vocab_size=48), emulate=True)
 
 
-# ------------------------------------------------------------------------------------------------ auto
+# --------------------------------------------------------------------------------------------- auto
 
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Has the CPU say what it computes bf16 with."""
+    """A function that lets the CPU say which instructions for bf16 it has."""
 
     def says(*, avx512: bool = False, amx: bool = False) -> None:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
@@ -214,17 +228,21 @@ def test_auto_goes_by_the_width_on_a_cpu(processor: Any) -> None:
 
 
 def test_a_resumed_training_keeps_what_auto_chose(tmp_path: Path, processor: Any) -> None:
-    """Also on a machine that would choose another one; and what is said outright is not written down."""
+    """It does so even on a machine where auto would choose another precision.
+
+    A precision that is set outright is not written down.
+    """
     processor(avx512=True)
     assert chosen_precision("auto", tmp_path, Ranks(CPU), width=64) == "float32"
     assert json.loads((tmp_path / precision.FILE).read_text()) == {"precision": "float32"}
     assert chosen_precision("auto", tmp_path, Ranks(CPU), width=4096) == "float32"
+
     assert chosen_precision("bf16", tmp_path / "other", Ranks(CPU)) == "bf16"
     assert not (tmp_path / "other").exists()
 
 
 def test_an_older_training_goes_on_as_it_began(tmp_path: Path, processor: Any) -> None:
-    """Before the choice was written down it went by the processor alone."""
+    """Before the choice was written down, it depended on the processor alone."""
     processor(avx512=True)
     (tmp_path / "step_00000010").mkdir()
     (tmp_path / "step_00000010" / "manifest.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Packing into blocks, and the stream of batches that any number of ranks share."""
+"""Samples are packed into blocks, and any number of ranks share one stream of batches of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ discover()
 CPU = torch.device("cpu")
 METHODS = ["stream", "whole", "together"]
 
-# ------------------------------------------------------------------------------------------------ one block
+# ---------------------------------------------------------------------------------------- one block
 
 packable = st.lists(st.integers(1, 9), max_size=6).flatmap(
     lambda lengths: st.tuples(
@@ -46,9 +46,11 @@ def test_packing(drawn: tuple[list[int], int], run_on: bool) -> None:
         Corrupted(np.arange(n) + 100 * k, (np.arange(n) + 1.0) / 8 + k)
         for k, n in enumerate(lengths)
     ]
+
     block = pack(samples, seq_len, pad=77, run_on=run_on)
     for array in (block.ids_T, block.target_T, block.weight_T, block.sample_T, block.position_T):
         assert array.shape == (seq_len,)
+
     start = 0
     for number, sample in enumerate(samples):
         end = start + len(sample.ids_T)
@@ -56,11 +58,15 @@ def test_packing(drawn: tuple[list[int], int], run_on: bool) -> None:
         first = start if run_on else 0
         assert block.position_T[start:end].tolist() == list(range(first, first + end - start))
         assert (block.sample_T[start:end] == number).all()
-        # each token but the first is the target of the one before it, with its own weight
+
+        # Each token but the first is the target of the one before it, with its own weight.
         assert block.target_T[start : end - 1].tolist() == sample.ids_T[1:].tolist()
         assert block.weight_T[start : end - 1].tolist() == sample.weight_T[1:].tolist()
         assert block.weight_T[end - 1] == 0
+
         start = end
+
+    # What is left of the block is padding without loss.
     assert (block.ids_T[start:] == 77).all()
     assert (block.sample_T[start:] == -1).all()
     assert (block.weight_T[start:] == 0).all()
@@ -84,18 +90,18 @@ def test_fit_drops_retrieved_documents_from_the_left(
 ) -> None:
     sample = Sample(query, retrieved)
     assume(sample_length(Sample(query), PAPER) <= seq_len)
+
     fitted = fit(sample, seq_len, PAPER)
     assert fitted.query is query
     kept = len(fitted.retrieved)
-    assert all(
-        a is b for a, b in zip(fitted.retrieved, retrieved[len(retrieved) - kept :], strict=True)
-    )
+    nearest = retrieved[len(retrieved) - kept :]
+    assert all(a is b for a, b in zip(fitted.retrieved, nearest, strict=True))
     assert len(lay_out(fitted, VOCAB).ids_T) <= seq_len
-    if kept < len(retrieved):  # one more would not fit
-        assert (
-            len(lay_out(Sample(query, retrieved[len(retrieved) - kept - 1 :]), VOCAB).ids_T)
-            > seq_len
-        )
+
+    # One document more would not fit.
+    if kept < len(retrieved):
+        one_more = Sample(query, retrieved[len(retrieved) - kept - 1 :])
+        assert len(lay_out(one_more, VOCAB).ids_T) > seq_len
 
 
 def test_a_query_that_does_not_fit_is_one_sentence() -> None:
@@ -108,11 +114,11 @@ def test_a_query_that_does_not_fit_is_one_sentence() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ stream of batches
+# -------------------------------------------------------------------------------- stream of batches
 
 
 def numbered(position: int, rng: np.random.Generator) -> Sample:
-    """A sample whose last text spells its position, with up to two retrieved documents drawn anew each time."""
+    """A sample whose last text spells its position, with up to two random retrieved documents."""
     spelled = np.array([4 + position // 30, 4 + position % 30])
     retrieved = tuple(document(int(n), 5) for n in rng.integers(1, 12, size=int(rng.integers(3))))
     query = (TokenSegment("text", spelled), segment("image", 4 + position % 4))
@@ -147,19 +153,21 @@ def stream(
 def laid_out(
     position: int, seed: int = 0, draw: Any = numbered, seq_len: int | None = None
 ) -> list[int]:
-    """The sample at a position of the stream, as ids."""
+    """Ids of the sample at a position of the stream."""
     sample = draw(position, np.random.default_rng([seed, 1, position]))
-    return lay_out(sample if seq_len is None else fit(sample, seq_len, PAPER), VOCAB).ids_T.tolist()
+    if seq_len is not None:
+        sample = fit(sample, seq_len, PAPER)
+    return lay_out(sample, VOCAB).ids_T.tolist()
 
 
 def pieces(ids_T: torch.Tensor, sample_T: torch.Tensor) -> Iterator[list[int]]:
-    """The pieces of a block in order, each as the part of a sample that it was made of."""
+    """The pieces of a block in order, each as the part of a sample from which it was made."""
     for number in range(int(sample_T.max()) + 1):
         yield unrotate(ids_T[sample_T == number].numpy(), VOCAB).tolist()
 
 
 def position_of(whole: list[int]) -> int:
-    """Position in the stream of a `numbered` sample."""
+    """Position of a `numbered` sample in the stream."""
     last = len(whole) - 1 - whole[::-1].index(VOCAB.brk)
     return (whole[last - 2] - 4) * 30 + whole[last - 1] - 4
 
@@ -169,11 +177,11 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def interleaved(batches: list[Batch]) -> Batch:
-    """The batch of which each rank has every so many blocks."""
-    fields = {
-        name: torch.stack([getattr(batch, name) for batch in batches], 1).flatten(0, 1)
-        for name in vars(batches[0])
-    }
+    """The global batch, of which rank r of R has every R-th block from r on."""
+    fields = {}
+    for name in vars(batches[0]):
+        of_ranks = [getattr(batch, name) for batch in batches]
+        fields[name] = torch.stack(of_ranks, 1).flatten(0, 1)
     return Batch(**fields)
 
 
@@ -190,7 +198,7 @@ def test_deterministic_and_seeds_differ(method: str) -> None:
 def test_stream_lanes_are_their_samples_end_to_end(
     batch_size: int, seq_len: int, objective: Any
 ) -> None:
-    """The pieces of a lane's blocks, put together, are the samples at its positions; every position is filled."""
+    """A lane's pieces, put together, are the samples at its positions; no position is padding."""
     blocks = stream("stream", batch_size=batch_size, seq_len=seq_len, objective=objective)
     lanes: list[list[int]] = [[] for _ in range(batch_size)]
     for _ in range(600 // seq_len + 2):
@@ -200,6 +208,8 @@ def test_stream_lanes_are_their_samples_end_to_end(
         for lane, ids_T, sample_T in zip(lanes, batch.ids_BT, batch.sample_BT, strict=True):
             for part in pieces(ids_T, sample_T):
                 lane += part
+
+    # Lane k of B holds the samples k, k + B, k + 2 B and so on.
     for first, lane in enumerate(lanes):
         expected: list[int] = []
         for position in range(first, 900, batch_size):
@@ -221,7 +231,7 @@ def test_stream_pieces_of_different_samples_are_apart() -> None:
 
 
 def test_stream_has_every_token_of_an_epoch_once() -> None:
-    """Samples of 40 documents in shuffled order: what 4 lanes of 10 samples each hold is every document once."""
+    """Four lanes with ten samples each hold each of 40 shuffled documents once."""
     count = 40
 
     def draw(position: int, _: np.random.Generator) -> Sample:
@@ -233,15 +243,17 @@ def test_stream_has_every_token_of_an_epoch_once() -> None:
         batch = blocks.next()
         for lane, ids_T, sample_T in zip(lanes, batch.ids_BT, batch.sample_BT, strict=True):
             lane += itertools.chain.from_iterable(pieces(ids_T, sample_T))
+
+    # A sample stands between two `<eos>`.
     found = []
     for lane in lanes:
         ends = np.flatnonzero(np.array(lane) == VOCAB.eos)
         found += [tuple(lane[ends[k] : ends[k + 1] + 1]) for k in range(0, 20, 2)]
-    documents_ = [
-        lay_out(numbered(number, np.random.default_rng(0)), VOCAB).ids_T.tolist()
-        for number in range(count)
-    ]
-    assert sorted(found) == sorted(map(tuple, documents_))
+    expected = []
+    for number in range(count):
+        sample = numbered(number, np.random.default_rng(0))
+        expected.append(tuple(lay_out(sample, VOCAB).ids_T.tolist()))
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("objective", ["cm3", "causal"])
@@ -257,50 +269,51 @@ def test_whole_has_each_sample_once_and_uncut(
             for whole in pieces(ids_T, sample_T):
                 lane.append(position_of(whole))
                 assert whole == laid_out(lane[-1], seq_len=seq_len)
+
+    # What a lane has drawn was either in a block or waits in the lane's pool.
     state = blocks.state_dict()["lanes"]
     for first, lane in enumerate(seen):
         drawn = range(first, state[str(first)]["next"], batch_size)
         assert sorted(lane + state[str(first)]["pool"]) == list(drawn)
 
 
-# ------------------------------------------------------------------------------------------------ together
+# ----------------------------------------------------------------------------------------- together
 
 CAPTION, CODES = 20, 1024
 """Tokens of a document at the paper's size."""
 
 
 def marked(position: int, rng: np.random.Generator) -> Sample:
-    """A sample of the paper's size with 0 to 3 retrieved documents, whose tokens tell which it is.
+    """A sample of the paper's size with 0 to 3 retrieved documents, whose tokens name the document.
 
     The ids of document k, counted from the query, are 4 + k in its text and code k in its image.
     """
     count = int(rng.integers(4))
     text, image = VOCAB.id_range("text")[0], VOCAB.id_range("image")[0]
-    documents_ = [
-        TokenDocument(
-            f"{position}-{k}",
-            (
-                TokenSegment("text", np.full(CAPTION, text + k)),
-                TokenSegment("image", np.full(CODES, image + k)),
-            ),
-        )
-        for k in range(count + 1)
-    ]
+    documents_ = []
+    for k in range(count + 1):
+        caption = TokenSegment("text", np.full(CAPTION, text + k))
+        codes = TokenSegment("image", np.full(CODES, image + k))
+        documents_.append(TokenDocument(f"{position}-{k}", (caption, codes)))
     return Sample(documents_[0], tuple(reversed(documents_[1:])))
 
 
 def whole_documents(piece_T: np.ndarray) -> list[int]:
-    """Of a piece of a `marked` sample: for each document, 0 the query, its tokens in the piece."""
+    """Number of tokens of each document in a piece of a `marked` sample; the query comes first."""
     text, image = VOCAB.id_range("text")[0], VOCAB.id_range("image")[0]
     return [int(np.isin(piece_T, (text + k, image + k)).sum()) for k in range(4)]
 
 
 def test_together_fills_blocks_and_keeps_queries_whole() -> None:
-    """At the paper's size: 99 % full, each query whole behind its caption, and most documents whole."""
+    """At the paper's size blocks are 99 % full, and most retrieved documents are whole.
+
+    Each query is whole and follows its caption.
+    """
     seq_len = 4096
     blocks = stream(
         "together", draw=marked, objective="causal", seq_len=seq_len, batch_size=2, window=64
     )
+
     used, seen, lost = 0, np.zeros(4), []
     for _ in range(150):
         batch = blocks.next()
@@ -311,35 +324,44 @@ def test_together_fills_blocks_and_keeps_queries_whole() -> None:
                 query, *retrieved = whole_documents(np.array(part))
                 assert query == CAPTION + CODES
                 seen[sum(tokens == CAPTION + CODES for tokens in retrieved)] += 1
+
+                # All documents but the farthest are whole.
                 there = [tokens for tokens in retrieved if tokens]
                 assert there[:-1] == [CAPTION + CODES] * len(there[:-1])
-                if there and there[-1] < CAPTION + CODES:  # the farthest
+                if there and there[-1] < CAPTION + CODES:
                     cut += 1
                     lost.append(CAPTION + CODES - there[-1])
             assert cut <= 1
+
     assert used / (300 * seq_len) >= 0.99
-    # A quarter each was drawn with 0 to 3 documents. Three make 4,185 tokens, so that the third
-    # loses 89; those with two share a block with one without, those with one share it by two, and
-    # one document of each block loses 90.
+
+    # A quarter of the samples each was drawn with 0, 1, 2 and 3 documents. Three of them and the
+    # query make 4,185 tokens, so that the third loses 89. A sample with two shares its block with
+    # one that has none, two samples with one share a block, and one document of each such block
+    # loses 90. The `<break>` between text and image may be among these.
     shares = seen / seen.sum()
     assert shares == pytest.approx([0.375, 0.375, 0.25, 0], abs=0.04)
-    assert set(lost) == {88, 89}  # and the `<break>` between text and image
+    assert set(lost) == {88, 89}
 
 
 def test_whole_and_stream_hide_what_was_retrieved() -> None:
-    """The figures for which `together` exists: documents that queries see under the other packers."""
+    """The figures for which `together` exists: the documents that queries see without it."""
     seen = {}
     for method in ("stream", "whole"):
         blocks = stream(
             method, draw=marked, objective="causal", seq_len=4096, batch_size=2, window=64
         )
+
         tokens = np.zeros(4)
         for _ in range(150):
             batch = blocks.next()
             for ids_T, sample_T in zip(batch.ids_BT, batch.sample_BT, strict=True):
                 for part in pieces(ids_T, sample_T):
                     query, *retrieved = whole_documents(np.array(part))
+
+                    # Count the query's tokens by the number of whole documents that they see.
                     tokens[sum(n == CAPTION + CODES for n in retrieved)] += query
+
         seen[method] = tokens / tokens.sum()
     assert seen["stream"][0] == pytest.approx(0.54, abs=0.05)
     assert seen["stream"][3] < 0.06
@@ -357,18 +379,21 @@ def test_shortening_takes_from_the_beginning_of_the_farthest_document(
     ids_T = lay_out(short, VOCAB).ids_T.tolist()
     assert short.query is query
     assert len(ids_T) <= length
-    # what is left is the sample's end, behind its opening <eos>
+
+    # What is left is the sample's end, behind its opening <eos>.
     assert ids_T[0] == VOCAB.eos
     assert ids_T[1:] == full_T[len(full_T) - len(ids_T) + 1 :]
-    # nothing is lost that had room, but a <break> with nothing before it
+
+    # Nothing is lost that had room, except a <break> with nothing before it.
     if len(full_T) > length:
-        at = len(full_T) - len(ids_T)
+        begins = len(full_T) - len(ids_T)
         separators = 0
         while separators < length - len(ids_T):
-            assert full_T[at - separators] == VOCAB.brk
+            assert full_T[begins - separators] == VOCAB.brk
             separators += 1
     else:
         assert short == sample
+
     kept = short.retrieved[is_cut:]
     assert kept == retrieved[len(retrieved) - len(kept) :]
 
@@ -394,15 +419,21 @@ def test_where_a_cut_document_begins(length: int, begins: list[int]) -> None:
     near = TokenDocument("near", (TokenSegment("text", np.array([7, 8])), segment("image", 6)))
     query = document(4, 4)
     sample = Sample(query, (farthest, near))
+
+    # The documents' 7 + 8 + 8 tokens, five <break> and two <eos>.
     assert sample_length(sample, PAPER) == 30
     short, is_cut = shorten(sample, length, PAPER)
+
     ids_T = lay_out(short, VOCAB).ids_T.tolist()
     assert ids_T[1 : 1 + len(begins)] == begins
     assert is_cut == (22 < length < 30)
 
 
 def test_a_document_without_its_beginning_is_no_target() -> None:
-    """A sample of 30 tokens in a block of 28: `<eos> T <break> I I I I <break>` carries no loss."""
+    """A sample of 30 tokens loses the first two of its farthest document in a block of 28.
+
+    What is left of that document, `T <break> I I I I <break>` behind `<eos>`, carries no loss.
+    """
     sample = Sample(document(4, 4), (document(3, 4), document(2, 6)))
 
     def weights(seq_len: int) -> list[float]:
@@ -424,7 +455,10 @@ def test_a_document_without_its_beginning_is_no_target() -> None:
 @given(st.integers(0, 2**16), st.sampled_from(["cm3", "causal", "instruct"]))
 @settings(max_examples=30)
 def test_together_masks_spans_of_whole_documents_only(seed: int, objective: str) -> None:
-    """A cut document stays as it is: no span of it is taken, and every rotated piece is a sample's end."""
+    """A cut document stays as it is, and no span of it is taken.
+
+    So every piece, rotated back, is the end of a sample.
+    """
     blocks = stream("together", seed=seed, seq_len=33, objective=objective, batch_size=1, window=3)
     for _ in range(6):
         batch = blocks.next()
@@ -441,6 +475,7 @@ def test_together_has_each_sample_once() -> None:
         batch = blocks.next()
         for lane, ids_T, sample_T in zip(seen, batch.ids_BT, batch.sample_BT, strict=True):
             lane += [position_of(part) for part in pieces(ids_T, sample_T)]
+
     state = blocks.state_dict()["lanes"]
     for first, lane in enumerate(seen):
         drawn = range(first, state[str(first)]["next"], 2)
@@ -465,10 +500,12 @@ def test_choice_that_may_exceed_the_room(
     lengths: list[int], room: int, tolerance: int, over: int
 ) -> None:
     chosen = choose(lengths, room, tolerance, over)
-    subsets = itertools.chain.from_iterable(
-        itertools.combinations(lengths, n) for n in range(len(lengths) + 1)
-    )
+
+    # The best total by trying all subsets.
+    sizes = range(len(lengths) + 1)
+    subsets = itertools.chain.from_iterable(itertools.combinations(lengths, n) for n in sizes)
     nearest = min(abs(room - total) for total in map(sum, subsets) if total <= room + over)
+
     total = sum(lengths[k] for k in chosen)
     assert len(set(chosen)) == len(chosen)
     assert total <= room + over
@@ -476,32 +513,36 @@ def test_choice_that_may_exceed_the_room(
 
 
 def lengths_draw(lengths: np.ndarray) -> Any:
-    """Documents of one text each, of these lengths with their two `<eos>`, over and over."""
+    """A source of documents of one text each, whose lengths with both `<eos>` are these in turn."""
     return lambda position, _: Sample(document(int(lengths[position % len(lengths)]) - 2))
 
 
 def blocks_of_lengths(batch: Batch) -> list[list[int]]:
-    return [
-        [len(part) for part in pieces(*block)]
-        for block in zip(batch.ids_BT, batch.sample_BT, strict=True)
-    ]
+    found = []
+    for ids_T, sample_T in zip(batch.ids_BT, batch.sample_BT, strict=True):
+        found.append([len(part) for part in pieces(ids_T, sample_T)])
+    return found
 
 
 @given(st.lists(st.integers(1, 30), max_size=9), st.integers(0, 40), st.integers(0, 5))
 @settings(max_examples=200)
 def test_choice_against_all_choices(lengths: list[int], room: int, tolerance: int) -> None:
     chosen = choose(lengths, room, tolerance)
-    subsets = itertools.chain.from_iterable(
-        itertools.combinations(lengths, n) for n in range(len(lengths) + 1)
-    )
+
+    # The best total by trying all subsets.
+    sizes = range(len(lengths) + 1)
+    subsets = itertools.chain.from_iterable(itertools.combinations(lengths, n) for n in sizes)
     best = max(total for total in map(sum, subsets) if total <= room)
     assert len(set(chosen)) == len(chosen)
     assert best - tolerance <= sum(lengths[k] for k in chosen) <= best
     left = room - sum(lengths[k] for k in chosen)
     assert all(length > left for k, length in enumerate(lengths) if k not in chosen)
-    greedy: list[int] = []  # what is chosen where anything is tolerated
+
+    # Where any total is tolerated, the longest that fits is taken each time.
+    greedy: list[int] = []
     for length in sorted(lengths, reverse=True):
-        greedy += [length] if sum(greedy) + length <= room else []
+        if sum(greedy) + length <= room:
+            greedy.append(length)
     assert [lengths[k] for k in choose(lengths, room, room)] == greedy
 
 
@@ -518,6 +559,9 @@ def test_whole_starts_with_the_oldest_of_its_pool(lengths: list[int], window: in
     blocks = stream(
         draw=lengths_draw(np.array(lengths)), objective="causal", batch_size=1, window=window
     )
+
+    # The pool of the packer, kept by hand: a block takes its oldest and some of the others, and
+    # no length that is left over would still fit.
     pool: list[int] = []
     position = 0
     for _ in range(10):
@@ -532,7 +576,7 @@ def test_whole_starts_with_the_oldest_of_its_pool(lengths: list[int], window: in
 
 
 def first_fit(lengths: list[int], seq_len: int) -> int:
-    """Number of blocks that first-fit opens for samples in this order."""
+    """Number of blocks that first-fit opens for samples that come in this order."""
     room: list[int] = []
     for length in lengths:
         place = next((k for k, left in enumerate(room) if left >= length), None)
@@ -551,25 +595,27 @@ def test_whole_fills_blocks_at_least_as_first_fit_does(low: int, high: int, seed
     packed: list[list[int]] = []
     while sum(map(len, packed)) < 2700:
         packed += blocks_of_lengths(blocks.next())
+
     fill = sum(map(sum, packed)) / (64 * len(packed))
     assert fill >= lengths.sum() / (64 * first_fit(lengths.tolist(), 64))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_positions_as_configured(method: str) -> None:
-    run_on, restart = (
-        stream(method, positions="run_on").next(),
-        stream(method, positions="restart").next(),
-    )
+    run_on = stream(method, positions="run_on").next()
+    restart = stream(method, positions="restart").next()
     auto = stream(method).next()
     assert same(auto, run_on if method == "stream" else restart)
-    used_BT = run_on.sample_BT >= 0
+
     assert (run_on.position_BT == torch.arange(64)).all()
     for position_T, sample_T in zip(restart.position_BT, restart.sample_BT, strict=True):
         for number in range(int(sample_T.max()) + 1):
             length = int((sample_T == number).sum())
             assert position_T[sample_T == number].tolist() == list(range(length))
+
+    # The positions are all that differs, and only `stream` promises full blocks.
     assert torch.equal(run_on.ids_BT, restart.ids_BT)
+    used_BT = run_on.sample_BT >= 0
     assert used_BT.all() or method != "stream"
 
 
@@ -578,15 +624,19 @@ def test_targets_are_the_next_tokens_of_the_same_piece(method: str) -> None:
     blocks = stream(method)
     for _ in range(10):
         batch = blocks.next()
+
+        # A position is followed if the next one is of the same piece and not padding.
+        sample_BT = batch.sample_BT
         followed_BT = torch.zeros_like(batch.ids_BT, dtype=torch.bool)
-        followed_BT[:, :-1] = (batch.sample_BT[:, 1:] == batch.sample_BT[:, :-1]) & (
-            batch.sample_BT[:, 1:] >= 0
-        )
+        followed_BT[:, :-1] = (sample_BT[:, 1:] == sample_BT[:, :-1]) & (sample_BT[:, 1:] >= 0)
         next_BT = batch.ids_BT.roll(-1, 1)
         assert torch.equal(batch.target_BT[followed_BT], next_BT[followed_BT])
+
+        # Sentinels carry no loss; neither do documents that lack their beginning, which only
+        # `together` makes.
         sentinel_BT = torch.from_numpy(VOCAB.is_sentinel(next_BT.numpy()))
         expected_BT = (followed_BT & ~sentinel_BT).float()
-        if method == "together":  # without the documents that lack their beginning
+        if method == "together":
             assert (batch.weight_BT <= expected_BT).all()
         else:
             assert torch.equal(batch.weight_BT, expected_BT)
@@ -602,7 +652,7 @@ def test_a_document_is_corrupted_anew_each_time() -> None:
         assert len(set(found)) > len(found) / 2
 
 
-# ------------------------------------------------------------------------------------------------ resume and ranks
+# --------------------------------------------------------------------------------- resume and ranks
 
 
 def through_json(state: dict[str, Any]) -> dict[str, Any]:
@@ -615,8 +665,11 @@ def test_resumes_bit_for_bit(method: str, step: int) -> None:
     whole = stream(method)
     for _ in range(step):
         whole.next()
+
+    # A stream that was already used can be set back, too.
     resumed = stream(method)
-    resumed.next()  # a stream that was used may be set back too
+    resumed.next()
+
     resumed.load_state_dict(through_json(whole.state_dict()))
     for _ in range(6):
         assert same(whole.next(), resumed.next())
@@ -626,17 +679,19 @@ def test_resumes_bit_for_bit(method: str, step: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("path", [(1, 2, 4), (4, 1, 2), (2, 4, 1)])
 def test_the_number_of_ranks_may_change_midway(method: str, path: tuple[int, ...]) -> None:
-    """As many batches on each number of ranks, every rank started from the merged state: the same global batches."""
+    """Ranks that start from the merged state make the same global batches, however many."""
     alone, state = stream(method), None
     for ranks in path:
         shares = [stream(method, rank=rank, ranks=ranks) for rank in range(ranks)]
         for share in shares:
             if state is not None:
                 share.load_state_dict(state)
+
         for _ in range(5):
             batches = [share.next() for share in shares]
             assert all(batch.ids_BT.shape == (4 // ranks, 64) for batch in batches)
             assert same(interleaved(batches), alone.next())
+
         state = through_json(merge_states([share.state_dict() for share in shares]))
         assert state == alone.state_dict()
 

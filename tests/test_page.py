@@ -1,4 +1,4 @@
-"""The page: what is entered, what makes a result again, and its tabs in a browser."""
+"""The page: what is entered, how its commands make a result again, and its tabs in a browser."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SIZE = 32
 @pytest.fixture(scope="module")
 def asker(tuned_model: CM3Leon) -> Iterator[Asker]:
     before = torch.get_num_threads()
-    # As the threads of a page have: convolutions round otherwise on several.
+    # The page's own threads compute on one core each; on several, convolutions round otherwise.
     torch.set_num_threads(1)
     with Service(tuned_model, samples=2, precision="float32") as service:
         limits = AskLimits(pixels=250_000, samples=4, documents=2)
@@ -53,7 +53,10 @@ def asker(tuned_model: CM3Leon) -> Iterator[Asker]:
 
 @pytest.fixture
 def loaded(asker: Asker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CM3Leon:
-    """What loads a run gives the one that is asked, whose weights are not those of its folder."""
+    """The model of the page; whatever loads its run gets this model.
+
+    Its weights are not those of the run's folder, so a run that is really loaded shows.
+    """
 
     def load(run: Any, **options: Any) -> CM3Leon:
         assert Path(run) == asker.model.run.folder
@@ -74,18 +77,20 @@ def last(results: Iterator[Result]) -> Result:
 
 
 def picture_file(pixels_HWC: np.ndarray) -> str:
-    """A file in the current folder, which is the test's own."""
+    """Write an image into the current folder, which is the test's own, and return its name."""
     Image.fromarray(pixels_HWC).save("given.png")
     return "given.png"
 
 
 def made_by_python(result: Result) -> Any:
     assert result.again is not None
+    # The page offers the files that its lines of Python read.
     for name, content in result.files.items():
         if isinstance(content, str):
             Path(name).write_text(content)
         else:
             content.save(name)
+
     names: dict[str, Any] = {}
     exec(result.again.python(), names)
     return names["result"]
@@ -106,12 +111,15 @@ def test_what_is_entered_is_read_or_refused_with_a_sentence() -> None:
     assert box_of("0, 16 32,32", SIZE) == (0, 16, 32, 32)
     assert box_of(" ", SIZE) is None
     assert seed_of("7") == 7
+
+    # What cannot be read is refused by the name of its field.
     for text in ("a [b", "[]", "[a] [b]", "]a["):
         with pytest.raises(UserError, match="brackets"):
             words_of(text)
     for text in ("1,2,3", "0,0,33,32", "5,5,5,9", "a,b,c,d"):
         with pytest.raises(UserError, match="left, top, right, bottom"):
             box_of(text, SIZE)
+
     with pytest.raises(UserError, match="seed"):
         seed_of("-1")
 
@@ -130,16 +138,19 @@ def test_drawings_are_made_again_with_the_documents_that_were_left_on(
 ) -> None:
     found = [each.row for each in asking.documents_for(asker, "me", "a seven", 2)]
     assert len(found) == 2
+
+    # With both documents the command retrieves them anew; with one of them it names the row.
     for used, words in ((found, "retrieve=2"), (found[:1], f"'documents=[{found[0]}]'")):
         decoder = {"name": "top_p", "cfg": 2.0}
-        states = list(
-            asking.draw(
-                asker, "me", "a seven", n=2, decoder=decoder, found=found, used=used, seed=3
-            )
+        drawing = asking.draw(
+            asker, "me", "a seven", n=2, decoder=decoder, found=found, used=used, seed=3
         )
+        states = list(drawing)
         assert states[-1].again is not None
         assert words in states[-1].again.shell()
         assert all(state.again is None for state in states[:-1])
+
+        # Python and the command both draw the pictures that the page shows.
         pictures = [image for image, _ in states[-1].pictures]
         assert all(map(same, pictures, [each.image for each in made_by_python(states[-1])]))
         run_command(states[-1])
@@ -152,15 +163,27 @@ def test_drawings_are_made_again_with_the_documents_that_were_left_on(
 def test_a_brush_a_box_and_words_are_filled_in_again(asker: Asker, loaded: CM3Leon) -> None:
     brushed = np.zeros((512, 512), bool)
     brushed[300:310, 10:400] = True
+
+    # Twice there is an image to fill in: by a brush, and by a box and a word in brackets.
     for given in (
         {"brushed_HW": brushed, "box": None, "caption": "a seven"},
         {"brushed_HW": None, "box": (0, 16, 32, 32), "caption": "a [big] seven"},
     ):
-        filling = asking.fill_in(asker, "me", noise(), decoder=None, seed=4, **given)  # type: ignore[arg-type]
+        filling = asking.fill_in(
+            asker,
+            "me",
+            noise(),
+            decoder=None,
+            seed=4,
+            **given,  # type: ignore[arg-type]
+        )
         result = last(filling)
+
+        # Python, and then the command, fill in the same.
         filled = made_by_python(result)
         assert same(filled.image, result.pictures[0][0])
         assert filled.text == result.text
+
         run_command(result)
         (file,) = Path("infilled").glob("*.png")
         assert same(Image.open(file), result.pictures[0][0])
@@ -176,6 +199,7 @@ def test_texts_and_edits_are_made_again(
         capsys.readouterr()
         run_command(result)
         assert f'"{"answer" if question else "caption"}": ' in capsys.readouterr().out
+
     edited = last(asking.edit(asker, "me", noise(), "make it bold", n=2, seed=6))
     again = [each.image for each in made_by_python(edited)]
     assert all(map(same, [image for image, _ in edited.pictures], again))
@@ -196,9 +220,8 @@ def test_own_documents_are_retrieved_for_who_added_them_and_results_made_again(
     size = len(asker.model.run.bank)
     text = "a very peculiar zebra of glass"
     said = asking.add(asker, "me", picture_file(noise(40)), text)
-    assert (
-        said == f"Row {size} of the memory bank, in this browser alone, until its page is closed."
-    )
+    document = f"Row {size} of the memory bank"
+    assert said == f"{document}, in this browser alone, until its page is closed."
     asking.add(asker, "me", picture_file(255 - noise(40)), "another one")
 
     found = asking.search(asker, "me", text, None, 1)
@@ -212,7 +235,7 @@ def test_own_documents_are_retrieved_for_who_added_them_and_results_made_again(
     assert len(asker.model.run.bank) == size
     assert not asker.model.run.added_tokens_file.is_file()
 
-    # What is drawn with it is made again by Python and by the command, from the files that the page hands out.
+    # Python and the command draw with it again, from the files that the page hands out.
     (row,) = [each.row for each in asking.documents_for(asker, "me", text, 1)]
     assert row == size
     for used in ([size], [size, size + 1]):
@@ -225,9 +248,11 @@ def test_own_documents_are_retrieved_for_who_added_them_and_results_made_again(
         (again,) = made_by_python(result)
         assert same(drawn, again.image)
         assert [each.text for each in again.documents] == [text, "another one"][: len(used)]
+
         run_command(result)
         assert same(Image.open("generated/00000_0.png"), drawn)
         shutil.rmtree("generated")
+
     captioned = last(asking.look(asker, "me", noise(), "", retrieve=1, seed=5))
     assert captioned.text == made_by_python(captioned)
 
@@ -235,6 +260,8 @@ def test_own_documents_are_retrieved_for_who_added_them_and_results_made_again(
         asking.add(asker, "me", picture_file(noise()), " ")
     with pytest.raises(UserError, match="image is missing"):
         asking.add(asker, "me", None, "a")
+
+    # Once the page is closed, nobody has it.
     asker.end("me")
     assert all(each.row < size for each in asking.search(asker, "me", text, None, 5))
 
@@ -250,7 +277,7 @@ def test_files_of_own_documents_are_read_or_refused_with_a_sentence(
         asker.model.with_documents(tmp_path / "own.jsonl")
 
 
-# ------------------------------------------------------------------------------------------------ in a browser
+# ------------------------------------------------------------------------------------- in a browser
 
 
 @pytest.fixture(scope="module")
@@ -261,10 +288,13 @@ def url(asker: Asker) -> Iterator[str]:
     thread = threading.Thread(target=inner.run, kwargs={"sockets": [listener]})
     thread.start()
     deadline = time.monotonic() + 20
+
+    # Wait until the server listens, for twenty seconds at most.
     while not inner.started:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
     inner.should_exit = True
     thread.join(20)
     listener.close()
@@ -282,7 +312,7 @@ def browser() -> Iterator[Any]:
 
 
 class Person:
-    """One who looks at the page, in a window of their own."""
+    """Somebody who looks at the page in a window of their own."""
 
     def __init__(self, browser: Any, url: str, *, width: int, dark: bool) -> None:
         scheme = "dark" if dark else "light"
@@ -310,7 +340,7 @@ class Person:
         self.page.locator(f"#{tab}-status").get_by_text(text).first.wait_for()
 
     def command(self, tab: str) -> str:
-        """The command that makes a result again, when its part is open."""
+        """The command that makes a result again, once its part of the tab is open."""
         return str(self.page.locator(f"#{tab}-command textarea").input_value())
 
     def file(self, tab: str, name: str) -> bytes:
@@ -357,6 +387,7 @@ def test_a_person_uses_each_tab_on_a_phone_in_the_dark_and_by_keyboard(
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(map(int, re.findall(r"\d+", colour)[:3])) < 3 * 128
 
+    # An instruction edits an image.
     person.open_tab("Edit")
     person.give("edit-image", picture)
     person.fill("Instruction", "make it bold")
@@ -370,6 +401,8 @@ def test_a_person_switches_documents_brushes_and_adds_documents(
 ) -> None:
     person = Person(browser, url, width=1000, dark=False)
     page = person.page
+
+    # Both documents that were found are used, until one is switched off.
     person.fill("Prompt", "a seven")
     person.press("Draw")
     person.reads("draw", "Seed")
@@ -381,6 +414,7 @@ def test_a_person_switches_documents_brushes_and_adds_documents(
         "document.querySelector('#draw-command textarea').value.includes('documents=[')"
     )
 
+    # An image of too many pixels is refused.
     large = tmp_path / "large.png"
     Image.new("L", (600, 600)).save(large)
     person.open_tab("Look")
@@ -424,6 +458,7 @@ def test_a_person_switches_documents_brushes_and_adds_documents(
     page.keyboard.press("Enter")
     person.reads("library", "the closest first")
     page.locator("#library-images").get_by_text("a zebra of glass").first.wait_for()
+
     person.open_tab("Draw")
     person.fill("Prompt", "a zebra of glass")
     person.press("Draw")
@@ -431,13 +466,15 @@ def test_a_person_switches_documents_brushes_and_adds_documents(
         "document.querySelector('#draw-command textarea').value.includes('own=own.jsonl')"
     )
     assert b"a zebra of glass" in person.file("draw", "own.jsonl")
+
+    # The page has asked no other server for anything.
     elsewhere = {each for each in person.asked if not each.startswith((url, "data:", "blob:"))}
     assert elsewhere == set()
     page.close()
 
 
 def drag(page: Any, canvas: Any) -> None:
-    """Drag the brush through the middle of the canvas, from a quarter of its width to three quarters."""
+    """Drag the brush through the middle of the canvas, from a quarter to three quarters of it."""
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     height = box["y"] + box["height"] / 2

@@ -1,4 +1,4 @@
-"""Pages of several texts and images: what is asked of them, by hand, and items of held-out ones."""
+"""Tasks on pages of several texts and images, by hand, and items made of held-out pages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from cm3leon.types import (
 
 discover()
 
-# Ids by hand: 0 <pad>, 1 <eos>, 2 <break>, 3 <end_of_span>, text 4 to 19, images 20 to 27, <mask:0> 28, <mask:1> 29.
+# By hand, the ids are: 0 <pad>, 1 <eos>, 2 <break>, 3 <end_of_span>, 4 to 19 text, 20 to 27 images,
+# 28 <mask:0>, 29 <mask:1>.
 VOCAB = Vocab(text_size=20, image_size=8, sentinels=8)
 EOS, BREAK, END, MASK = 1, 2, 3, 28
 
@@ -64,18 +65,20 @@ def segments(document: TokenDocument) -> list[tuple[str, list[int]]]:
     return [(segment.modality, segment.ids_T.tolist()) for segment in document.segments]
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize("number", [2, None])
 def test_an_image_of_a_page_is_asked_for_by_what_stands_before_it(number: int | None) -> None:
-    """The images before it stay in both streams; each text has a mask in the second one."""
+    """The images before it stay in both streams; in the second one a mask stands for each text."""
     prompt = built("page_image", number=number).prompt(PAGE, (CAT,))
     before = [5, 6, BREAK, *FARM.ids_T, BREAK, 7, BREAK]
     assert ids(prompt.ids_T) == [EOS, *CAT_IDS, *before]
     masked = [MASK, BREAK, *FARM.ids_T, BREAK, MASK + 1, BREAK]
     assert ids(prompt.unconditional_T) == [EOS, *CAT_IDS, *masked]
     assert (prompt.modality, prompt.length, prompt.ends) == ("image", 4, (EOS,))
+
+    # Nothing but a text stands before the first image.
     first = built("page_image", number=1).prompt(PAGE)
     assert ids(first.ids_T) == [EOS, 5, 6, BREAK]
     assert ids(first.unconditional_T) == [EOS, MASK, BREAK]
@@ -83,9 +86,11 @@ def test_an_image_of_a_page_is_asked_for_by_what_stands_before_it(number: int | 
 
 def test_the_text_behind_an_image_is_asked_for_until_a_break_or_the_end() -> None:
     prompt = built("page_text", number=1, max_tokens=9).prompt(PAGE, (CAT,))
+
     assert ids(prompt.ids_T) == [EOS, *CAT_IDS, 5, 6, BREAK, *FARM.ids_T, BREAK]
     assert ids(prompt.unconditional_T) == [EOS, *CAT_IDS, 5, 6, BREAK, MASK, BREAK]
     assert (prompt.modality, prompt.length, prompt.ends) == ("text", 9, (EOS, BREAK))
+
     last = built("page_text").prompt(PAGE)
     assert ids(last.ids_T) == [EOS, 5, 6, BREAK, *FARM.ids_T, BREAK, 7, BREAK, *COW.ids_T, BREAK]
     assert ids(last.unconditional_T) == [EOS, 5, 6, BREAK, MASK, BREAK, 7, BREAK, MASK + 1, BREAK]
@@ -93,7 +98,8 @@ def test_the_text_behind_an_image_is_asked_for_until_a_break_or_the_end() -> Non
 
 def test_a_page_of_a_text_and_an_image_is_asked_for_as_text_to_image() -> None:
     pair = TokenDocument("pair", (text(5, 6), FARM))
-    one, other = (built(name).prompt(pair, (CAT,)) for name in ("page_image", "text_to_image"))
+    one = built("page_image").prompt(pair, (CAT,))
+    other = built("text_to_image").prompt(pair, (CAT,))
     assert ids(one.ids_T) == ids(other.ids_T)
     assert ids(one.unconditional_T) == ids(other.unconditional_T)
 
@@ -119,23 +125,27 @@ def test_prompts_and_true_answers_are_beginnings_of_the_page_as_it_is_trained(
     page: TokenDocument,
 ) -> None:
     trained = lay_out(Sample(page, (CAT,)), VOCAB).ids_T.tolist()
-    places = [place for place, segment in enumerate(page.segments) if segment.modality == "image"]
-    for number, place in enumerate(places, 1):
-        for task, at in (("page_image", place), ("page_text", place + 1)):
+    indices = [k for k, segment in enumerate(page.segments) if segment.modality == "image"]
+
+    for number, index in enumerate(indices, 1):
+        for task, at in (("page_image", index), ("page_text", index + 1)):
             asking = built(task, number=number)
+            # Behind an image there may be another one, or nothing; then no text is asked for.
             if at == len(page.segments) or page.segments[at].modality != asking.answers_in:
                 continue
+
             answer_T = page.segments[at].ids_T
             prompt = asking.prompt(page, (CAT,))
             begun = [*prompt.ids_T.tolist(), *answer_T.tolist()]
             assert begun == trained[: len(begun)]
             assert trained[len(begun)] in (EOS, BREAK)
+
             completed = asking.complete(page, answer_T)
             assert segments(completed) == segments(page)
             assert asking.keeps_given(page, completed)
 
 
-# ------------------------------------------------------------------------------------------------ answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 def test_an_answer_takes_its_place_on_the_page() -> None:
@@ -146,9 +156,12 @@ def test_an_answer_takes_its_place_on_the_page() -> None:
         ("image", [27, 27, 20, 20]),
         *segments(PAGE)[2:],
     ]
+
     words_T = np.array([11])
     completed = built("page_text", number=1).complete(PAGE, words_T)
     assert segments(completed) == [*segments(PAGE)[:2], ("text", [11]), *segments(PAGE)[3:]]
+
+    # Where the page ends with its image, the text is added at the end.
     ending = TokenDocument("page", (text(5), FARM))
     completed = built("page_text").complete(ending, words_T)
     assert segments(completed) == [*segments(ending), ("text", [11])]
@@ -187,7 +200,7 @@ def test_more_masks_than_sentinels_are_a_sentence() -> None:
 
 
 def test_answers_keep_to_their_grammar() -> None:
-    """Of a random model: exactly the image's codes, and text that ends at its break or its end."""
+    """A random model gives all codes of an image, and text that ends at its break or its end."""
 
     def of(name: str, **fields: Any) -> Any:
         return TASKS.build({"name": name, **fields}, vocab=LARGER, grid=(2, 2))
@@ -195,9 +208,12 @@ def test_answers_keep_to_their_grammar() -> None:
     codes = [image(*LARGER.image_ids(np.array(each))) for each in ([0, 2, 4, 6], [1, 3, 5, 7])]
     page = TokenDocument("page", (text(5, 6), codes[0], text(7), codes[1]))
     prompts = [of("page_image").prompt(page), of("page_text", max_tokens=12).prompt(page)] * 12
+
+    # Samples at full randomness, so that only the grammar keeps an answer in order.
     for fields in ({"name": "top_p", "cfg": 2.0, "top_p": 1.0}, {"name": "cd_k"}):
         decoder = DECODERS.build(fields)
         found = generate(model(), prompts, decoder, vocab=LARGER, seeds=range(len(prompts)))
+
         for prompt, answer_T in zip(prompts, found, strict=True):
             if prompt.modality == "image":
                 assert len(answer_T) == 4
@@ -212,16 +228,18 @@ def test_text_ends_at_a_break_as_well_as_at_the_page_s_end() -> None:
     codes = image(*LARGER.image_ids(np.array([0, 2, 4, 6])))
     task = TASKS.build({"name": "page_text", "max_tokens": 40}, vocab=LARGER, grid=(2, 2))
     prompt = task.prompt(TokenDocument("page", (text(5), codes)))
+
     decoder = DECODERS.build({"name": "top_p", "cfg": 1.0, "top_p": 1.0, "temperature": 3.0})
     asked_for = request_for(prompt, decoder, vocab=LARGER, seeds=range(60), seq_len=64)
     (drawn,) = answers(model(), [asked_for], vocab=LARGER)
+
     endings = {tokens[-1] for tokens in drawn if len(tokens) < 40}
     assert endings == {LARGER.eos, LARGER.brk}
     for tokens in drawn:
         assert not {LARGER.eos, LARGER.brk} & set(tokens[:-1])
 
 
-# ------------------------------------------------------------------------------------------------ the protocol
+# ------------------------------------------------------------------------------------- the protocol
 
 
 def pages_of(place: Path, pages: int, **fields: Any) -> Any:
@@ -239,6 +257,7 @@ def shown(document: Document) -> list[str]:
 def test_each_image_and_each_text_behind_one_is_an_item(tmp_path: Path) -> None:
     of_images = pages_of(tmp_path, 2, asks="image", split="all").items()
     begun = ["page 0 begins", "image", "page 0 goes on", "image", "image"]
+
     assert [shown(item.document) for item in of_images[:3]] == [begun[:2], begun[:4], begun]
     assert [item.id for item in of_images[:4]] == [
         "pages.jsonl/0#1",
@@ -248,52 +267,58 @@ def test_each_image_and_each_text_behind_one_is_an_item(tmp_path: Path) -> None:
     ]
     assert {item.task for item in of_images} == {"page_image"}
 
-    # The second image is followed by the third one: no text stands behind it.
+    # The second image is followed by the third one, so no text stands behind it.
     of_texts = pages_of(tmp_path, 2, asks="text", split="all").items()
     assert [(item.id[-3:], item.truth) for item in of_texts[:2]] == [
         ("0#1", "page 0 goes on"),
         ("0#3", "page 0 ends here"),
     ]
     assert shown(of_texts[1].document) == [*begun, "page 0 ends here"]
+
     assert asked(of_texts[1]).endswith(" | …")
     assert "ends" not in asked(of_texts[1])
     assert given_image(of_texts[1]) is not None
     assert true_answer(of_texts[1], "text").text == "page 0 ends here"
+
+    # The items may be limited to one image a page, or to a count.
     second = pages_of(tmp_path, 2, asks="image", split="all", number=2).items()
     assert [item.id[-3:] for item in second] == ["0#2", "1#2"]
     assert len(pages_of(tmp_path, 2, asks="image", split="all", count=4).items()) == 4
 
 
 def test_items_are_of_pages_that_the_run_does_not_train_on(tmp_path: Path) -> None:
-    """By the split that a run in shards makes of the same corpus; the three parts are all of it."""
-    run: Any = SimpleNamespace(
-        experiment=SimpleNamespace(split=SimpleNamespace(validation=0.2, held_out=0.3))
-    )
+    """They are split as a run in shards splits the corpus, and the three parts are all of it."""
     shares = {"validation": 0.2, "held_out": 0.3}
-    documents = {
-        document.id: document
-        for document in pages_of(tmp_path, 20, asks="image")._source().documents()
-    }
+    run: Any = SimpleNamespace(experiment=SimpleNamespace(split=SimpleNamespace(**shares)))
+    source = pages_of(tmp_path, 20, asks="image")._source()
+    documents = {document.id: document for document in source.documents()}
+
     found: dict[str, set[str]] = {}
     for split in ("train", "validation", "held_out"):
         items = pages_of(tmp_path, 20, asks="text", split=split, **shares).items()
         found[split] = {item.id.rpartition("#")[0] for item in items}
         assert {split_in(run, documents[id_]) for id_ in found[split]} == {split}
+
     assert sum(map(len, found.values())) == len(set().union(*found.values())) == 20
 
 
 def test_figures_of_pages_tell_right_answers_from_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)  # Java takes seconds to start
+    # Without Java, which takes seconds to start.
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+    # Images: the right ones, then each in the place of another.
     of_images = pages_of(tmp_path, 3, asks="image", split="all")
     items = of_images.items_squared(32)
     right = [true_answer(item, "image") for item in items]
     assert of_images.score(items, right)["SSIM"].value == pytest.approx(1)
     assert of_images.score(items, [*right[1:], right[0]])["SSIM"].value < 0.5
+
     scored = [replace(answer, clip=0.25) for answer in right]
     assert of_images.score(items, scored)["CLIP score"].value == pytest.approx(0.25)
 
+    # Texts: the right ones, then others. CIDEr of a right answer is not 1.
     of_texts = pages_of(tmp_path, 3, asks="text", split="all")
     items = of_texts.items()
     right = [true_answer(item, "text") for item in items]

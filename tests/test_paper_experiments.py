@@ -1,4 +1,4 @@
-"""The experiments of the paper's sizes: their settings are the paper's, and each runs a few steps when shrunken."""
+"""The experiments of the paper's sizes have the paper's settings and run when they are shrunken."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.types import UserError
 
 PAPER = {
-    # layers, width, head size, tokens of a step, peak rate, warm-up, GPUs, tokens: Table 3, and Table 4 for sft
+    # Layers, width, head size, tokens of a step, peak rate, warm-up, GPUs, tokens: Table 3, and
+    # Table 4 for sft.
     "pretrain_350m": (24, 1024, 64, 2**23, 6e-4, 1500, 256, 1.4e12),
     "pretrain_760m": (24, 1536, 64, 2**23, 5e-4, 1500, 256, 1.9e12),
     "pretrain_7b": (32, 4096, 128, 2**23, 1.2e-4, 1500, 512, 2.4e12),
@@ -44,6 +45,8 @@ def test_settings_are_the_papers(name: str) -> None:
     experiment = load_experiment(name)
     model, training = experiment.model.config, experiment.training
     *settings, tokens = PAPER[name]
+
+    # What differs between the sizes.
     assert settings == [
         model.layers,
         model.width,
@@ -54,6 +57,8 @@ def test_settings_are_the_papers(name: str) -> None:
         LAUNCHERS.build(experiment.launcher).gpus,
     ]
     assert training.steps == round(tokens / training.batch_tokens)
+
+    # What all of them share.
     assert (model.seq_len, model.mlp_ratio, model.init_std, model.position_init_std) == (
         4096,
         4,
@@ -67,28 +72,32 @@ def test_settings_are_the_papers(name: str) -> None:
         "linear",
         "bf16",
     )
+
+    # Pretraining retrieves documents and masks; fine-tuning does neither.
     pretraining = name.startswith("pretrain")
+    retriever = experiment.retriever.config
     assert experiment.objective.name == ("cm3" if pretraining else "instruct")
     assert experiment.packing.method == ("together" if pretraining else "whole")
-    retriever = experiment.retriever.config
     assert retriever.max_documents == (3 if pretraining else 0)
     assert (retriever.per_modality, retriever.query_dropout, retriever.encoder.pretrained) == (
         2,
         0.2,
         "openai",
     )
-    assert RunFolder(experiment, Path("none"), None).vocab.size == 2**16  # type: ignore[arg-type]  # no device is asked for
+
+    # The vocabulary of the run; no device is asked for. Blocks divide among GPUs and micro-batches.
+    run = RunFolder(experiment, Path("none"), None)  # type: ignore[arg-type]
+    assert run.vocab.size == 2**16
     blocks = training.blocks(model.seq_len)
     assert blocks % (LAUNCHERS.build(experiment.launcher).gpus * training.micro_batch) == 0
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a shrunken experiment up to its pretraining, which is the same for all."""
+    """A run of a shrunken experiment up to its pretraining; up to there all experiments agree."""
     run = tmp_path_factory.mktemp("smoke") / "prepared"
-    assert (
-        main(["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "until=neighbours"]) == 0
-    )
+    words = ["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "until=neighbours"]
+    assert main(words) == 0
     return run
 
 
@@ -97,10 +106,8 @@ def smoke(name: str, prepared: Path, run: Path, *more: str) -> list[float]:
     shutil.copytree(prepared, run)
     assert main([f"experiment={name}", "overrides=smoke", f"run={run}", *more]) == 0
     assert (run / "pretraining" / "model.safetensors").is_file()
-    return [
-        json.loads(line)["loss"]
-        for line in (run / "pretraining" / "log.jsonl").read_text().splitlines()
-    ]
+    lines = (run / "pretraining" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -108,6 +115,8 @@ def test_pretraining_runs_when_shrunken(name: str, prepared: Path, tmp_path: Pat
     losses = smoke(name, prepared, tmp_path / "run")
     assert len(losses) == 6
     assert losses[-1] < losses[0]
+
+    # Some images were drawn in a row, each with the retrieved documents that stood before it.
     events = EventAccumulator(str(tmp_path / "run" / "pretraining" / "tensorboard")).Reload()
     for tag, widths in (
         ("generated", [32]),
@@ -115,15 +124,16 @@ def test_pretraining_runs_when_shrunken(name: str, prepared: Path, tmp_path: Pat
     ):
         drawn = events.Images(tag)
         assert [image.step for image in drawn] == [3, 6]
-        assert any(
-            drawn[0].width % width == 0 for width in widths
-        )  # some images in a row, with what stood before them
+        assert any(drawn[0].width % width == 0 for width in widths)
 
 
 def test_images_are_drawn_in_one_batch_and_spend_no_graph(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two drawings of the captions, each without and with documents; the layers stay one graph all along."""
+    """Captions are drawn twice, each time without and with documents.
+
+    All through the training, the layers stay one graph.
+    """
     graphs = Graphs()
     asked: list[int] = []
     decoded: list[int] = []
@@ -137,15 +147,21 @@ def test_images_are_drawn_in_one_batch_and_spend_no_graph(
         return decode(self, codes_BN, *args)
 
     decode = ImageTokenizer.decode
+
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs.backend))
     monkeypatch.setattr(validation, "generate", counted_generate)
     monkeypatch.setattr(ImageTokenizer, "decode", counted_decode)
+
+    # The training compiles anew, and leaves nothing compiled to other tests.
     torch._dynamo.reset()
     smoke("pretrain_350m", prepared, tmp_path / "run", "training.compile=true")
     torch._dynamo.reset()
+
     assert graphs.count == {"forward": 1, "backward": 1}
     assert len(asked) == len(decoded) == 2
     assert asked[0] == asked[1] <= 2 * validation.SHOWN
+
+    # Retrieved documents are decoded beside the images that are drawn.
     assert all(images > prompts for images, prompts in zip(decoded, asked, strict=True))
 
 
@@ -154,27 +170,30 @@ def test_fine_tuning_runs_when_shrunken(
     name: str, prepared: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     model = load_experiment(name).model.name
-    # What is not said in widths is left by the overrides, and takes a CPU its time.
+    # The overrides leave settings that are not widths as they are, which would take a CPU its time.
     narrow = ["model.mlp_width=172"] if MODELS.has_setting(model, "mlp_width") else []
     first = tmp_path_factory.getbasetemp() / f"{model}_for_sft"
     if not first.exists():
-        # Of public weights, a run of the same shape with random ones; tests/test_import.py has whole imports.
+        # Instead of public weights, a run of the same shape with random ones. tests/test_import.py
+        # imports whole models.
         words = ["training.start=null", "training.lora_rank=0", "redo=neighbours"]
         smoke(name, prepared, first, *words, *narrow)
-    # What was prepared has neighbours, of which fine-tuning draws none.
+
+    # The prepared run has neighbours, but fine-tuning draws none, so that stage is made anew.
     words = [f"training.start={first}", "redo=neighbours"]
     losses = smoke(name, prepared, tmp_path / "run", *words, *narrow)
     assert len(losses) == 6
 
 
 def test_fine_tuning_refuses_another_vocabulary(tmp_path: Path) -> None:
-    """The same sizes, but ids that mean something else."""
+    """The vocabularies have the same sizes, but their ids mean something else."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for folder in (ours, theirs):
         for file in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text("the same")
     run: Any = SimpleNamespace(folder=ours)
+
     check_tokenizers(run, theirs)
     for file, name in ((TEXT_TOKENIZER, "text"), (IMAGE_TOKENIZER, "image")):
         (theirs / file).write_text("another")
@@ -188,7 +207,7 @@ def test_a_file_of_overrides_of_ones_own(tmp_path: Path) -> None:
     file.write_text("training.steps: 3000\nmodel.layers: 2\n")
     experiment = load_experiment("pretrain_7b", [f"overrides={file}", "model.layers=3"])
     assert (experiment.training.steps, experiment.model.config.layers) == (3000, 3)
-    with pytest.raises(
-        UserError, match=r"overrides is smok, which is not known; did you mean smoke\? .*or a .yaml"
-    ):
+
+    refusal = r"overrides is smok, which is not known; did you mean smoke\? .*or a .yaml"
+    with pytest.raises(UserError, match=refusal):
         load_experiment("pretrain_7b", ["overrides=smok"])

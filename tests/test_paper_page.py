@@ -1,4 +1,4 @@
-"""docs/paper.md names files and experiments that are there, and leaves no table and no figure of the paper out."""
+"""docs/paper.md names only files and experiments that exist, and no table or figure is left out."""
 
 from __future__ import annotations
 
