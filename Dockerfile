@@ -1,7 +1,7 @@
 # The pinned stack for clusters and this package; docs/slurm.md says how it is built and run.
 FROM python:3.11-slim-bookworm
 
-# torch.compile and Triton compile what they make; the version of a compiler changes no result.
+# torch.compile and Triton need a compiler. Its version changes no result, so it is not pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ git \
@@ -9,11 +9,11 @@ RUN apt-get update \
 
 RUN useradd --create-home --uid 1000 cm3leon && install -d -o cm3leon /runs
 
-# Whoever runs it, what libraries cache goes where runs go.
+# Libraries keep their caches beside the runs, whichever user runs the container.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/runs USER=cm3leon
 WORKDIR /opt/cm3leon
 
-# 9 GB that change with the lock alone: a change of the code leaves this layer in the cache.
+# 9 GB in a layer that only the lock changes: after a change of the code it is taken from the cache.
 COPY requirements/cluster.lock requirements/cluster.lock
 RUN python -m venv /opt/venv \
     && python -m pip install --no-cache-dir -r requirements/cluster.lock

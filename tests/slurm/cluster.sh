@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# A small real SLURM on one machine, for the tests marked slurm and for whoever wants to try: virtual nodes with more
-# CPUs than there are and fake GPUs, no accounting, four partitions: low is preempted by all others, high is served before
-# main, which is the default, and short has a limit of two minutes. Debian or Ubuntu, as root.
+# Start a small real SLURM cluster on one machine (Debian or Ubuntu, as root), for the tests marked
+# slurm and for trying things out. It has virtual nodes with fake GPUs and more CPUs than the machine
+# has, no accounting, and four partitions: jobs in low are preempted by those of all the others, high
+# is served before main, which is the default, and short has a time limit of two minutes.
 #
-#   cluster.sh start    installs what is missing, brings the cluster up; does nothing where it is up
-#   eval "$(cluster.sh env)"   makes sbatch and the rest speak to it
-#   cluster.sh status   its nodes; exits 3 if it is down
-#   cluster.sh stop     cancels its jobs and ends its daemons; touches nothing that `start` did not start
+#   cluster.sh start          install what is missing, and start the cluster if it is not up
+#   eval "$(cluster.sh env)"  let sbatch and SLURM's other commands use this cluster
+#   cluster.sh status         show its nodes; exits 3 if it is down
+#   cluster.sh stop           cancel its jobs and end its daemons, and nothing that `start` did not start
 #
-# CLUSTER=DIR holds its configuration, state and logs ($TMPDIR/cm3leon-slurm by default); NODES=2 CPUS=8 GPUS=2 are a
-# node's and the number of them, read when it starts.
+# CLUSTER=DIR is the folder of its configuration, state and logs ($TMPDIR/cm3leon-slurm by default).
+# NODES=2 CPUS=8 GPUS=2 set the number of nodes, and the CPUs and GPUs of each; `start` reads them.
 set -euo pipefail
 
 readonly folder=${CLUSTER:-${TMPDIR:-/tmp}/cm3leon-slurm} nodes=${NODES:-2} cpus=${CPUS:-8} gpus=${GPUS:-2}
