@@ -1,4 +1,7 @@
-"""Loggers: what they are given, that none that fails stops or stalls a training, resumed records, and secrets."""
+"""Loggers are given every figure once, also by a training that is stopped and resumed.
+
+A logger that fails or hangs neither stops a training nor slows it, and no logger writes secrets.
+"""
 
 from __future__ import annotations
 
@@ -92,12 +95,14 @@ class Odd(Logger):
 
 @pytest.fixture
 def odd(registries: None, tmp_path: Path) -> Iterator[Callable[..., Component]]:
-    """Makes the section of a logger that a plugin registers."""
+    """A function that makes sections of the plugin's logger."""
     (tmp_path / "odd.py").write_text(PLUGIN)
     registry._load_path(tmp_path / "odd.py")
-    yield lambda **given: LOGGERS.check(
-        {"name": "odd", "file": str(tmp_path / "lines.jsonl"), **given}
-    )
+
+    def section(**given: Any) -> Component:
+        return LOGGERS.check({"name": "odd", "file": str(tmp_path / "lines.jsonl"), **given})
+
+    yield section
     del sys.modules[registry._module_name(tmp_path / "odd.py")]
 
 
@@ -109,7 +114,7 @@ def open_log(folder: Path, *loggers: Component, step: int = 0, last: int = 4) ->
 
 
 def train(folder: Path, *loggers: Component, step: int = 0, last: int = 4, upto: int = 4) -> None:
-    """The figures of every step, those of a validation, images and tables of every second one."""
+    """Log figures at each step, and at every second one images, a table and a validation."""
     log = open_log(folder, *loggers, step=step, last=last)
     for number in range(step + 1, upto + 1):
         log.advance()
@@ -126,7 +131,7 @@ def lines(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_pictures_lie_on_a_sheet_for_each_step_beside_their_prompts(
@@ -136,17 +141,21 @@ def test_pictures_lie_on_a_sheet_for_each_step_beside_their_prompts(
     stage = tmp_path / "run/pretraining"
     train(stage, LOGGERS.check("pictures"), upto=2)
     train(stage, LOGGERS.check("pictures"), step=2)
+
     folder = stage / "pictures"
     sheets = [f"generated_{step:08d}.png" for step in (2, 4)]
     texts = [f"prompts_{step:08d}.txt" for step in (2, 4)]
     assert sorted(path.name for path in folder.iterdir()) == [*sheets, *texts]
+
     said = capsys.readouterr().out
     assert said.count(f"pictures, from step 2 on: {folder / sheets[0]}") == 1
     assert said.count("pictures, from step") == 1
     assert (folder / texts[0]).read_text() == "prompt\na dog\na | cat\n"
+
     with Image.open(folder / sheets[0]) as page:
         pixels_HWC = np.asarray(page)
-    # One column of two: the first image, two white rows, the second one.
+
+    # One column of two images with two white rows between them.
     assert (pixels_HWC[:4] == IMAGES_BHWC[0]).all()
     assert (pixels_HWC[4:6] == 255).all()
     assert (pixels_HWC[6:] == IMAGES_BHWC[1]).all()
@@ -166,7 +175,7 @@ def test_a_sheet_is_about_as_high_as_it_is_wide(
     assert corners == [*range(1, count + 1), *[255] * (rows * columns - count)]
 
 
-# ------------------------------------------------------------------------------------------------ apart
+# -------------------------------------------------------------------------------------------- apart
 
 
 def test_a_logger_apart_is_given_all_in_order(tmp_path: Path, odd: Any) -> None:
@@ -187,14 +196,17 @@ def test_a_logger_apart_is_given_all_in_order(tmp_path: Path, odd: Any) -> None:
 def test_a_resumed_training_goes_on_with_its_record_and_repeats_nothing(
     tmp_path: Path, odd: Any
 ) -> None:
-    """Killed after step 4, it goes on from its checkpoint of step 2, and does steps 3 and 4 again."""
+    """Killed after step 4 and resumed from step 2, it does steps 3 and 4 again."""
     stage = tmp_path / "run/pretraining"
     train(stage, odd(), upto=4, last=6)
     train(stage, odd(), step=2, upto=6, last=6)
+
     said = lines(tmp_path / "lines.jsonl")
     starts = [line for line in said if line[0] == "start"]
     assert len(starts) == 2
     assert starts[0][1] == starts[1][1]
+
+    # The logger saw each step once; the training's own log has each once too.
     training = [line[1] for line in said if line[0] == "figures" and line[2] == "training"]
     assert training == [1, 2, 3, 4, 5, 6]
     assert [line[1] for line in said if line[0] == "images"] == [2, 4, 6]
@@ -244,7 +256,7 @@ def test_a_logger_that_fails_stops_nothing_and_is_said_once(
 def test_a_full_queue_keeps_nobody_waiting(
     tmp_path: Path, odd: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What does not fit into the queue of a process that hangs is left out."""
+    """Where a logger's process hangs, what does not fit into its queue is left out."""
     monkeypatch.setattr(process, "SECONDS_TO_END", 0.5)
     monkeypatch.setattr(process, "WAITING", 10)
     log = open_log(tmp_path / "run/pretraining", odd(hangs="start"), last=5000)
@@ -258,13 +270,15 @@ def test_a_full_queue_keeps_nobody_waiting(
 def test_all_loggers_are_told_to_end_before_one_is_waited_for(
     tmp_path: Path, odd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that they share the time, which is short where a training stops before its end."""
+    """They share the time to end in, which is short where a training stops early."""
     monkeypatch.setattr(process, "SECONDS_TO_STOP", 1.0)
     said: list[str] = []
     apart = {name: process.Process(odd(hangs="close"), said.append) for name in ("one", "two")}
     (tmp_path / "run/pretraining").mkdir(parents=True)
     together = Loggers(apart, said.append)
     together.start(process.Training("run", "pretraining", tmp_path / "run/pretraining"))
+
+    # When the first one is waited for, both have been told.
     wait, told = process.Process.wait, []
 
     def noted(logger: process.Process) -> None:
@@ -287,10 +301,13 @@ def test_what_json_cannot_write_is_left_out_alone(
         {"loss": object()},
         {"loss": 1},
     ]
+
     assert log.images is not None
     for step, each in enumerate(figures, 1):
         log.images.figures(step, "training", each)
     log.close()
+
+    # The second figures are left out, those before and after them arrive.
     assert lines(tmp_path / "lines.jsonl")[1:] == [
         ["figures", 1, "training", {"loss": 0.5, "norm": 2.0}],
         ["figures", 3, "training", {"loss": 1.0}],
@@ -325,6 +342,7 @@ def test_a_copy_gets_a_record_of_its_own_and_a_moved_run_keeps_its(tmp_path: Pat
     assert len(said) == 1
     assert "is a copy of" in said[0]
 
+    # Where the first folder is no longer there, it was moved and not copied.
     shutil.move(tmp_path / "first", tmp_path / "moved")
     (tmp_path / "link").symlink_to(tmp_path / "moved")
     for run in ("moved", "link"):
@@ -341,6 +359,7 @@ def test_a_damaged_record_is_said_and_an_older_one_read(tmp_path: Path, odd: Any
     assert older.id == "a"
     assert not older.is_new("figures training", 3)
     assert said == []
+
     file.write_text("")
     assert Record(file, said.append).id == Record(file, said.append).id != "a"
     assert len(said) == 1
@@ -362,13 +381,14 @@ def test_a_warning_ends_nothing(
 
 
 def test_a_process_whose_training_was_killed_ends_by_itself(tmp_path: Path, odd: Any) -> None:
-    """Signals of the terminal and of SLURM are for the training: the process ends when its pipe does."""
+    """It ends when its pipe does, as signals of the terminal and of SLURM are for the training."""
     logger = process.Process(odd(), print)
     (tmp_path / "run/pretraining").mkdir(parents=True)
     logger.start(process.Training("run", "pretraining", tmp_path / "run/pretraining"))
     logger.figures(1, "training", {"loss": 1.0})
     while not (tmp_path / "lines.jsonl").exists() or len(lines(tmp_path / "lines.jsonl")) < 2:
         time.sleep(0.01)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(logger._process.pid, number)
     logger._put(None)  # as the pipe is closed where the training's process is gone
@@ -385,36 +405,40 @@ def test_what_is_not_installed_and_what_is_named_twice_is_said_before_the_first_
     refused = cm3leon(*words, loggers, check=False)
     assert refused.returncode == 2
     assert "loggers.1 is odd, which needs the package no_such_package" in refused.stderr
+
     refused = cm3leon(*words, "loggers=[tensorboard, tensorboard]", check=False)
-    assert (
-        refused.stderr
-        == "cm3leon: loggers: tensorboard is named twice; each may stand there once\n"
-    )
+    sentence = "cm3leon: loggers: tensorboard is named twice; each may stand there once\n"
+    assert refused.stderr == sentence
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------ services
+# ----------------------------------------------------------------------------------------- services
 
 
 def installed(package: str) -> None:
-    """Skips the test where a package is missing."""
+    """Skip the test where a package is missing."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"the package {package} is not installed")
 
 
 def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both processes of a resumed training write runs of one id, which `wandb sync` puts together."""
+    """A resumed training writes two runs of one id, which `wandb sync` puts together."""
     installed("wandb")
     stage, section = tmp_path / "run/pretraining", {"name": "wandb", "mode": "offline"}
     train(stage, LOGGERS.check(section), upto=2)
     train(stage, LOGGERS.check(section), step=2)
     assert "wandb" not in capsys.readouterr().out
+
     runs = sorted((stage / "loggers/wandb").glob("offline-run-*"))
     own = json.loads((stage / "loggers/wandb.json").read_text())
     assert {run.name.rpartition("-")[2] for run in runs} == {own["id"]}
     names = ("figures training", "figures validation", "images generated", "table prompts")
     assert own["steps"] == dict.fromkeys(names, 4)
-    content = b"".join(file.read_bytes() for run in runs for file in run.glob("run-*.wandb"))
+
+    # wandb's own format has the names as plain bytes.
+    content = b""
+    for run in runs:
+        content += b"".join(file.read_bytes() for file in run.glob("run-*.wandb"))
     for each in (b"validation/loss", b"generated", b"prompts", b"run/pretraining"):
         assert each in content
     assert list((stage / "loggers/wandb").rglob("generated_4_*.png"))
@@ -426,21 +450,26 @@ def test_mlflow_in_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     train(stage, LOGGERS.check("mlflow"), upto=2)
     train(stage, LOGGERS.check("mlflow"), step=1)
     assert "mlflow" not in capsys.readouterr().out
+
     (run,) = (tmp_path / "run/mlruns").glob("*/*/tags/../")
     meta = yaml.safe_load((run / "meta.yaml").read_text())
     assert (meta["status"], meta["run_name"]) == (3, "run/pretraining")  # 3 is FINISHED
     params = {file.name: file.read_text() for file in (run / "params").iterdir()}
     assert params == {"training.steps": "4", "seed": "0"}
+
+    # A line of a metric's file is its time, its value and its step.
     for name, expected in (
         ("loss", [[1.0, 1], [0.5, 2], [1 / 3, 3], [0.25, 4]]),
         ("validation/loss", [[1.0, 2], [0.5, 4]]),
     ):
         history = [line.split()[1:] for line in (run / "metrics" / name).read_text().splitlines()]
         assert [[float(value), int(step)] for value, step in history] == expected
+
+    # Two images at each of two steps.
     names = [file.name for file in (run / "artifacts/images").iterdir()]
-    # Of each of two images at each of two steps.
     steps = [re.search(r"step\D+(\d+)", name) for name in names if name.endswith(".png")]
     assert sorted(found[1] for found in steps if found) == ["2", "2", "4", "4"]
+
     table = json.loads((run / "artifacts/tables/prompts/00000004.json").read_text())
     assert table == {"columns": ["prompt"], "data": [["a dog"], ["a | cat"]]}
 
@@ -448,7 +477,10 @@ def test_mlflow_in_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_mlflow_settings_that_are_missing_are_logged_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a kill between the run and its settings leaves it; and an experiment that was deleted is said."""
+    """A kill may come between the run and its settings.
+
+    A resumed training whose experiment was deleted in MLflow is refused in a sentence.
+    """
     installed("mlflow")
     for variable in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_ALLOW_FILE_STORE"):
         monkeypatch.setenv(variable, "true")
@@ -456,6 +488,8 @@ def test_mlflow_settings_that_are_missing_are_logged_again(
     training = process.Training("run", "pretraining", stage, settings={"seed": 0}, id="one")
 
     def start() -> Any:
+
+        # The next start finds its run, and adds what is missing.
         logger = LOGGERS.build(LOGGERS.check("mlflow"))
         logger.start(training)
         return logger
@@ -465,6 +499,7 @@ def test_mlflow_settings_that_are_missing_are_logged_again(
     (params / "seed").unlink()
     logger = start()
     assert (params / "seed").read_text() == "0"
+
     logger._client.delete_experiment(params.parent.parent.name)
     with pytest.raises(UserError, match="the experiment cm3leon was deleted in MLflow"):
         start()
@@ -479,12 +514,15 @@ def test_trackio_on_this_machine(
     train(stage, LOGGERS.check("trackio"), upto=2)
     train(stage, LOGGERS.check("trackio"), step=1)
     assert "trackio" not in capsys.readouterr().out
+
     database = sqlite3.connect(tmp_path / "trackio/cm3leon.db")
     rows = database.execute(
         "select run_name, step, metrics from metrics order by step, id"
     ).fetchall()
     own = json.loads((stage / "loggers/trackio.json").read_text())["id"]
     assert {name for name, _, _ in rows} == {f"run-pretraining-{own}"}
+
+    # Each step was logged once, though step 2 was done twice.
     said = [(step, json.loads(metrics)) for _, step, metrics in rows]
     losses = [(step, metrics["loss"]) for step, metrics in said if "loss" in metrics]
     assert losses == [(step, 1 / step) for step in (1, 2, 3, 4)]
@@ -508,17 +546,19 @@ def test_a_service_that_cannot_be_reached_stops_nothing(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("TRACKIO_WRITE_TOKEN", "planted-secret")
     monkeypatch.setenv("HOME", str(tmp_path))
+
     train(tmp_path / "run/pretraining", LOGGERS.check(name))
     assert len(lines(tmp_path / "run/pretraining/log.jsonl")) == 4
     said = capsys.readouterr().out
-    # Trackio may keep on this machine what it could not send, and is content.
+
+    # Trackio may keep on this machine what it could not send, and is satisfied with that.
     assert said.count(f"{name}: ") in ((0, 1) if name == "trackio" else (1,))
     assert "planted-secret" not in said
 
 
-# ------------------------------------------------------------------------------------------------ secrets
+# ------------------------------------------------------------------------------------------ secrets
 
-# In two halves: the source itself, which a run keeps the changes of, does not hold it.
+# In two halves, as a run keeps changes of the source, which must not hold the secret itself.
 PLANTED = "".join(("planted0", "secret1value2"))
 
 
@@ -532,6 +572,8 @@ def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
         "DB_PASS",
         "MYSQL_PWD",
     )
+
+    # Variables whose names sound like secrets, and others that only look so.
     for name in secrets:
         monkeypatch.setenv(name, PLANTED)
         assert masked(f"key {PLANTED}.") == "key ***.", name
@@ -540,11 +582,14 @@ def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, PLANTED)
         assert masked(f"key {PLANTED}.") == f"key {PLANTED}.", name
         monkeypatch.delenv(name)
+
     monkeypatch.setenv("FSSPEC_S3", json.dumps({"secret": PLANTED, "anon": False}))
     assert masked(f"key {PLANTED}.") == "key ***."
     monkeypatch.setenv("FSSPEC_S3", "{")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json")
     monkeypatch.setenv("A_TOKEN", "short")
+
+    # Paths, short values, settings and URLs that hold no secret stay as they are.
     for same in (
         "/home/me/key.json is short",
         "training.batch_tokens=2048 text_tokenizer.vocab_size=320",
@@ -554,9 +599,10 @@ def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
         "https://host:8080/photo@2x.png",
     ):
         assert masked(same) == same
-    assert (
-        masked("https://me:pw@host/x and ftp://key@h/y") == "https://***@host/x and ftp://***@h/y"
-    )
+
+    # Names and passwords in URLs, and their parameters that sound like secrets.
+    two = masked("https://me:pw@host/x and ftp://key@h/y")
+    assert two == "https://***@host/x and ftp://***@h/y"
     assert masked("https://me:p@ss@host/a@2x.png") == "https://***@host/a@2x.png"
     assert masked("https://me:p/ss@host/a") == "https://***@host/a"
     assert masked("https://h/a?pass=abc&pwd=1&n=2") == "https://h/a?pass=***&pwd=***&n=2"
@@ -570,18 +616,24 @@ def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_secret_is_written_to_a_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted in the environment, in URLs of settings and in the command; with every logger that is installed."""
+    """It is planted in the environment, in URLs of settings and in the command.
+
+    All loggers take part whose packages are installed.
+    """
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, f"{PLANTED}-{name.lower()}")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "run/trackio"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
     named = ['{"name": "tensorboard"}']
     for name, section in (
         ("wandb", '{"name": "wandb", "mode": "offline"}'),
         ("mlflow", '{"name": "mlflow"}'),
         ("trackio", '{"name": "trackio"}'),
     ):
-        named += [section] if importlib.util.find_spec(name) else []
+        if importlib.util.find_spec(name):
+            named.append(section)
+
     words = [
         "experiment=digits_smoke",
         "overrides=smoke",
@@ -594,6 +646,8 @@ def test_no_secret_is_written_to_a_run_folder(
     ]
     monkeypatch.setattr(sys, "argv", ["cm3leon", *words])
     cm3leon(*words)
+
+    # The files that would hold it are there.
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert {"config.yaml", "environment.json", "stage.json"} <= {file.name for file in files}
     holding = [str(file) for file in files if PLANTED.encode() in file.read_bytes()]
@@ -602,7 +656,7 @@ def test_no_secret_is_written_to_a_run_folder(
 
 
 def test_jobs_are_not_given_settings_with_secrets(tmp_path: Path) -> None:
-    """They would read them from the run folder."""
+    """Jobs read their settings from the run folder, where secrets are masked."""
     refused = cm3leon(
         "experiment=digits_smoke",
         f"run={tmp_path / 'run'}",
@@ -617,6 +671,5 @@ def test_jobs_are_not_given_settings_with_secrets(tmp_path: Path) -> None:
 def test_a_logger_is_a_component_of_its_kind(registries: None) -> None:
     with pytest.raises(UserError, match="is not a known logger"):
         LOGGERS.check("wandbb")
-    assert {"jsonl", "tensorboard", "pictures", "wandb", "mlflow", "trackio"} <= set(
-        LOGGERS.names()
-    )
+    known = {"jsonl", "tensorboard", "pictures", "wandb", "mlflow", "trackio"}
+    assert known <= set(LOGGERS.names())
