@@ -1,4 +1,8 @@
-"""The decoder as an OPT of Hugging Face's library, and back: same logits, same bits, clear refusals."""
+"""The model exported as an OPT of Hugging Face's library, and read back.
+
+Logits are the same there, weights come back bit for bit, and what cannot be converted is refused
+in a sentence.
+"""
 
 from __future__ import annotations
 
@@ -53,15 +57,15 @@ CAPTIONS = ["a red dog", "a photo of 12 cats", "a red cat and a dog"] * 3
 
 
 def randomised(config: Transformer.Config, vocab_size: int, seed: int = 0) -> Transformer:
-    """A decoder whose every weight, the head's too, is large enough to show in the logits (which are of order 1)."""
+    """Model whose every weight, the head's too, is large enough to show in logits of order 1."""
     model = Transformer(config, vocab_size=vocab_size)
     generator = torch.Generator().manual_seed(seed)
+    stds = {"embedding": 1.0, "positions": 1.0, "head": config.width**-0.5}
+
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            std = {"embedding": 1.0, "positions": 1.0, "head": config.width**-0.5}.get(
-                name.split(".")[0]
-            )
-            weight.normal_(std=2 * config.width**-0.5 if std is None else std, generator=generator)
+            std = stds.get(name.split(".")[0], 2 * config.width**-0.5)
+            weight.normal_(std=std, generator=generator)
     return model.eval()
 
 
@@ -77,7 +81,7 @@ def random_ids(*shape: int, below: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------------ pure conversions
+# --------------------------------------------------------------------------------- pure conversions
 
 
 @pytest.mark.parametrize(
@@ -99,11 +103,14 @@ def test_logits_are_the_same(
     model = randomised(config, VOCAB.size)
     ids_BT = random_ids(3, seq_len, below=VOCAB.size)
     opt, mask_BT = to_opt(model), torch.ones_like(ids_BT)
+
     with torch.inference_mode():
         logits_BTV = model(ids_BT)
         torch.testing.assert_close(
             opt(ids_BT, attention_mask=mask_BT).logits, logits_BTV, rtol=0, atol=1e-5
         )
+
+        # In double precision the two differ by rounding alone, so the function is the same.
         exact_BTV = model.double()(ids_BT)
         torch.testing.assert_close(
             opt.double()(ids_BT, attention_mask=mask_BT).logits, exact_BTV, rtol=0, atol=1e-12
@@ -135,6 +142,7 @@ def test_state_and_shape_come_back(
     state, returned = model.state_dict(), dict(OPT.from_state(to_opt_state(model), layers))
     assert returned.keys() == state.keys()
     assert all(torch.equal(returned[name], state[name]) for name in state)
+
     full = {**opt.FIXED, **to_opt_config(config, 11)}
     assert Transformer.Config(**from_opt_config(full)) == config
 
@@ -159,17 +167,21 @@ def test_without_the_library_the_message_says_how_to_get_it(
             convert(**options)
 
 
-# ------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `run`, which looks like a finished run, and its export `hf`; tests leave both as they are."""
+    """A folder with `run`, which looks like a finished run, and its export `hf`.
+
+    All tests share it: they change copies of it only.
+    """
     folder = tmp_path_factory.mktemp("export")
     experiment = load_experiment(
         "digits_smoke",
         [
-            "model={name: cm3leon_tiny, layers: 2, width: 32, head_size: 16, seq_len: 40, position_init_std: 0.125}",
+            "model={name: cm3leon_tiny, layers: 2, width: 32, head_size: 16, seq_len: 40, "
+            "position_init_std: 0.125}",
             "text_tokenizer.vocab_size=300",
             "image_tokenizer.codebook_size=16",
             "sentinels=4",
@@ -177,26 +189,30 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "run" / "pretraining").mkdir(parents=True)
     (folder / "run" / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
+
+    # Tokenizers and weights are random, but each has its file and its record.
     (folder / "run" / "text_tokenizer").mkdir()
     TextTokenizer.train(TextTokenizerConfig(vocab_size=300), CAPTIONS).save(
         folder / "run" / "text_tokenizer"
     )
+
     (folder / "run" / "image_tokenizer").mkdir()
     image_tokenizer = IMAGE_TOKENIZERS.build(experiment.image_tokenizer)
     save_weights(folder / "run" / "image_tokenizer" / "model.safetensors", image_tokenizer)
+
     pretraining = folder / "run" / "pretraining"
     save_weights(pretraining / "model.safetensors", randomised(experiment.model.config, VOCAB.size))
     made_of = {"model": to_mapping(experiment.model), "vocab_size": VOCAB.size}
     (pretraining / "config.json").write_text(json.dumps(made_of))
-    finish(
-        *(folder / "run" / name for name in ("pretraining", "text_tokenizer", "image_tokenizer"))
-    )
+
+    stages = ("pretraining", "text_tokenizer", "image_tokenizer")
+    finish(*(folder / "run" / name for name in stages))
     convert(to="hf", run=str(folder / "run"), out=str(folder / "hf"))
     return folder
 
 
 def decoder(pretraining: Path) -> Transformer:
-    """The decoder in a folder as the pretraining stage writes it."""
+    """The model in a folder as the pretraining stage writes it."""
     content = json.loads((pretraining / "config.json").read_text())
     model = MODELS.build(content["model"], vocab_size=content["vocab_size"])
     model.load_state_dict(load_file(pretraining / "model.safetensors"))
@@ -218,6 +234,7 @@ def test_the_export_holds_the_tokenizer_the_ranges_and_the_experiment(made: Path
     assert (hf / "tokenizer.json").read_bytes() == (
         run_folder / "text_tokenizer" / "tokenizer.json"
     ).read_bytes()
+
     extras = json.loads((hf / "cm3leon.json").read_text())
     # Aims are about what a model is asked, and stay with the run.
     whole = to_mapping(load_experiment(str(run_folder / "config.yaml")))
@@ -226,6 +243,7 @@ def test_the_export_holds_the_tokenizer_the_ranges_and_the_experiment(made: Path
         "pad": 0, "eos": 1, "break": 2, "end_of_span": 3,
         "text": [4, 300], "image": [300, 316], "sentinels": [316, 320], "reserved": [320, 512],
     }  # fmt: skip
+
     readme = (hf / "README.md").read_text()
     assert "| `image` | 300 to 315 |" in readme
     assert "| `end_of_span` | 3 |" in readme
@@ -241,10 +259,9 @@ def test_the_library_reads_the_tokenizer_as_it_is(made: Path) -> None:
 def test_the_way_back_is_exact(made: Path, tmp_path: Path) -> None:
     convert(to="cm3leon", hf=str(made / "hf"), out=str(tmp_path / "back"))
     pretraining = made / "run" / "pretraining"
-    assert sorted(file.name for file in (tmp_path / "back").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
+    written = sorted(file.name for file in (tmp_path / "back").iterdir())
+    assert written == ["config.json", "model.safetensors"]
+
     for name in ("model.safetensors", "config.json"):
         back, before = (tmp_path / "back" / name), pretraining / name
         if name == "config.json":
@@ -284,6 +301,7 @@ def test_a_failure_leaves_nothing(
 
     monkeypatch.setattr(form, "verify", fails)
     monkeypatch.setattr(hub_export, "verify", fails)
+
     source = {"hf": {"run": str(made / "run")}, "cm3leon": {"hf": str(made / "hf")}}[to]
     with pytest.raises(RuntimeError, match="differ"):
         convert(to=to, **source, out=str(tmp_path / "out"))
@@ -297,6 +315,8 @@ def test_a_wrong_conversion_is_noticed(
     def with_other_activation(*given: Any) -> dict[str, Any]:
         return {**to_opt_config(*given), "activation_function": "gelu"}
 
+    # A form that says something else than the model computes: another activation, or the query and
+    # key weights exchanged.
     query, key, value = OPT.inner["qkv.weight"]
     damaged = {
         "model": replace(OPT, to_config=with_other_activation),
@@ -307,13 +327,14 @@ def test_a_wrong_conversion_is_noticed(
         convert(to="hf", run=str(made / "run"), out=str(tmp_path / "out"))
 
 
-# ------------------------------------------------------------------------------------------------ greedy generation
+# -------------------------------------------------------------------------------- greedy generation
 
 
 @torch.inference_mode()
 def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> None:
     model = decoder(made / "run" / "pretraining")
     opt = transformers.OPTForCausalLM.from_pretrained(made / "hf")
+
     rng = np.random.default_rng(0)
     prompts = [np.concatenate([[VOCAB.eos], rng.integers(4, 300, size)]) for size in (3, 9, 5, 1)]
     answers = generate(
@@ -323,11 +344,17 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
         vocab=VOCAB,
         seeds=range(len(prompts)),
     )
+
+    # The library wants prompts of one length: padded in front, the padding masked out.
     longest = max(map(len, prompts))
-    ids_BT = torch.tensor(
-        [[VOCAB.pad] * (longest - len(ids_T)) + ids_T.tolist() for ids_T in prompts]
-    )
-    mask_BT = torch.tensor([[0] * (longest - len(ids_T)) + [1] * len(ids_T) for ids_T in prompts])
+    padded, mask = [], []
+    for ids_T in prompts:
+        padding = longest - len(ids_T)
+        padded.append([VOCAB.pad] * padding + ids_T.tolist())
+        mask.append([0] * padding + [1] * len(ids_T))
+    ids_BT, mask_BT = torch.tensor(padded), torch.tensor(mask)
+
+    # Our engine draws text alone where text is asked for, so the library is held to the same ids.
     allowed = [VOCAB.end_of_span, *range(*VOCAB.id_range("text"))]
     outputs_BT = opt.generate(
         ids_BT,
@@ -337,13 +364,15 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
         eos_token_id=VOCAB.end_of_span,
         prefix_allowed_tokens_fn=lambda row, ids_T: allowed,
     )
+
+    # The library's output goes on to the end of the span; ours ends before it.
     for answer_T, output_T in zip(answers, outputs_BT[:, longest:].tolist(), strict=True):
-        end = output_T.index(VOCAB.end_of_span) if VOCAB.end_of_span in output_T else len(output_T)
+        end = [*output_T, VOCAB.end_of_span].index(VOCAB.end_of_span)
         assert answer_T.tolist() == output_T[:end]
     assert len(np.unique(np.concatenate(answers))) > 10  # not one token over and over
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -392,6 +421,7 @@ def test_an_out_that_is_taken_is_refused(made: Path, tmp_path: Path, to: str, ta
         (out / "mine.txt").write_text("mine")
     else:
         out.write_text("mine")
+
     source = {"hf": {"run": str(made / "run")}, "cm3leon": {"hf": str(made / "hf")}}[to]
     with pytest.raises(
         UserError, match=r"^out: .*/out exists already; out must be a new or empty folder$"
@@ -430,11 +460,13 @@ def with_more_sentinels(folder: Path) -> None:
         (without_tokenizer, r"^run: .* is no run with .*/text_tokenizer/stage.json is missing$"),
         (
             with_more_layers,
-            r"^run: the model of .*/config.yaml is not the one that was trained; run it to its end$",
+            r"^run: the model of .*/config.yaml is not the one that was trained; "
+            r"run it to its end$",
         ),
         (
             with_more_sentinels,
-            r"^run: the model of .*/config.yaml is not the one that was trained; run it to its end$",
+            r"^run: the model of .*/config.yaml is not the one that was trained; "
+            r"run it to its end$",
         ),
     ],
 )
@@ -457,10 +489,13 @@ def test_a_model_of_another_class_is_refused(made: Path, tmp_path: Path) -> None
         tmp_path / "run" / "pretraining" / "config.json",
     ):
         file.write_text(file.read_text().replace("cm3leon_tiny", "other"))
+
     finish(tmp_path / "run" / "pretraining")
+    # Its record is up to date, so that only the class is in the way.
     with pytest.raises(
         UserError,
-        match=r"^run: the model other has no form in hf; only cm3leon and llama and their presets do$",
+        match=r"^run: the model other has no form in hf; "
+        r"only cm3leon and llama and their presets do$",
     ):
         convert(to="hf", run=str(tmp_path / "run"), out=str(tmp_path / "out"))
 
@@ -498,6 +533,7 @@ def test_an_opt_that_is_not_this_decoder_is_refused(
     shutil.copytree(made / "hf", tmp_path / "hf")
     config = tmp_path / "hf" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+
     with pytest.raises(UserError, match=sentence) as refusal:
         convert(to="cm3leon", hf=str(tmp_path / "hf"), out=str(tmp_path / "out"))
     assert str(refusal.value).startswith(f"hf: {tmp_path / 'hf'}")
@@ -557,6 +593,7 @@ def test_an_adapter_beside_the_weights_is_merged(made: Path, tmp_path: Path) -> 
     shutil.copytree(made / "hf", tmp_path / "hf")
     name = "model.decoder.layers.0.self_attn.k_proj"
     weight = load_file(made / "hf" / "model.safetensors")[f"{name}.weight"]
+
     first, second = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
     prefix = f"base_model.model.{name}.lora_"
     save_file(
@@ -565,10 +602,14 @@ def test_an_adapter_beside_the_weights_is_merged(made: Path, tmp_path: Path) -> 
     )
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["k_proj"]}
     (tmp_path / "hf" / "adapter_config.json").write_text(json.dumps(settings))
+
+    # alpha / r = 2 scales the product of the adapter's two matrices.
     convert(to="cm3leon", hf=str(tmp_path / "hf"), out=str(tmp_path / "out"))
     merged = load_file(tmp_path / "out" / "model.safetensors")
     _, key, _ = merged["blocks.0.qkv.weight"].chunk(3)
     torch.testing.assert_close(key, weight + 2 * (second @ first))
+
+    # An adapter alone is no model.
     (tmp_path / "hf" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^hf: .* has no weights"):
         convert(to="cm3leon", hf=str(tmp_path / "hf"), out=str(tmp_path / "other"))
@@ -605,7 +646,7 @@ def test_damaged_folders_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_the_command_in_a_process(made: Path, tmp_path: Path) -> None:
@@ -623,6 +664,7 @@ def test_the_command_in_a_process(made: Path, tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
+
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"written: {tmp_path / 'hf'}\n"
     for name in ("model.safetensors", "config.json", "cm3leon.json"):

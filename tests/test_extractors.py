@@ -1,4 +1,4 @@
-"""Feature images: what they show of pictures whose truth is known, and the source that makes documents of them."""
+"""Feature images of pictures whose truth is known, and the source that makes documents of them."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def test_edges_are_where_things_end() -> None:
     found_HWC = EXTRACTORS.build("canny")(PIXELS)
     assert found_HWC.shape == PIXELS.shape
     assert found_HWC.dtype == np.uint8
+
+    # No edge where there is none, and more than half of the true ones.
     bright_HW = found_HWC[..., 0] > 100
     assert bright_HW.any()
     assert not (bright_HW & ~near_edges(2)).any()
@@ -67,6 +69,8 @@ def test_regions_are_the_things() -> None:
     found_HWC = EXTRACTORS.build("regions")(PIXELS)
     owner_HW = render.owners(SCENE, SIDE)
     inside_HW = ~near_edges(2)
+
+    # Away from the edges, the background (-1) and each thing have one colour, not the others'.
     main = []
     for number in (-1, 0, 1):
         colours = Counter(map(tuple, found_HWC[inside_HW & (owner_HW == number)].tolist()))
@@ -98,22 +102,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
     small: dict[str, Any] = {
-        "depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8
-    }  # fmt: skip
+        "depths": [1] * 4,
+        "hidden_sizes": [8] * 4,
+        "num_attention_heads": [1] * 4,
+        "decoder_hidden_size": 8,
+    }
+    # Both as folders that `from_pretrained` reads, with their image processors.
     segmentation = transformers.SegformerForSemanticSegmentation(
         transformers.SegformerConfig(num_labels=5, **small)
     )
+    segmentation.save_pretrained(folder / "classes")
+    processor = transformers.SegformerImageProcessor(size={"height": 64, "width": 64})
+    processor.save_pretrained(folder / "classes")
+
     depth = transformers.GLPNForDepthEstimation(transformers.GLPNConfig(**small))
-    for name, model, processor in (
-        (
-            "classes",
-            segmentation,
-            transformers.SegformerImageProcessor(size={"height": 64, "width": 64}),
-        ),
-        ("depth", depth, transformers.GLPNImageProcessor(size_divisor=32)),
-    ):
-        model.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+    depth.save_pretrained(folder / "depth")
+    transformers.GLPNImageProcessor(size_divisor=32).save_pretrained(folder / "depth")
     return folder
 
 
@@ -125,6 +129,8 @@ def test_learned_features_come_from_a_folder(models: Path) -> None:
         assert found_HWC.dtype == np.uint8
         assert np.array_equal(found_HWC, extractor(PIXELS))
         assert extractor.kind in FEATURES
+
+    # Depth is a grey image that uses the whole range.
     grey = EXTRACTORS.build({"name": "depth", "path": str(models / "depth")})(PIXELS)
     assert (grey.min(), grey.max()) == (0, 255)
     assert (grey[..., 0] == grey[..., 2]).all()
@@ -132,9 +138,10 @@ def test_learned_features_come_from_a_folder(models: Path) -> None:
 
 @pytest.fixture(scope="module")
 def annotators(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of ControlNet's detectors under their published names: random ones of HED, equal ones of the others.
+    """Weights of ControlNet's detectors under their published names.
 
-    Equal numbers share one place in a file, which so is small.
+    HED's are random. Those of the others are one repeated number, which is stored once, so the
+    files stay small.
     """
     aux = pytest.importorskip("controlnet_aux")
     import torch
@@ -174,15 +181,19 @@ def test_soft_edges_are_the_mean_of_the_networks_five_maps(annotators: Path) -> 
 
     network = ControlNetHED_Apache2()
     network.load_state_dict(torch.load(annotators / "ControlNetHED.pth", weights_only=True))
+
+    # Independent of the detector: the network's maps at the image's size, their mean, a sigmoid.
     pixels_HWC = render.picture(SCENE, 64)
     with torch.no_grad():
         maps = network(torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].float())
         whole = [F.interpolate(each, (64, 64), mode="bilinear")[0, 0] for each in maps]
         expected_HW = 255 * torch.stack(whole).mean(0).sigmoid().numpy()
+
     found_HWC = detector("hed", annotators)(pixels_HWC)
     assert found_HWC.shape == (64, 64, 3)
     assert np.ptp(found_HWC) > 5
     np.testing.assert_allclose(found_HWC[..., 0], expected_HW, atol=2)
+
     # An image of another size has a feature image of its own size.
     assert detector("hed", annotators)(PIXELS).shape == PIXELS.shape
 
@@ -197,9 +208,12 @@ def test_normals_are_what_the_network_says(annotators: Path) -> None:
 
     extractor, pixels_HWC = detector("normals", annotators), render.picture(SCENE, 64)
     found_HWC = extractor(pixels_HWC)
+
+    # The network takes images normalised as ImageNet's are; normals of -1 to 1 become 0 to 255.
     image_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     image_CHW = (image_CHW - mean[:, None, None]) / std[:, None, None]
+
     with torch.no_grad():
         normal_CHW = extractor._detector.model(image_CHW[None])[0][-1][0, :3]
     expected_HWC = ((normal_CHW + 1) / 2).clip(0, 1).permute(1, 2, 0).numpy() * 255
@@ -210,16 +224,20 @@ def test_a_pose_is_drawn_where_the_joints_are_and_nobody_is_black(annotators: Pa
     extractor = detector("pose", annotators, 128)
     assert not extractor(np.full((128, 128, 3), 200, np.uint8)).any()
 
-    # One person, found by a stand-in: neck, right shoulder, right elbow (numbers 1, 2, 3 of OpenPose's 18).
+    # One person, found by a stand-in: the neck, the right shoulder and the right elbow, which
+    # are numbers 1, 2 and 3 of OpenPose's 18 joints.
     joints = {1: (64.0, 20.0), 2: (40.0, 20.0), 3: (40.0, 100.0)}
     candidate = np.array([[x, y, 1.0, n] for n, (x, y) in enumerate(joints.values())])
     subset = np.full((1, 20), -1.0)
     subset[0, list(joints)] = range(3)
     subset[0, 18:] = 3.0, 3.0
+
     body = extractor._detector.body_estimation
     found = type("Found", (), {"format_body_result": staticmethod(body.format_body_result)})
     found.__call__ = lambda self, image: (candidate, subset)  # type: ignore[attr-defined]
     extractor._detector.body_estimation = found()
+
+    # On the lower arm and the shoulder; nothing right of the neck, nothing between the limbs.
     drawn_HW = extractor(np.zeros((128, 128, 3), np.uint8)).any(-1)
     assert drawn_HW[60, 40]
     assert drawn_HW[20, 52]
@@ -260,22 +278,26 @@ def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:
 
 def documents(**fields: Any) -> tuple[list[Document], list[Skipped]]:
     items = list(SOURCES.build({"name": "features", **fields}).documents())
-    return [item for item in items if isinstance(item, Document)], [
-        item for item in items if isinstance(item, Skipped)
-    ]
+    found = [item for item in items if isinstance(item, Document)]
+    skipped = [item for item in items if isinstance(item, Skipped)]
+    return found, skipped
 
 
 def test_documents_of_an_extractor(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     found, skipped = documents(**features(tmp_path))
     assert (len(found), len(skipped)) == (4, 2)
+
+    # The feature image is grey, the image that follows it is not.
     feature, image = found[1].images
     assert (feature[..., 0] == feature[..., 1]).all()
     assert not (image[..., 0] == image[..., 1]).all()
+
     texts = [segment for segment in found[1].segments if isinstance(segment, TextSegment)]
     assert [(text.text, text.role) for text in texts] == [
-        ("Make high quality image from canny edge features", ""), ("A picture 1.", "instruction")
-    ]  # fmt: skip
+        ("Make high quality image from canny edge features", ""),
+        ("A picture 1.", "instruction"),
+    ]
 
 
 def test_documents_of_a_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Perceptual distance, discriminator, and figures of images, against other people's code and formulas done by hand."""
+"""LPIPS, the discriminator and metrics of images, against published code and formulas by hand."""
 
 from __future__ import annotations
 
@@ -47,17 +47,20 @@ pytestmark = pytest.mark.stack
 
 
 def pair_of_images(count: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random images, coarse ones so that neighbours are alike, and noisy copies of them: uint8 (B, H, W, 3)."""
+    """Random images and noisy copies of them, each noisier than the one before: uint8 (B, H, W, 3).
+
+    The images are of 8 x 8 squares of one colour, so that most neighbouring pixels are alike.
+    """
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, -(-height // 8), -(-width // 8), 3))
     images = coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
-    noisy = (
-        images + rng.normal(0, 20, images.shape) * np.linspace(0.2, 2, count)[:, None, None, None]
-    )
+
+    strength_B111 = np.linspace(0.2, 2, count)[:, None, None, None]
+    noisy = images + rng.normal(0, 20, images.shape) * strength_B111
     return images.astype(np.uint8), noisy.clip(0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------ LPIPS
+# -------------------------------------------------------------------------------------------- LPIPS
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +79,10 @@ def published(vgg: dict[str, Tensor]) -> published_lpips.LPIPS:
     """The authors' own code, with their linear weights, on the same features."""
     with warnings.catch_warnings(action="ignore"):  # it asks torchvision in an old way
         model = published_lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
-    own_names = {name: f"features.{name.split('.', 1)[1]}" for name in model.net.state_dict()}
-    model.net.load_state_dict({name: vgg[own] for name, own in own_names.items()})
+    features = {}
+    for name in model.net.state_dict():
+        features[name] = vgg[f"features.{name.split('.', 1)[1]}"]
+    model.net.load_state_dict(features)
     return model
 
 
@@ -86,6 +91,7 @@ def test_lpips_is_that_of_its_authors(
     perceptual: Perceptual, published: published_lpips.LPIPS, size: tuple[int, int]
 ) -> None:
     x_BCHW, y_BCHW = torch.rand(2, 3, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
     distance_B = perceptual(x_BCHW, y_BCHW)
     assert distance_B.shape == (3,)
     assert distance_B.min() > 0.01
@@ -109,15 +115,20 @@ def test_lpips_has_the_gradient_of_its_authors(
 def test_gradient_of_lpips_is_finite_where_there_are_no_features(
     vgg: dict[str, Tensor], tmp_path: Path
 ) -> None:
+    """An image of the mean colour is 0 after normalisation, so each convolution gives its bias.
+
+    Where all biases are negative, no feature is left.
+    """
     path = tmp_path / "vgg.safetensors"
-    save_file(
-        {name: torch.full_like(w, -1) if name.endswith("bias") else w for name, w in vgg.items()},
-        path,
-    )
-    # An image of the mean colour is 0 after normalisation, so every convolution gives its bias, which is negative.
+    negative = {}
+    for name, weight in vgg.items():
+        negative[name] = torch.full_like(weight, -1) if name.endswith("bias") else weight
+    save_file(negative, path)
+
     y_BCHW = torch.tensor(MEAN)[:, None, None].repeat(1, 1, 16, 16).requires_grad_()
     distance_B = Perceptual.load(path)(torch.rand(1, 3, 16, 16), y_BCHW)
     assert distance_B.item() > 0
+
     (gradient_BCHW,) = torch.autograd.grad(distance_B.sum(), y_BCHW)
     assert torch.equal(gradient_BCHW, torch.zeros_like(gradient_BCHW))
 
@@ -127,6 +138,8 @@ def test_lpips_is_no_weight_of_what_holds_it(perceptual: Perceptual) -> None:
     assert list(holder.state_dict()) == ["trained.weight", "trained.bias"]
     assert [name for name, _ in holder.named_parameters()] == ["trained.weight", "trained.bias"]
     holder.load_state_dict(holder.state_dict())
+
+    # Its weights are buffers: moved with the rest, neither saved nor trained.
     assert perceptual.get_buffer("features.0.weight").shape == (64, 3, 3, 3)
     assert not any(buffer.requires_grad for buffer in perceptual.buffers())
     moved = copy.deepcopy(holder).to(torch.float64)
@@ -144,10 +157,13 @@ def test_wrong_weights_are_named(vgg: dict[str, Tensor], tmp_path: Path, ending:
         return str(raised.value).removeprefix(str(path)).strip()
 
     assert sentence() == f"there are no weights at {path}"
+
     kind = "weights saved by PyTorch" if ending == "pth" else "safetensors"
     for content in (b"", b"<!DOCTYPE html>", b"\x80\x02}q\x00", bytes(1000)):
         path.write_bytes(content)
         assert sentence() == f"cannot be read as {kind}"
+
+    # Tensors that are missing, too many, and of another shape.
     save({name: weight for name, weight in vgg.items() if name != "features.5.bias"}, path)
     assert sentence() == "lacks features.5.bias"
     save({**vgg, "features.1.bias": torch.zeros(2)}, path)
@@ -156,7 +172,8 @@ def test_wrong_weights_are_named(vgg: dict[str, Tensor], tmp_path: Path, ending:
     assert sentence() == "has another shape for features.2.bias"
     save({"a": torch.zeros(2)}, path)
     assert sentence() == (
-        "lacks features.0.bias, features.0.weight, features.10.bias, features.10.weight, features.12.bias, ..."
+        "lacks features.0.bias, features.0.weight, features.10.bias, features.10.weight, "
+        "features.12.bias, ..."
     )
 
 
@@ -170,10 +187,13 @@ def test_a_file_of_weights_runs_no_code(tmp_path: Path) -> None:
         torch.save(content, path)
         with pytest.raises(UserError, match="cannot be read"):
             read_weights(path)
+
+    # Also in the format of plain pickles.
     path.write_bytes(pickle.dumps(Touch(), protocol=2))
     with pytest.raises(UserError, match="cannot be read"):
         read_weights(path)
     assert not (tmp_path / "ran").exists()
+
     torch.save({"epoch": 3, "weight": torch.zeros(2)}, path)
     with pytest.raises(UserError, match="must hold tensors by their names, and nothing else"):
         read_weights(path)
@@ -198,7 +218,7 @@ def test_lpips_of_arrays_in_batches(
     assert lpips(perceptual, images[:0], noisy[:0]).shape == (0,)
 
 
-# ------------------------------------------------------------------------------------------------ discriminator
+# ------------------------------------------------------------------------------------ discriminator
 
 
 @pytest.mark.parametrize(
@@ -212,29 +232,34 @@ def test_shape_of_the_verdict(layers: int, pixels: int, logits: int) -> None:
 def test_discriminator_has_the_published_size_and_beginning() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator()
-    # pix2pix: C64-C128-C256-C512, 4x4 kernels, then one logit; biases in the first, the last, and the norms
+
+    # pix2pix: C64-C128-C256-C512 of 4 x 4 kernels, then one logit. The first and the last
+    # convolution have biases; the norms between them have a weight and a bias for each channel.
     widths = [(3, 64), (64, 128), (128, 256), (256, 512), (512, 1)]
     kernels = sum(16 * before * after for before, after in widths)
-    assert sum(p.numel() for p in discriminator.parameters()) == kernels + 64 + 1 + 2 * (
-        128 + 256 + 512
-    )
+    biases_and_norms = 64 + 1 + 2 * (128 + 256 + 512)
+    assert sum(p.numel() for p in discriminator.parameters()) == kernels + biases_and_norms
+
     for name, weight in discriminator.named_parameters():
         if weight.dim() == 4:
             assert weight.mean().item() == pytest.approx(0, abs=0.001)
             assert weight.std().item() == pytest.approx(0.02, rel=0.05)
         else:
-            assert weight.mean().item() == pytest.approx(
-                0 if name.endswith("bias") else 1, abs=0.01
-            )
+            mean = 0 if name.endswith("bias") else 1
+            assert weight.mean().item() == pytest.approx(mean, abs=0.01)
 
 
 @pytest.mark.parametrize(("layers", "field"), [(3, 70), (2, 34), (1, 16)])
 def test_a_logit_sees_a_patch(layers: int, field: int) -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(channels=32, layers=layers).double()
+
+    # Without the norms, whose mean and variance are those of the whole image.
     for number, block in enumerate(discriminator.blocks):
-        if isinstance(block, nn.GroupNorm):  # whose mean and variance are those of the whole image
+        if isinstance(block, nn.GroupNorm):
             discriminator.blocks[number] = nn.Identity()
+
+    # The pixels that the middle logit depends on.
     image = torch.rand(1, 3, 128, 128, dtype=torch.float64, requires_grad=True)
     logits = discriminator(image)
     middle = logits.shape[-1] // 2
@@ -267,17 +292,22 @@ def test_adaptive_weight_by_hand() -> None:
     weight = torch.tensor([1.0, 1.0], requires_grad=True)
     factor = torch.tensor([3.0, 4.0])
     reconstruction, adversarial = (weight * factor).sum(), 2 * weight[1]
+
+    # The gradients of the two losses are (3, 4) and (0, 2), of length 5 and 2.
     chosen = adaptive_weight(reconstruction, adversarial, weight)
     assert chosen.item() == pytest.approx(5 / 2.0001)
     assert not chosen.requires_grad
+
     (reconstruction + chosen * adversarial).backward()  # the graphs are still there
     assert weight.grad is not None
     assert weight.grad.tolist() == pytest.approx([3, 4 + 2 * 5 / 2.0001])
+
+    # The weight is at most 10,000, and 0 where the reconstruction has no gradient.
     assert adaptive_weight((weight * factor).sum(), 0 * weight.sum(), weight) == 1e4
     assert adaptive_weight(0 * weight.sum(), weight.sum(), weight) == 0
 
 
-# ------------------------------------------------------------------------------------------------ PSNR, SSIM
+# --------------------------------------------------------------------------------------- PSNR, SSIM
 
 
 def test_psnr_of_each_image() -> None:
@@ -288,6 +318,7 @@ def test_psnr_of_each_image() -> None:
             peak_signal_noise_ratio(a, b, data_range=255)
             for a, b in zip(images, noisy, strict=True)
         ]
+
     assert expected[2] == math.inf
     np.testing.assert_allclose(psnr_each(images, noisy), expected, rtol=1e-12)
     assert psnr_each(images[:1], noisy[:1])[0] == pytest.approx(psnr(images[:1], noisy[:1]))
@@ -298,6 +329,7 @@ def test_ssim_is_that_of_scikit_image(size: tuple[int, int]) -> None:
     images, noisy = pair_of_images(4, *size)
     images[3], noisy[3] = 255, 0
     noisy[2] = images[2]
+
     expected = [
         structural_similarity(
             a,
@@ -313,7 +345,9 @@ def test_ssim_is_that_of_scikit_image(size: tuple[int, int]) -> None:
     similarity_B = ssim(images, noisy)
     np.testing.assert_allclose(similarity_B, expected, atol=1e-12)
     assert similarity_B[2] == pytest.approx(1)
-    # White and black are flat: only the luminance term is left, C1 / (255^2 + C1) with C1 = (0.01 * 255)^2.
+
+    # White and black are flat, so only the luminance term is left: C1 / (255^2 + C1), where
+    # C1 = (0.01 * 255)^2.
     assert similarity_B[3] == pytest.approx(1e-4 / (1 + 1e-4))
 
 
@@ -322,7 +356,7 @@ def test_ssim_needs_a_whole_window() -> None:
         ssim(*np.zeros((2, 1, 10, 30, 3), np.uint8))
 
 
-# ------------------------------------------------------------------------------------------------ Fréchet distance
+# --------------------------------------------------------------------------------- Fréchet distance
 
 
 def of_moments(mean_D: np.ndarray, covariance_DD: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -333,10 +367,11 @@ def of_moments(mean_D: np.ndarray, covariance_DD: np.ndarray, count: int, seed: 
 
 
 def test_frechet_distance_of_independent_normals() -> None:
-    """With diagonal covariances it is |m - m'|^2 plus the squared distance of the standard deviations."""
+    """It is the squared distance of the means plus that of the standard deviations."""
     rng = np.random.default_rng(3)
     (m, other_m), (s, other_s) = rng.normal(size=(2, 6)), rng.uniform(0.1, 3, (2, 6))
     x, y = of_moments(m, np.diag(s**2), 40, 1), of_moments(other_m, np.diag(other_s**2), 30, 2)
+
     expected = np.sum((m - other_m) ** 2) + np.sum((s - other_s) ** 2)
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-10)
     assert frechet_distance(y, x) == pytest.approx(expected, rel=1e-10)
@@ -352,6 +387,7 @@ class Pixels(nn.Module):
 def test_frechet_distance_is_that_of_torchmetrics() -> None:
     torch.manual_seed(0)
     x, y = torch.rand(100, 3, 2, 2).double(), torch.rand(80, 3, 2, 2).double() ** 2
+
     metric = FrechetInceptionDistance(feature=Pixels(), normalize=True, input_img_size=(3, 2, 2))
     metric.set_dtype(torch.float64)
     metric.update(x, real=True)
@@ -362,12 +398,15 @@ def test_frechet_distance_is_that_of_torchmetrics() -> None:
 
 
 def test_frechet_distance_of_fewer_images_than_features() -> None:
-    """The covariances are singular; the trace of the root is the nuclear norm of the product of centred features."""
+    """The covariances are singular, and have no root by the usual way.
+
+    The trace of the root of their product is then the nuclear norm of the product of the centred
+    features, which has 2 x 7 numbers here.
+    """
     rng = np.random.default_rng(5)
-    x, y = (
-        rng.normal(size=(2, 200)) @ np.diag(np.geomspace(1e-4, 10, 200)),
-        rng.normal(3, 2, (7, 200)),
-    )
+    x = rng.normal(size=(2, 200)) @ np.diag(np.geomspace(1e-4, 10, 200))
+    y = rng.normal(3, 2, (7, 200))
+
     a, b = ((each - each.mean(0)) / math.sqrt(len(each) - 1) for each in (x, y))
     common = np.linalg.norm(a @ b.T, ord="nuc")
     expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.sum(a**2) + np.sum(b**2) - 2 * common
@@ -385,7 +424,7 @@ def test_equal_sets_have_no_distance(scale: float, count: int) -> None:
 
 
 def test_statistics_in_parts_are_those_of_the_whole() -> None:
-    """Far from 0, where the sum of squares would lose the variance."""
+    """The features lie far from 0, where a sum of squares would lose the variance."""
     x = np.random.default_rng(7).normal(1e6, 1, (101, 8))
     statistics = FeatureStatistics()
     for part in np.split(x, [1, 1, 2, 50]):
@@ -413,7 +452,8 @@ def test_precision_and_recall_are_those_of_every_distance(
     monkeypatch.setattr(metrics, "HELD", held)
     rng = np.random.default_rng(held)
     for _ in range(6):
-        # Features as Inception's: positive, far from 0, and some of them equal, so that radii are 0 or met exactly.
+        # Features as Inception's: positive and far from 0. Some of them are equal, so that radii
+        # are 0 or met exactly.
         real_MD = (np.abs(rng.normal(size=(60, 24))) + 30).astype(np.float32)
         made_ND = (np.abs(rng.normal(size=(45, 24))) * 1.1 + 30).astype(np.float32)
         real_MD[:6], made_ND[:9] = real_MD[0], real_MD[2:11]
@@ -450,7 +490,7 @@ def test_what_has_no_frechet_distance() -> None:
         frechet_distance(x, x[:, :3])
 
 
-# ------------------------------------------------------------------------------------------------ Inception
+# ---------------------------------------------------------------------------------------- Inception
 
 
 @pytest.fixture(scope="module")
@@ -474,12 +514,14 @@ def test_inception_is_that_of_pytorch_fid(
     )
     theirs = published_inception.InceptionV3().eval()
     ours = Inception.load(inception_file)
-    for size in ((32, 48), (310, 400)):  # enlarged, reduced
+    to_tensor = torchvision.transforms.functional.to_tensor
+
+    # Both resize to 299 x 299: the first images are enlarged, the others reduced.
+    for size in ((32, 48), (310, 400)):
         images, _ = pair_of_images(2, *size)
         with torch.no_grad():
-            (expected,) = theirs(
-                torch.stack([torchvision.transforms.functional.to_tensor(i) for i in images])
-            )
+            (expected,) = theirs(torch.stack([to_tensor(image) for image in images]))
+
         found = features(ours, images, batch_size=1)
         assert found.shape == (2, 2048)
         assert found.dtype == np.float32
@@ -491,11 +533,10 @@ def test_wrong_inception_weights_are_named(
     inception_weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
     path = tmp_path / "inception.safetensors"
-    # torchvision's own weights, which are not those of the FID
-    save_file(
-        {**inception_weights, "fc.bias": torch.zeros(1000), "fc.weight": torch.zeros(1000, 2048)},
-        path,
-    )
+
+    # torchvision's own weights have 1,000 classes; those of the FID have 1,008.
+    head = {"fc.bias": torch.zeros(1000), "fc.weight": torch.zeros(1000, 2048)}
+    save_file({**inception_weights, **head}, path)
     with pytest.raises(
         UserError, match=r"inception\.safetensors has another shape for fc\.bias, fc\.weight$"
     ):

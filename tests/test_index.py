@@ -1,4 +1,4 @@
-"""Vector shards, the index over them, and the memory bank on disk, against brute force in numpy."""
+"""Vector shards, their index and the memory bank on disk give what brute force in numpy gives."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ HEADER = {"encoder": "abc", "width": WIDTH}
 
 
 def clustered(seed: int, rows: int) -> Parts:
-    """Unit vectors around a few centres, as documents of a real corpus are; every fifth has no image, some no text."""
+    """Unit vectors around a few centres, as those of a real corpus are.
+
+    Every fifth document has no image, and every seventh has no text.
+    """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(12, WIDTH))
 
     def around() -> np.ndarray:
         vectors_BD = centres[rng.integers(12, size=rows)] + 0.4 * rng.normal(size=(rows, WIDTH))
-        unit_BD = (vectors_BD / np.linalg.norm(vectors_BD, axis=1, keepdims=True)).astype(
-            np.float16
-        )
-        return unit_BD.astype(np.float32)  # as they are stored
+        unit_BD = vectors_BD / np.linalg.norm(vectors_BD, axis=1, keepdims=True)
+        return unit_BD.astype(np.float16).astype(np.float32)  # shards store float16
 
     parts = Parts(around(), around())
     parts.image_BD[::5] = 0
@@ -91,7 +92,7 @@ def make(vectors: Path, folder: Path, config: IndexConfig) -> None:
 SMALL_IVF = {"exact_below": 0, "code_bytes": 8, "lists": 8, "rescored": 50, "recall_queries": 100}
 
 
-# ------------------------------------------------------------------------------------------------ vectors
+# ------------------------------------------------------------------------------------------ vectors
 
 
 @given(st.lists(st.integers(-1, 59), max_size=40))
@@ -104,14 +105,14 @@ def test_rows_in_any_order_are_those_that_were_written(rows: list[int]) -> None:
         vectors = VectorShards(write(Path(folder) / "vectors", parts), HEADER)
         assert (len(vectors), vectors.count, vectors.width) == (60, 3, WIDTH)
         got = vectors.parts(np.array(rows, np.int64))
-        for place, row in enumerate(rows):
-            expected = (
-                (np.zeros(WIDTH), np.zeros(WIDTH))
-                if row < 0
-                else (parts.text_BD[row], parts.image_BD[row])
-            )
-            assert np.array_equal(got.text_BD[place], expected[0])
-            assert np.array_equal(got.image_BD[place], expected[1])
+
+        # Row -1 is no document, and has zeros.
+        for index, row in enumerate(rows):
+            text_D, image_D = np.zeros(WIDTH), np.zeros(WIDTH)
+            if row >= 0:
+                text_D, image_D = parts.text_BD[row], parts.image_BD[row]
+            assert np.array_equal(got.text_BD[index], text_D)
+            assert np.array_equal(got.image_BD[index], image_D)
             assert row < 0 or vectors.id(row) == f"document {row}"
 
 
@@ -136,22 +137,24 @@ def test_damaged_vectors_are_named(tmp_path: Path) -> None:
         finish_vectors(folder, 3)
 
 
-# ------------------------------------------------------------------------------------------------ index
+# -------------------------------------------------------------------------------------------- index
 
 
 def brute_force(parts: Parts, queries_QD: np.ndarray, count: int) -> np.ndarray:
-    return np.argsort(-(queries_QD.astype(np.float64) @ parts.mean().T), axis=1, kind="stable")[
-        :, :count
-    ]
+    """Rows (Q, count) of the documents with the largest inner products, the largest first."""
+    scores_QB = queries_QD.astype(np.float64) @ parts.mean().T
+    return np.argsort(-scores_QB, axis=1, kind="stable")[:, :count]
 
 
 def assert_best(parts: Parts, queries_QD: np.ndarray, found_QK: np.ndarray) -> None:
-    """The rows found have the largest inner products, in falling order; ties may come in any order."""
+    """Check that the rows found have the largest inner products, in falling order.
+
+    Scores are compared, as rows of equal score may come in any order.
+    """
     expected_QK = brute_force(parts, queries_QD, found_QK.shape[1])
     scores_QB = queries_QD.astype(np.float64) @ parts.mean().T
-    got, best = (
-        np.take_along_axis(scores_QB, rows_QK, axis=1) for rows_QK in (found_QK, expected_QK)
-    )
+    got = np.take_along_axis(scores_QB, found_QK, axis=1)
+    best = np.take_along_axis(scores_QB, expected_QK, axis=1)
     np.testing.assert_allclose(got, best, atol=1e-6)
     assert all(len(set(rows_K)) == len(rows_K) for rows_K in found_QK.tolist())
 
@@ -172,11 +175,9 @@ def test_a_small_bank_is_searched_exactly(tmp_path: Path) -> None:
     vectors, folder = build(tmp_path, parts)
     assert sorted(file.name for file in folder.iterdir()) == ["index.json"]
     figures = json.loads((folder / "index.json").read_text())
-    assert (figures["kind"], figures["documents"], figures["recall"]) == (
-        "exact",
-        200,
-        {"text": {"2": 1.0, "10": 1.0}, "image": {"2": 1.0, "10": 1.0}},
-    )
+    whole = {"text": {"2": 1.0, "10": 1.0}, "image": {"2": 1.0, "10": 1.0}}
+    assert (figures["kind"], figures["documents"], figures["recall"]) == ("exact", 200, whole)
+
     bank = Bank(vectors, folder, HEADER)
     assert_best(parts, queries, bank.search(queries, 5))
 
@@ -186,16 +187,16 @@ def test_the_recall_that_is_written_is_that_of_a_search(tmp_path: Path) -> None:
     vectors, folder = build(tmp_path, parts, **SMALL_IVF)
     figures = json.loads((folder / "index.json").read_text())
     assert (figures["kind"], figures["lists"]) == ("ivf_pq", 8)
+
+    # Lists are probed until the recall reaches its target, or there are no more.
     lowest = min(of["2"] for of in figures["recall"].values())
     assert lowest >= 0.95 or figures["nprobe"] == 8
     assert lowest > 0.8
     assert 8 < figures["bytes_per_document"] < 200
 
     # The queries are documents of the bank; a query's own document is neither expected nor counted.
-    bank, rows = (
-        Bank(vectors, folder, HEADER),
-        np.random.default_rng([0, 1]).choice(3000, 100, False),
-    )
+    bank = Bank(vectors, folder, HEADER)
+    rows = np.random.default_rng([0, 1]).choice(3000, 100, False)
     for by, vectors_BD in (("text", parts.text_BD), ("image", parts.image_BD)):
         asked = [row for row in rows.tolist() if vectors_BD[row].any()]
         assert 50 < len(asked) < 100
@@ -216,16 +217,16 @@ def test_only_pairs_are_in_an_index_that_is_for_pairs(tmp_path: Path) -> None:
     vectors = VectorShards(write(tmp_path / "vectors", parts), HEADER)
     queries_QD = clustered(1, 20).text_BD
     queries_QD = queries_QD[queries_QD.any(axis=1)]
-    for kind, fields in (
-        ("exact", {}),
-        ("ivf_pq", {**SMALL_IVF, "code_bytes": 1, "rescored": 3000, "recall_target": 1.0}),
-    ):
+
+    by_codes = {**SMALL_IVF, "code_bytes": 1, "rescored": 3000, "recall_target": 1.0}
+    for kind, fields in (("exact", {}), ("ivf_pq", by_codes)):
         config, folder = from_mapping(IndexConfig, fields, "index"), tmp_path / kind
         folder.mkdir()
         train(vectors, folder, config, 0, pairs_only=True)
         for number in range(vectors.count):
             add_shard(vectors, number, folder, pairs_only=True)
         merge(vectors, folder, config, 0, pairs_only=True)
+
         figures = json.loads((folder / "index.json").read_text())
         assert (figures["kind"], figures["pairs_only"]) == (kind, True)
         assert (figures["documents"], figures["vectors"]) == (3000, len(pairs))
@@ -248,13 +249,12 @@ def test_only_pairs_are_in_an_index_that_is_for_pairs(tmp_path: Path) -> None:
 
 
 def test_lists_are_probed_until_there_are_as_many_documents_as_asked_for(tmp_path: Path) -> None:
-    vectors, folder = build(
-        tmp_path,
-        clustered(0, 400),
-        **{**SMALL_IVF, "code_bytes": 1, "rescored": 1, "recall_target": 0.0},
-    )
+    fields = {**SMALL_IVF, "code_bytes": 1, "rescored": 1, "recall_target": 0.0}
+    vectors, folder = build(tmp_path, clustered(0, 400), **fields)
     bank = Bank(vectors, folder)
     assert json.loads((folder / "index.json").read_text())["nprobe"] == 1
+
+    # One list would do for the recall; all 400 documents need all lists.
     found_QK = bank.search(clustered(1, 20).text_BD, 400)
     assert np.array_equal(np.sort(found_QK, axis=1), np.tile(np.arange(400), (20, 1)))
 
@@ -277,11 +277,8 @@ def test_recall_by_hand() -> None:
 
 
 def test_lists_grow_with_the_square_root() -> None:
-    assert [lists_for(n, IndexConfig()) for n in (200_000, 1_000_000, 340_000_000)] == [
-        2048,
-        4096,
-        65_536,
-    ]
+    sizes = (200_000, 1_000_000, 340_000_000)
+    assert [lists_for(n, IndexConfig()) for n in sizes] == [2048, 4096, 65_536]
     assert lists_for(10, IndexConfig(lists=3)) == 3
 
 
@@ -290,14 +287,18 @@ def test_pieces_are_made_once_and_the_missing_one_again(tmp_path: Path) -> None:
     vectors, folder = build(tmp_path, parts, **SMALL_IVF)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     times = {file.name: file.stat().st_mtime_ns for file in folder.glob("piece-*")}
+
     (folder / "piece-00002.faiss").unlink()
     (folder / "index.json").unlink()
     make(vectors, folder, from_mapping(IndexConfig, SMALL_IVF, "index"))
+
     after = {file.name: file.read_bytes() for file in folder.iterdir()}
-    timed = ("index.json",)  # holds seconds
-    assert {k: v for k, v in after.items() if k not in timed} == {
-        k: v for k, v in before.items() if k not in timed
-    }
+
+    # All but index.json, which holds seconds, is the same to the byte.
+    del before["index.json"], after["index.json"]
+    assert after == before
+
+    # Pieces that were there are not written again.
     changed = [name for name, time in times.items() if (folder / name).stat().st_mtime_ns != time]
     assert changed == ["piece-00002.faiss"]
 
@@ -314,18 +315,18 @@ def test_workers_share_the_pieces_of_an_index(tmp_path: Path) -> None:
         folder=tmp_path,
         retrieves_pairs_only=False,
     )
+
+    # The second of two workers trains, as nobody has yet, and makes every second piece.
     make_index_part(run, folder, (1, 2))
-    assert sorted(file.name for file in folder.glob("*.faiss")) == [
-        "piece-00001.faiss",
-        "trained.faiss",
-    ]
+    written = sorted(file.name for file in folder.glob("*.faiss"))
+    assert written == ["piece-00001.faiss", "trained.faiss"]
     make_index_part(run, folder, (0, 2))
     assert len(list(folder.glob("piece-*.faiss"))) == 3
+
     make_index(run, folder)
     queries_QD = clustered(1, 20).image_BD
-    assert np.array_equal(
-        Bank(vectors, folder).search(queries_QD, 5), Bank(vectors, alone).search(queries_QD, 5)
-    )
+    expected_QK = Bank(vectors, alone).search(queries_QD, 5)
+    assert np.array_equal(Bank(vectors, folder).search(queries_QD, 5), expected_QK)
 
 
 def test_few_documents_are_searched_exactly_whatever_is_asked_for(tmp_path: Path) -> None:
@@ -346,27 +347,25 @@ def test_the_folder_can_be_moved(tmp_path: Path) -> None:
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
     write(tmp_path / "enough", clustered(0, 300))
+    shards, config = VectorShards(tmp_path / "enough"), IndexConfig(exact_below=0, code_bytes=5)
     with pytest.raises(
         UserError, match=r"index\.code_bytes is 5; it must divide the vectors' width, 16"
     ):
-        train(
-            VectorShards(tmp_path / "enough"),
-            tmp_path,
-            IndexConfig(exact_below=0, code_bytes=5),
-            seed=0,
-        )
+        train(shards, tmp_path, config, seed=0)
+
     vectors, folder = build(tmp_path, clustered(0, 60))
     write(tmp_path / "more", clustered(0, 90))
     with pytest.raises(
         UserError, match=r"is the index of 60 documents, .* has 90; make the index again"
     ):
         Bank(tmp_path / "more", folder)
+
     (folder / "index.json").unlink()
     with pytest.raises(UserError, match="holds no finished index"):
         Bank(vectors, folder)
 
 
-# ------------------------------------------------------------------------------------------------ adding
+# ------------------------------------------------------------------------------------------- adding
 
 
 @pytest.mark.parametrize("fields", [{}, SMALL_IVF], ids=["exact", "ivf_pq"])
@@ -374,12 +373,15 @@ def test_documents_are_added_without_a_rebuild(tmp_path: Path, fields: dict[str,
     parts, more = clustered(0, 2000), clustered(2, 30)
     vectors, folder = build(tmp_path, parts, **fields)
     bank = Bank(vectors, folder)
-    assert bank.add([f"new {n}" for n in range(20)], more.rows(slice(0, 20))).tolist() == list(
-        range(2000, 2020)
-    )
-    assert bank.add([f"new {n}" for n in range(20, 30)], more.rows(slice(20, 30))).tolist() == list(
-        range(2020, 2030)
-    )
+
+    # Added twice, their rows follow those of the index.
+    ids = [f"new {n}" for n in range(30)]
+    first_rows = bank.add(ids[:20], more.rows(slice(0, 20)))
+    assert first_rows.tolist() == list(range(2000, 2020))
+    second_rows = bank.add(ids[20:], more.rows(slice(20, 30)))
+    assert second_rows.tolist() == list(range(2020, 2030))
+
+    # Those of the best that were added are found, and all that is found is in falling order.
     every = Parts.concatenate([parts, more])
     for by in ("text_BD", "image_BD"):
         queries_QD = getattr(more, by)[[2, 4]]  # documents with both parts
@@ -391,6 +393,8 @@ def test_documents_are_added_without_a_rebuild(tmp_path: Path, fields: dict[str,
             assert set(exact_QK[q][added[q]]) <= set(found_QK[q])
             scores = every.mean()[found_QK[q]] @ queries_QD[q]
             assert (np.diff(scores) <= 1e-6).all()
+
+    # Ids and vectors of old rows and new ones.
     assert (len(bank), bank.id(1999), bank.id(2021)) == (2030, "document 1999", "new 21")
     got = bank.parts_of(np.array([[2003, NONE], [5, 2029]]))
     assert np.array_equal(got.text_BD[0, 0], more.text_BD[3])
@@ -405,7 +409,7 @@ def test_documents_are_added_without_a_rebuild(tmp_path: Path, fields: dict[str,
     assert np.array_equal(again.search(queries_QD, 6), bank.search(queries_QD, 6))
 
 
-# ------------------------------------------------------------------------------------------------ neighbours
+# --------------------------------------------------------------------------------------- neighbours
 
 
 @pytest.fixture(scope="module")
@@ -431,12 +435,16 @@ def test_a_bank_of_several_shards_retrieves_as_one_of_one_shard(
     vectors, folder = build(tmp_path, parts)
     own = np.arange(300)
     variants = [parts, clustered(3, 300)]
+
     expected, verdicts = neighbours_of(retriever, bank_of(parts), variants, own, like=parts)
     found, counted = neighbours_of(retriever, Bank(vectors, folder), variants, own, like=parts)
+
     assert np.array_equal(found, expected)
     assert counted == verdicts
     assert verdicts["itself"] > 0
     assert verdicts["modality"] > 0
+
+    # No document is its own neighbour, and all neighbours have text and image.
     assert (found != own[None, :, None]).all()
     complete = parts.has("text") & parts.has("image")
     assert complete[found[found != NONE]].all()
@@ -447,15 +455,17 @@ def test_neighbours_are_read_back_from_shards(tmp_path: Path) -> None:
     rows_VBK = rng.integers(-1, 50, (4, 30, 4))
     write_plan(tmp_path, {"bank": ".."})
     for number, chosen in enumerate((slice(0, 11), slice(11, 11), slice(11, 30))):
-        write_neighbour_shard(
-            shard_path(tmp_path, number, 3), rows_VBK[:, chosen], {"verdicts": {}}
-        )
+        path = shard_path(tmp_path, number, 3)
+        write_neighbour_shard(path, rows_VBK[:, chosen], {"verdicts": {}})
+    # The folder counts only when it is finished.
     with pytest.raises(UserError, match="is no finished folder"):
         NeighbourShards(tmp_path)
+
     finish_neighbours(tmp_path, 3)
     shards = NeighbourShards(tmp_path)
     assert np.array_equal(shards.shard(2), rows_VBK[:, 11:].transpose(1, 0, 2).reshape(19, 16))
     assert len(shards) == 30
+
     for document in range(30):
         assert np.array_equal(shards.rows(document), rows_VBK[:, document])
         one, other = np.random.default_rng(document), np.random.default_rng(document)
@@ -468,10 +478,13 @@ def test_damaged_neighbours_are_named_when_they_are_drawn(tmp_path: Path) -> Non
     path = shard_path(tmp_path, 0, 1)
     write_neighbour_shard(path, rows_VBK, {})
     finish_neighbours(tmp_path, 1)
+
+    # One bit of row 7.
     content = bytearray(path.read_bytes())
-    place = content.index(rows_VBK[:, 7].astype(np.int32).tobytes())
-    content[place + 5] ^= 1
+    start = content.index(rows_VBK[:, 7].astype(np.int32).tobytes())
+    content[start + 5] ^= 1
     path.write_bytes(content)
+
     shards = NeighbourShards(tmp_path)
     assert np.array_equal(shards.rows(6), rows_VBK[:, 6])
     with pytest.raises(DamagedShard, match=rf"{path.name}: row 7 is damaged"):

@@ -1,7 +1,11 @@
-"""The lexical retriever: TF-IDF as scikit-learn defines it, colours of cells, and names that nobody was trained on."""
+"""The lexical retriever: TF-IDF as scikit-learn defines it, and the colours of an image's cells.
+
+Names that it was never fitted on are found too.
+"""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +45,8 @@ def test_texts_are_tf_idf_vectors_projected(texts: list[str]) -> None:
     encoder.fit(texts)
     reference = TfidfVectorizer(token_pattern=r"\w+")
     tf_idf_BV = reference.fit_transform(texts).toarray()
-    projected_BD = tf_idf_BV @ np.stack(
-        [direction(word) for word in reference.get_feature_names_out()]
-    )
+    directions_VD = np.stack([direction(word) for word in reference.get_feature_names_out()])
+    projected_BD = tf_idf_BV @ directions_VD
     expected_BD = projected_BD / np.linalg.norm(projected_BD, axis=1, keepdims=True)
     np.testing.assert_allclose(encoder.encode_texts(texts)[:, :TEXT_DIM], expected_BD, atol=1e-5)
 
@@ -57,36 +60,42 @@ def test_different_words_are_nearly_orthogonal() -> None:
 
 
 def test_names_that_were_not_fitted_are_found() -> None:
+    """Each name has two documents in the bank, which are the best for a third text with it."""
+
+    def on_grounds(names: list[str], grounds: tuple[str, ...]) -> list[str]:
+        return [f"{name} on {ground}" for name, ground in itertools.product(names, grounds)]
+
     retriever = RETRIEVERS.build({"name": "lexical", "threshold": 0.99})
-    retriever.encoder.fit(
-        [f"{entity_name(n)} on {ground}" for n in range(300) for ground in ("white", "grey")]
-    )
+    fitted = [entity_name(n) for n in range(300)]
+    retriever.encoder.fit(on_grounds(fitted, ("white", "grey")))
+
     new = [entity_name(n) for n in range(300, 900)]
-    texts = [f"{name} on {ground}" for name in new for ground in ("grey", "black")]
+    texts = on_grounds(new, ("grey", "black"))
     bank = bank_of(retriever.parts(texts, pictures(len(texts))), pairs_only=True)
-    rows_QK, _ = retriever.retrieve(
-        bank, retriever.parts([f"{n} on white" for n in new], None), "text", count=2
-    )
+    queries = retriever.parts(on_grounds(new, ("white",)), None)
+    rows_QK, _ = retriever.retrieve(bank, queries, "text", count=2)
     assert np.array_equal(rows_QK // 2, np.repeat(np.arange(len(new))[:, None], 2, axis=1))
 
 
 def test_images_are_compared_by_the_colours_of_their_cells() -> None:
     encoder = LexicalEncoder()
+
+    # Two images of one pixel a cell, enlarged, and one of a single colour.
     images_BHWC = pictures(3, side=CELLS)
-    shown_BHWC = np.concatenate(
-        [images_BHWC.repeat(4, axis=1).repeat(4, axis=2)[:2], np.full((1, 32, 32, 3), 7, "u1")]
-    )
+    large_BHWC = images_BHWC.repeat(4, axis=1).repeat(4, axis=2)
+    shown_BHWC = np.concatenate([large_BHWC[:2], np.full((1, 32, 32, 3), 7, "u1")])
     vectors_BD = encoder.encode_images(shown_BHWC)
+
+    # The cosine of the cells' colours without each channel's mean; 0.1 keeps it defined where
+    # all cells are alike.
     cells_BCN = images_BHWC[:2].reshape(2, -1, 3).transpose(0, 2, 1) / 255
-    centred_BD = (cells_BCN - cells_BCN.mean(2, keepdims=True)).reshape(2, -1)
-    expected = centred_BD[0] @ centred_BD[1] + 0.1**2
-    expected /= np.sqrt(
-        (centred_BD[0] @ centred_BD[0] + 0.1**2) * (centred_BD[1] @ centred_BD[1] + 0.1**2)
-    )
+    first_D, second_D = (cells_BCN - cells_BCN.mean(2, keepdims=True)).reshape(2, -1)
+    expected = first_D @ second_D + 0.1**2
+    expected /= np.sqrt((first_D @ first_D + 0.1**2) * (second_D @ second_D + 0.1**2))
     assert vectors_BD[0] @ vectors_BD[1] == pytest.approx(expected, abs=1e-5)
-    np.testing.assert_allclose(
-        np.linalg.norm(vectors_BD, axis=1), 1, atol=1e-5
-    )  # of one colour, too
+    np.testing.assert_allclose(np.linalg.norm(vectors_BD, axis=1), 1, atol=1e-5)
+
+    # The size of an image does not matter.
     larger_BD = encoder.encode_images(shown_BHWC.repeat(2, axis=1).repeat(2, axis=2))
     np.testing.assert_allclose(larger_BD, vectors_BD, atol=1e-5)
 
@@ -102,20 +111,22 @@ def test_query_dropout_leaves_out_that_share(dropout: float) -> None:
     encoder = LexicalEncoder()
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     encoder.fit(words)
-    (whole_D,), singles_BD = encoder.encode_texts([" ".join(words)]), encoder.encode_texts(words)
-    dropped_BD = encoder.encode_texts([" ".join(words)] * 20, dropout=dropout, seed=3)
+    text = " ".join(words)
+    (whole_D,), singles_BD = encoder.encode_texts([text]), encoder.encode_texts(words)
+    dropped_BD = encoder.encode_texts([text] * 20, dropout=dropout, seed=3)
+
     # What is left is found by least squares, as every word has a direction of its own.
     left_BW = np.linalg.lstsq(singles_BD.T, dropped_BD.T, rcond=None)[0].T > 1e-3
     assert set(left_BW.sum(axis=1)) == {max(1, 8 - round(8 * dropout))}
     assert len(np.unique(left_BW, axis=0)) > 1
-    assert np.array_equal(
-        dropped_BD, encoder.encode_texts([" ".join(words)] * 20, dropout=dropout, seed=3)
-    )
+    again_BD = encoder.encode_texts([text] * 20, dropout=dropout, seed=3)
+    assert np.array_equal(dropped_BD, again_BD)
     assert np.abs(dropped_BD[0] - whole_D).max() > 0.01
+
+    # Of an image, that share of its cells is 0 in all three channels.
     cells_BD = encoder.encode_images(pictures(5), dropout=dropout, seed=3)[:, TEXT_DIM:-1]
-    assert (
-        (cells_BD.reshape(5, 3, -1) == 0).all(axis=1).sum(axis=1) == round(dropout * CELLS**2)
-    ).all()
+    empty_BN = (cells_BD.reshape(5, 3, -1) == 0).all(axis=1)
+    assert (empty_BN.sum(axis=1) == round(dropout * CELLS**2)).all()
 
 
 def test_a_text_without_words_is_none() -> None:
@@ -138,12 +149,15 @@ def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
     run_experiment(experiment, tmp_path)
     run = RunFolder(experiment, tmp_path, best_device())
     captions = [run.corpus.captions[row] for row in run.corpus.rows("train")]
+
+    # The run's retriever is fitted on the captions of its training split.
     fitted = LexicalEncoder()
     fitted.fit(captions)
-    assert np.array_equal(
-        run.retriever.encoder.encode_texts(captions[:5]), fitted.encode_texts(captions[:5])
-    )
+    found_BD = run.retriever.encoder.encode_texts(captions[:5])
+    assert np.array_equal(found_BD, fitted.encode_texts(captions[:5]))
     assert NeighbourShards(tmp_path / "neighbours").shard(0).max() > 0
+
+    # It has no CLIP model, so samples stay in the order of their seeds, which is said once.
     model = CM3Leon.load(tmp_path)
     assert np.isnan(model.clip_scores(captions[0], run.codes_MN[:2])).all()
     with pytest.warns(UnrankedWarning, match="lexical of this run has no CLIP") as said:
@@ -152,8 +166,11 @@ def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
     for pictures_of_one in both:
         assert [each.seed for each in pictures_of_one] == [7, 8, 9]
         assert all(np.isnan(each.score) for each in pictures_of_one)
+
+    # A prompt among others is drawn as it is alone.
     (alone,) = model.generate(captions[1], seed=8)
     assert np.array_equal(alone.codes_N, both[1][1].codes_N)
+
     for ask in (model.edit, model.answer):
         with pytest.raises(UserError, match="needs a model that was fine-tuned on instructions"):
             ask(pictures(1)[0], "make it bold")
