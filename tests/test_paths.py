@@ -1,4 +1,4 @@
-"""Names of files and folders as users give them, and disks that take no more."""
+"""Names of files and folders as users give them, and what happens when a disk is full."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ pytestmark = pytest.mark.stack
 def test_a_name_that_no_file_can_have_is_a_sentence_everywhere(name: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         path_of(name, "run")
+
     with pytest.raises(UserError, match=f"^out.* {sentence}|^out.*{sentence}"):
         from_mapping(generate.Options, {"run": "runs/x", "prompt": "a", "out": name})
+
+    # Every command that takes a run refuses the name, in few words.
     for words in (
         ["experiment=digits", f"run={name}"],
         ["experiment=digits", f"run={name}", "until=documents"],
@@ -62,6 +65,8 @@ def test_a_run_folder_that_is_something_else_is_refused(
         path.write_text("kept")
     elif kind == "a pipe":
         os.mkfifo(path)
+
+    # The folder itself, and one inside it.
     for name in (path, path / "inner"):
         for more in ([], ["launcher=local"], ["sweep.seed=1,2"]):
             done = cm3leon("experiment=digits", f"run={name}", *more, check=False)
@@ -81,12 +86,13 @@ def test_the_root_and_places_without_folders_are_refused() -> None:
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 4 KB, as on a full disk."""
+    """No file may grow beyond 4 KB; to a writer this looks like a full disk."""
     import signal
 
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
@@ -113,6 +119,7 @@ def test_a_full_disk_says_where(library: str, tmp_path: Path) -> None:
             index.add(array.reshape(-1, 100))
             faiss.write_index(index, str(file))
 
+    # Whatever library writes, the error names the folder.
     with pytest.raises(OSError, match=r"large|space") as raised, naming(tmp_path):
         write()
     assert raised.value.filename == str(tmp_path)

@@ -1,4 +1,4 @@
-"""The patterns that text is cut by: those of others as they have them, and no special token."""
+"""Text is cut by patterns: published ones to the letter, and none that would cut special tokens."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_another_engine_of_regular_expressions_cuts_alike(pattern: Pattern, text
 @given(text=letters | st.text())
 @settings(max_examples=60)
 def test_no_word_has_a_letter_before_a_closing_bracket(pattern: Pattern, text: str) -> None:
-    """So that no piece ends as special tokens do."""
+    """So no piece of text ends as special tokens do."""
     found = words(pattern, f"{text}{text}>{SPECIALS[2]}")
     assert "".join(found) == f"{text}{text}>{SPECIALS[2]}"
     assert not any(re.search(r"[a-zA-Z]>", word) for word in found)
@@ -102,16 +102,19 @@ def test_the_file_holds_the_pattern_and_is_read_whatever_the_settings_say(
     trained: dict[Pattern, TextTokenizer], tmp_path: Path, pattern: Pattern
 ) -> None:
     trained[pattern].save(tmp_path)
+
     steps = json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
     assert steps[0]["pattern"] == {"Regex": expression(pattern, 64)}
     assert [step["type"] for step in steps] == ["Split", "ByteLevel"]
+
+    # The file is what counts: loaded with the settings of another pattern, it cuts as before.
     for other in PATTERNS:
         loaded = TextTokenizer.load(tmp_path, TextTokenizerConfig(vocab_size=400, pattern=other))
         for text in TEXTS:
             assert loaded.encode(text).tolist() == trained[pattern].encode(text).tolist()
 
 
-# ------------------------------------------------------------------------------------------------ older runs
+# --------------------------------------------------------------------------------------- older runs
 
 
 def inputs(folder: Path, *overrides: str) -> Any:

@@ -1,4 +1,4 @@
-"""Modes of written files follow the umask, and a lack of permission is called by its name."""
+"""Written files have the modes that the umask gives, and a lack of permission is called that."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def test_weights_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
     file = tmp_path / "model.safetensors"
     save_weights(file, {"weight": torch.arange(3.0)})
     assert mode(file) == 0o666 & ~umask
-    save_weights(file, {"weight": torch.ones(2)})  # over an older one
+
+    # The same over an older file.
+    save_weights(file, {"weight": torch.ones(2)})
     assert mode(file) == 0o666 & ~umask
     assert torch.equal(read_weights(file)["weight"], torch.ones(2))
     assert list(tmp_path.iterdir()) == [file]
@@ -60,12 +62,9 @@ def test_nothing_else_writes_safetensors() -> None:
     writers = []
     for folder in ("cm3leon", "evaluation", "plugins"):
         for file in (ROOT / folder).rglob("*.py"):
-            imports = (
-                node
-                for node in ast.walk(ast.parse(file.read_text()))
-                if isinstance(node, ast.ImportFrom)
-            )
-            for node in imports:
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.ImportFrom):
+                    continue
                 names = {f"{node.module}.{alias.name}" for alias in node.names}
                 if names & {"safetensors.torch.save_file", "safetensors.numpy.save_file"}:
                     writers.append(str(file.relative_to(ROOT)))
@@ -75,6 +74,7 @@ def test_nothing_else_writes_safetensors() -> None:
 def test_a_folder_of_closed_files_is_opened_as_far_as_the_umask_allows(
     tmp_path: Path, umask: int
 ) -> None:
+    # Files of one's own only, a folder of one's own only, and a link that leads out of the folder.
     folder = tmp_path / "out"
     (folder / "inner").mkdir(parents=True)
     for name in ("a", "inner/b"):
@@ -82,6 +82,7 @@ def test_a_folder_of_closed_files_is_opened_as_far_as_the_umask_allows(
         (folder / name).chmod(0o600)
     (folder / "inner").chmod(0o700)
     (folder / "away").symlink_to(tmp_path / "elsewhere")
+
     use_umask(folder)
     assert [mode(folder / name) for name in ("a", "inner/b")] == [0o666 & ~umask] * 2
     assert [mode(each) for each in (folder, folder / "inner")] == [0o777 & ~umask] * 2
@@ -106,6 +107,7 @@ def test_what_the_system_refuses_is_an_error_of_the_system_with_the_files_name(
 ) -> None:
     file = tmp_path / "model.safetensors"
     save_tensors(file, {"weight": torch.ones(2)})
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -113,16 +115,17 @@ def test_what_the_system_refuses_is_an_error_of_the_system_with_the_files_name(
             save_tensors(file, {"weight": torch.zeros(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
     assert refusal.value.filename == str(file)
     assert list(tmp_path.iterdir()) == [file]
     assert torch.equal(read_weights(file)["weight"], torch.ones(2))
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_bank(file: Path) -> object:
-    """Open the bank whose file was closed to this user, with all its other files beside it."""
+    """Open the bank whose file was closed to this user, beside all its other files."""
     parts = Parts(np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32))
     with TemporaryDirectory() as made:
         folders = write_bank(Path(made), parts)
@@ -188,5 +191,6 @@ def test_data_in_a_folder_that_may_not_be_entered_do_not_count_as_missing(
     with pytest.raises(UserError, match=r"^no permission to read .*images"):
         Files(str(inner / "images"))
     inner.chmod(0o700)
+
     with pytest.raises(UserError, match="does not exist"):
         Files(str(inner / "elsewhere"))

@@ -1,4 +1,4 @@
-"""Figure 3 from run folders."""
+"""The command `perplexity` draws figure 3 of the paper from run folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cm3leon.types import UserError
 
 
 def draw(options: dict[str, Any]) -> None:
-    """The command perplexity with these options."""
+    """Run the command with these options."""
     perplexity.main(from_mapping(perplexity.Options, options))
 
 
@@ -30,33 +30,34 @@ def write_run(
     batch_tokens: int | None = 512,
     start: Path | None = None,
 ) -> Path:
-    """A run folder whose loss at step s is 8 - log10(s), and half of that for images; an epoch has `epoch` steps."""
+    """A run folder whose loss at step s is 8 - log10(s), and half of that for images.
+
+    An epoch has `epoch` steps.
+    """
     (folder / "pretraining").mkdir(parents=True)
     training = {"batch_tokens": batch_tokens, "batch_size": 4, "start": start and str(start)}
     training["start_with"] = "everything" if start else "weights"
     (folder / "config.yaml").write_text(dump_yaml({"training": training, "model": {"seq_len": 64}}))
-    lines = [
-        {
-            "step": s,
-            "epoch": s / epoch,
-            "loss": 8 - math.log10(s),
-            "loss_image": 4 - math.log10(s) / 2,
-        }
-        for s in steps
-    ]
-    (folder / "pretraining" / "validation.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines)
-    )
+
+    lines = []
+    for step in steps:
+        logarithm = math.log10(step)
+        losses = {"loss": 8 - logarithm, "loss_image": 4 - logarithm / 2}
+        lines.append(json.dumps({"step": step, "epoch": step / epoch, **losses}) + "\n")
+    (folder / "pretraining" / "validation.jsonl").write_text("".join(lines))
     return folder
 
 
 def test_numbers_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = range(20, 201, 20)
     runs = [
-        write_run(tmp_path / name, range(20, 201, 20), batch_tokens=b)
-        for name, b in (("small", 512), ("big", None))
+        write_run(tmp_path / "small", steps, batch_tokens=512),
+        write_run(tmp_path / "big", steps, batch_tokens=None),
     ]
     out = tmp_path / "figures" / "p.png"
     draw({"runs": [str(run) for run in runs], "out": str(out), "of": "loss_image", "width": 500})
+
+    # Ten points a run. Where a run has no batch_tokens, its batch of 4 blocks of 64 tokens counts.
     with out.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["curve"], int(row["updates"])) for row in rows[9:11]] == [
@@ -65,9 +66,10 @@ def test_numbers_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
     assert [float(row["tokens"]) for row in (rows[1], rows[11])] == [40 * 512, 40 * 4 * 64]
     for row in rows:
-        assert float(row["perplexity"]) == pytest.approx(
-            math.exp(4) * int(row["updates"]) ** (-0.5 / math.log(10))
-        )
+        # exp(4 - log10(s) / 2) is exp(4) * s ** (-1 / (2 ln 10)).
+        expected = math.exp(4) * int(row["updates"]) ** (-0.5 / math.log(10))
+        assert float(row["perplexity"]) == pytest.approx(expected)
+
     with Image.open(out) as picture:
         assert picture.width == 500
     assert "big: 17.28 after 200 updates, 2 epochs" in capsys.readouterr().out
@@ -77,10 +79,12 @@ def test_a_continued_run_is_one_curve_with_its_epochs(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", range(20, 121, 20), batch_tokens=512)
     second = write_run(tmp_path / "second", range(140, 221, 20), batch_tokens=1024, start=first)
     (curve,) = curves_of([first, second], "loss")
+
     assert curve == curves_of([second], "loss")[0]
     assert [point.updates for point in curve.points] == list(range(20, 221, 20))
     assert curve.points[-1].tokens == 120 * 512 + 100 * 1024
     assert [(one.updates, other.updates) for one, other in curve.junctions()] == [(120, 140)]
+    # An epoch has 100 steps: its end lies between the last point before it and the first one after.
     assert [(one.updates, other.updates) for one, other in curve.epoch_ends()] == [
         (80, 100),
         (180, 200),

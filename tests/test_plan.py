@@ -1,4 +1,4 @@
-"""The command `plan`: figures by hand, recipes that fit, and mistakes in a sentence."""
+"""The command `plan`: its figures by hand, recipes that fit, and mistakes in one sentence."""
 
 from __future__ import annotations
 
@@ -37,15 +37,23 @@ def test_the_7b_by_hand() -> None:
     made = planned("pretrain_7b", "launcher.nodes=64", gpu="h200", mfu=0.4)
     assert made.parameters == 6_996_099_072
     assert made.parameters_without_embeddings == 6_442_450_944
+
+    # Six for each parameter, the head's included. Attention takes twelve for each layer, channel
+    # and position that is seen, and on average a token sees half of the 4096 positions.
     flops = 6 * (6_442_450_944 + 65_536 * 4096) + 6 * 32 * 4096 * 4096
     assert made.flops_per_token == flops
+
+    # 512 GPUs at 40 % of their peak.
     rate = 512 * 989.4e12 * 0.4 / flops
     assert made.tokens_per_second == pytest.approx(rate)
     assert made.tokens == 286_102 * 2**23
     assert made.days == pytest.approx(286_102 * 2**23 / rate / 86_400)
     assert made.gpu_hours == pytest.approx(24 * 512 * made.days)
+
     assert made.paper_tokens == 2.4e12
     assert made.paper_days == pytest.approx(2.4e12 / rate / 86_400)
+
+    # Weights, and two moments of each, are shared by the eight GPUs of a node, in float32.
     assert made.memory.weights == pytest.approx(4 * 6_996_099_072 / 8)
     assert made.memory.optimizer == 2 * made.memory.weights
     assert made.checkpoint_bytes == 12 * 6_996_099_072
@@ -63,6 +71,7 @@ def test_recipes_shard_inside_a_node_which_is_best_and_fits(
     made = planned(name, gpu=gpu)
     assert made.replicas == made.nodes == made.best_replicas == nodes
     assert made.fits
+
     (own,) = [each for each in made.layouts if each.replicas == nodes]
     assert (own.memory, own.shards) == (made.memory.total, 8)
     assert own.step_seconds < 1.05 * made.compute_seconds
@@ -72,11 +81,15 @@ def test_recipes_shard_inside_a_node_which_is_best_and_fits(
 @pytest.mark.parametrize("name", ["sft_chameleon_7b", "sft_anole_7b"])
 def test_chameleon_is_adapted_on_24_gb_and_drawn_with_there(name: str) -> None:
     made = planned(name, gpu="rtx4090")
+
     assert made.vocabulary == 65_536
     assert made.trained_parameters == 32 * 16 * (16_384 + 8192 + 3 * (4096 + 11_008))
     assert made.fits
+
     assert made.drawing.ids == 1024
-    assert made.drawing.cache == 2 * 1024 * 2 * 32 * 4096 * 2  # both streams, keys and values, bf16
+    # Keys and values of both streams, in bf16.
+    assert made.drawing.cache == 2 * 1024 * 2 * 32 * 4096 * 2
+    # Each step reads all weights, and on average half of the cache.
     read = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 2 * 65_536 * 4096
     seconds = 1024 * (read + made.drawing.cache / 2) / 1008e9
     assert made.drawing.seconds["bf16"] == pytest.approx(seconds)
@@ -91,7 +104,9 @@ def test_all_of_chameleon_is_trained_on_eight_gpus_and_on_no_small_one() -> None
 
 
 def test_slower_links_are_seen() -> None:
-    usual, slow = (planned("pretrain_7b", gpu="h100", across=across) for across in (50.0, 1.0))
+    usual = planned("pretrain_7b", gpu="h100", across=50.0)
+    slow = planned("pretrain_7b", gpu="h100", across=1.0)
+
     assert slow.layouts[0].across_bytes == usual.layouts[0].across_bytes
     assert slow.layouts[0].step_seconds > 2 * usual.layouts[0].step_seconds
     assert planned("pretrain_7b", gpu="h100", inside=1.0).links.inside == 1e9
@@ -101,11 +116,11 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
     found = planned("pretrain_7b_8x80gb").largest_micro_batch
     assert 0 < found["none"] <= found["selective"] < found["full"]
     for choice, size in found.items():
-        checkpointing = f"training.activation_checkpointing={choice}"
-        assert planned("pretrain_7b_8x80gb", checkpointing, f"training.micro_batch={size}").fits
-        assert not planned(
-            "pretrain_7b_8x80gb", checkpointing, f"training.micro_batch={size + 1}"
-        ).fits
+        words = [f"training.activation_checkpointing={choice}"]
+        assert planned("pretrain_7b_8x80gb", *words, f"training.micro_batch={size}").fits
+        assert not planned("pretrain_7b_8x80gb", *words, f"training.micro_batch={size + 1}").fits
+
+    # Where not even one block fits, what that block needs is said.
     one = planned("sft_7b_24gb", "training.lora_rank=0", gpu="rtx4090")
     assert set(one.largest_micro_batch.values()) == {0}
     assert not one.fits
@@ -118,27 +133,20 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
 
 
 def test_checkpoints_hold_the_average_of_the_weights_too() -> None:
-    assert (
-        planned("pretrain_350m", "training.average_decay=0.999").checkpoint_bytes
-        == 16 * 440_401_920
-    )
+    made = planned("pretrain_350m", "training.average_decay=0.999")
+    assert made.checkpoint_bytes == 16 * 440_401_920
 
 
 def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200", "format=json"])
-        == 0
-    )
+    # For programs, then for people, then a plan that does not fit.
+    words = ["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200"]
+    assert main([*words, "format=json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["parameters"] == 6_996_099_072
-    assert (
-        content["memory"]["total"]
-        == planned("pretrain_7b", "launcher.nodes=64", gpu="h200").memory.total
-    )
-    assert (
-        main(["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200", "documents=1000"])
-        == 0
-    )
+    made = planned("pretrain_7b", "launcher.nodes=64", gpu="h200")
+    assert content["memory"]["total"] == made.memory.total
+
+    assert main([*words, "documents=1000"]) == 0
     said = capsys.readouterr().out
     assert "450 GB/s inside a node, 50 GB/s to others" in said
     assert "*       64       8  48.00 GB   6.89 GB" in said
@@ -146,14 +154,13 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
     assert "parameters                6,996,099,072 (6,442,450,944 without embeddings)" in said
     assert "fits: 129.72 GB of 141.00 GB can be used" in said
     assert "1,000 pairs               0.00 GB" in said
+
     assert main(["plan", "experiment=pretrain_7b", "launcher=here", "gpu=l4"]) == 0
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said
     least = planned("pretrain_7b", "launcher=here", gpu="l4").least_memory / 1e9
-    assert (
-        f"one block at a time with full checkpointing takes {least:.2f} GB, of 22.08 GB that can be used"
-        in said
-    )
+    one_block = f"one block at a time with full checkpointing takes {least:.2f} GB"
+    assert f"{one_block}, of 22.08 GB that can be used" in said
 
 
 @pytest.mark.parametrize(
@@ -210,6 +217,7 @@ def test_another_model_cannot_be_planned_for(registries: None) -> None:
         def __init__(self, config: Config, *, vocab_size: int) -> None:
             super().__init__()
 
+    # The planner asks the model what its layers hold, and this one does not tell.
     with pytest.raises(
         UserError, match="model other cannot be planned for: it does not say what its layers hold"
     ):

@@ -1,4 +1,7 @@
-"""Discovery of plugins: the folder, entry points, paths, and failures; a package of somebody else, installed by pip."""
+"""Plugins are found in their folder, by entry points and by path, and their failures are named.
+
+The last section installs a package of somebody else by pip.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,11 @@ def write_plugin(file: Path, name: str) -> Path:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone with the registry and no built-in components, so that discovery has little to import."""
+    """A clone with the registry but no built-in components, so that discovery imports little."""
     clone = tmp_path / "clone"
     (clone / "cm3leon").mkdir(parents=True)
+
+    # What the registry imports, and a registered kind without members.
     for name in (
         "__init__.py",
         "types.py",
@@ -59,6 +64,8 @@ def clone(tmp_path: Path) -> Path:
     (clone / "cm3leon/decoders/__init__.py").write_text("")
     (clone / "cm3leon/decoders/base.py").write_text("class Decoder:\n    pass\n")
     (clone / "experiments.yaml").write_text("")
+
+    # An empty folder of plugins, reached by the name that it has inside the package.
     (clone / "plugins").mkdir()
     (clone / "plugins/__init__.py").write_text("")
     (clone / "cm3leon/plugins").symlink_to("../plugins")
@@ -76,13 +83,14 @@ for name in DECODERS.names():
 def discovered(
     clone: Path, *path: Path, code: str = PRINT_ORIGINS
 ) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, the clone and more folders being on its path."""
+    """Run code in its own process, which has the clone and more folders on its path."""
     folders = [str(folder) for folder in (clone, *path)]
     code = f"""
 import sys
 sys.path[:0] = {folders}
 # An editable installation would lend the modules that the clone lacks.
-sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+finders = sys.meta_path
+sys.meta_path = [each for each in finders if not each.__module__.startswith("__editable__")]
 from cm3leon.registry import DECODERS, discover
 {code}"""
     return subprocess.run(
@@ -98,8 +106,10 @@ def test_file_and_package_given_by_path(tmp_path: Path) -> None:
     write_plugin(package / "sub/__init__.py", "from_subpackage")
     write_plugin(package / "test_it.py", "from_test")
     write_plugin(package / "tests/__init__.py", "from_tests")
+
     for _ in range(2):
         discover([file, str(same_name), package])
+
     assert DECODERS.origin("from_file") == str(file)
     assert DECODERS.origin("from_second_file") == str(same_name)
     assert DECODERS.origin("from_subpackage") == str(package)
@@ -110,9 +120,8 @@ def test_file_and_package_given_by_path(tmp_path: Path) -> None:
 def test_path_that_is_no_plugin(tmp_path: Path, name: str, registries: None) -> None:
     (tmp_path / "empty_folder").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(
-        UserError, match=rf"the plugin .*{name} (does not exist|must be a \.py file or a folder)"
-    ):
+    refusal = rf"the plugin .*{name} (does not exist|must be a \.py file or a folder)"
+    with pytest.raises(UserError, match=refusal):
         discover([tmp_path / name])
 
 
@@ -120,10 +129,11 @@ def test_path_that_is_no_plugin(tmp_path: Path, name: str, registries: None) -> 
 def test_failing_import_names_the_plugin_and_keeps_the_cause(tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     file.write_text("import no_such_module\n")
+
+    # It fails again the second time, instead of counting as loaded.
+    failure = r"plugin .*broken\.py failed to import: ModuleNotFoundError"
     for _ in range(2):
-        with pytest.raises(
-            PluginError, match=r"plugin .*broken\.py failed to import: ModuleNotFoundError"
-        ) as caught:
+        with pytest.raises(PluginError, match=failure) as caught:
             discover([file])
         assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
@@ -132,9 +142,8 @@ def test_failing_import_names_the_plugin_and_keeps_the_cause(tmp_path: Path) -> 
 def test_name_taken_by_another_plugin_names_both(tmp_path: Path) -> None:
     first = write_plugin(tmp_path / "first.py", "taken")
     second = write_plugin(tmp_path / "second.py", "taken")
-    with pytest.raises(
-        PluginError, match=f"the first is from {first}; the second is from {second}"
-    ):
+    clash = f"the first is from {first}; the second is from {second}"
+    with pytest.raises(PluginError, match=clash):
         discover([first, second])
 
 
@@ -143,10 +152,10 @@ def test_plugins_folder(clone: Path) -> None:
     write_plugin(clone / "plugins/mine/metric.py", "reached")
     write_plugin(clone / "plugins/single.py", "single")
     write_plugin(clone / "plugins/test_single.py", "test")
+
     done = discovered(clone)
-    assert done.stdout.splitlines() == ["reached: plugins/mine", "single: plugins/single"], (
-        done.stderr
-    )
+    found = done.stdout.splitlines()
+    assert found == ["reached: plugins/mine", "single: plugins/single"], done.stderr
 
 
 def test_plugins_folder_with_a_folder_that_is_no_package(clone: Path) -> None:
@@ -161,14 +170,14 @@ def test_entry_point(clone: Path, tmp_path: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-dist\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text("[cm3leon.plugins]\nthem = their_package\n")
+
     done = discovered(clone, site)
     assert done.stdout.splitlines() == ["theirs: entry point them (their-dist 1.2)"], done.stderr
 
 
 def test_failing_plugin_shows_its_own_traceback(clone: Path) -> None:
-    write_plugin(clone / "plugins/broken.py", "x").write_text(
-        "def f():\n    return 1 / 0\n\n\nf()\n"
-    )
+    program = "def f():\n    return 1 / 0\n\n\nf()\n"
+    write_plugin(clone / "plugins/broken.py", "x").write_text(program)
     done = discovered(clone)
     assert done.returncode == 1
     assert "return 1 / 0" in done.stderr
@@ -182,7 +191,7 @@ def test_a_plugin_that_would_end_the_process_is_a_failure(clone: Path) -> None:
     assert "PluginError: plugin plugins/quits failed to import: SystemExit: 0" in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ a package by pip
+# --------------------------------------------------------------------------------- a package by pip
 
 PROJECT = """
 [build-system]
@@ -239,14 +248,17 @@ class Greys(Source):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed a package with an entry point, built from its project."""
+    """A folder into which pip has installed a package that has an entry point."""
     project, site = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
+
+    # The project of the package.
     (project / "acme_cm3leon").mkdir()
     (project / "pyproject.toml").write_text(PROJECT)
     (project / "acme_cm3leon/__init__.py").write_text(
         '"""Components of Acme, in the modules beside this one."""\n'
     )
     (project / "acme_cm3leon/source.py").write_text(SOURCE)
+
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
     offline = ["--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, *offline, "--target", site, project], check=True, cwd=project)
@@ -254,7 +266,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Python in another folder, as a task of SLURM starts it: with its variables, and none of the shell's."""
+    """Run Python in another folder with the variables of a SLURM task, and none of the shell's."""
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": os.pathsep.join(map(str, (site, ROOT))),
@@ -276,20 +288,20 @@ main(["--list"])
 print("RESOLVED")
 main(["experiment=digits", "data=acme_greys", "data.count=12", "--show"])
 """
+
+    # It is listed with where it comes from, and an experiment can name it.
     listing, _, experiment = job(site, tmp_path, "-c", code).stdout.partition("RESOLVED\n")
-    assert (
-        "\n  acme_greys  (entry point acme (acme-cm3leon 0.3))\n    Images of one grey each.\n"
-        in listing
-    )
+    entry = "\n  acme_greys  (entry point acme (acme-cm3leon 0.3))\n    Images of one grey each.\n"
+    assert entry in listing
+
+    # The experiment runs in a job that is started from yet another folder.
     resolved, run = tmp_path / "resolved.yaml", tmp_path / "run"
     resolved.write_text(experiment)
     words = (f"experiment={resolved}", f"run={run}", "until=documents")
     done = job(site, Path("/"), "-m", "cm3leon.run", *words)
     assert done.returncode == 0, done.stderr
-    ids = [
-        json.loads(line)["id"]
-        for line in (run / "documents/documents.jsonl").read_text().splitlines()
-    ]
+    lines = (run / "documents/documents.jsonl").read_text().splitlines()
+    ids = [json.loads(line)["id"] for line in lines]
     assert ids == [f"grey-{number}" for number in range(12)]
 
 
@@ -299,9 +311,9 @@ def test_an_installed_package_that_fails_to_import_stops_the_job(
     broken, run = tmp_path / "site", tmp_path / "run"
     shutil.copytree(site, broken)
     (broken / "acme_cm3leon/source.py").write_text("import acme_that_nobody_installed\n")
-    done = job(
-        broken, tmp_path, "-m", "cm3leon.run", "experiment=digits", f"run={run}", "until=documents"
-    )
+
+    words = ("experiment=digits", f"run={run}", "until=documents")
+    done = job(broken, tmp_path, "-m", "cm3leon.run", *words)
     assert done.returncode == 1
     assert f'File "{broken}/acme_cm3leon/source.py", line 1, in <module>' in done.stderr
     cause = "ModuleNotFoundError: No module named 'acme_that_nobody_installed'"

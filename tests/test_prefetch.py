@@ -1,4 +1,4 @@
-"""Batches made ahead: in order, with the state of what was taken, and what went wrong in its place."""
+"""Batches are made ahead and in order; state and errors are those of the batch that is taken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Counting:
-    """Batches 1, 2, 3 ...; `made` says how many there were."""
+    """Batches 1, 2, 3 and so on; `made` is the number of batches so far."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.made = 0
@@ -59,7 +59,8 @@ def test_batches_are_made_ahead_and_the_state_is_that_of_the_one_taken() -> None
             assert source.state == {"made": number - 1}
             assert source.next().parts == [number]
             assert source.state == {"made": number}
-            # The thread goes on without being asked: two wait, and one is on its way.
+
+            # The thread goes on unasked: two batches wait, and one is being made.
             stream.wait_for(min(10, number + AHEAD))
             assert stream.made <= number + AHEAD + 1
     assert stream.made == 10
@@ -95,6 +96,7 @@ def test_it_is_closed_whatever_the_thread_is_at(taken: int) -> None:
     source = Prefetch(stream, WHOLE, count=10**9, device=CPU)
     for _ in range(taken):
         source.next()
+
     stream.wait_for(taken + 1)
     source.close()
     assert "batches" not in threads()
@@ -105,6 +107,7 @@ def test_nothing_is_drawn_while_it_is_idle() -> None:
     stream = Counting()
     with closing(Prefetch(stream, WHOLE, count=100, device=CPU)) as source:
         stream.wait_for(1)
+
         with source.idle():
             made = stream.made
             while not source._made.empty():
@@ -121,13 +124,14 @@ def test_an_error_of_the_data_ends_a_training_with_its_sentence(tmp_path: Any) -
 
     config = TrainingConfig(steps=10, warmup_steps=1, precision="float32")
     where: dict[str, Any] = {"folder": tmp_path, "device": CPU, "seed": 0, "title": "tiny"}
+
     with pytest.raises(UserError, match=r"^data: a document is too long$"):
         train(module, loss, Counting(fails_at=4), config, **where)
     assert "batches" not in threads()
 
 
 def test_a_step_reads_the_one_before_and_nothing_else(tmp_path: Any) -> None:
-    """Of one process, with two modules that are clipped by themselves, and an average of the weights."""
+    """One process trains two modules that are clipped separately, and averages weights."""
     module = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
     reads, collectives, counts = HostReads(), Collectives(), []
 
@@ -141,8 +145,11 @@ def test_a_step_reads_the_one_before_and_nothing_else(tmp_path: Any) -> None:
         steps=12, warmup_steps=1, log_every=6, checkpoint_every=6, average_decay=0.9
     )
     where: dict[str, Any] = {"folder": tmp_path, "device": CPU, "seed": 0, "title": "tiny"}
+
     with reads, collectives:
         train(module, loss, Counting(), config, **where, clipped=list(module))
+
+    # The first step reads nothing; later ones read the figures of the step before, all in one read.
     found = [difference(counts[k + 1]["reads"], counts[k]["reads"]) for k in range(5)]
     assert found == [{}, *[{"tolist": 1}] * 4]
     assert not counts[-1]["collectives"]
