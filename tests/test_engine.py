@@ -1,4 +1,5 @@
-"""The engine: searches, grammars, shares and queues as it says, against brute force and transformers."""
+"""The engine against brute force and transformers: searches, sampling, grammars, shared prefixes,
+queues, drafts, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -47,13 +48,14 @@ pytestmark = pytest.mark.stack
 
 @pytest.fixture(scope="module", autouse=True)
 def short_prefixes() -> Iterator[None]:
-    """The prompts here are short, and what they have in common is a prefix all the same."""
+    """Let short prefixes be shared, too, as the prompts here are short."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(requests_module, "SHORTEST", 1)
         yield
 
 
 def built(name: str, **fields: Any) -> Any:
+    """The decoder of this name with these settings."""
     return DECODERS.build({"name": name, **fields})
 
 
@@ -66,28 +68,29 @@ def request(
     modality: Any = "image",
     **fields: Any,
 ) -> Request:
-    """Samples of one prompt, answered by one segment."""
+    """A request for samples of one prompt, each answered by one segment."""
     new = partial(grammar.image, VOCAB, length)
     if modality == "text":
         new = partial(grammar.text, VOCAB, length, VOCAB.end_of_span)
+
     streams = (np.array(ids), *fields.get("others", ()))
-    of = [{modality: decoder.of(number)} for number in range(samples)]
-    return Request(
-        streams, new, length, of, range(fields.get("seed", 0), fields.get("seed", 0) + samples)
-    )
+    decoders = [{modality: decoder.of(number)} for number in range(samples)]
+    seed = fields.get("seed", 0)
+    return Request(streams, new, length, decoders, range(seed, seed + samples))
 
 
-# ------------------------------------------------------------------------------------------------ search and sampling
+# ----------------------------------------------------------------------------- search and sampling
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_many_beams_find_the_best_of_all_answers(penalty: float) -> None:
-    """As many beams as there are beginnings: every answer of up to three pieces is compared."""
+    """With a beam for each pair of pieces, every answer of up to two tokens is compared."""
     module, ids_T = model(3), np.array([VOCAB.eos, 7, 9])
     pieces = list(range(4, VOCAB.text_size))
     beams = len(pieces) ** 2
-    (((found,),)) = [answers(module, [request(ids_T, built("beam", beams=beams, length_penalty=penalty), length=2,
-                                              modality="text")], vocab=VOCAB)[0]]  # fmt: skip
+    decoder = built("beam", beams=beams, length_penalty=penalty)
+    one = request(ids_T, decoder, length=2, modality="text")
+    ((found,),) = answers(module, [one], vocab=VOCAB)
     allowed = torch.tensor([VOCAB.end_of_span, *pieces])
 
     def log_p(begun: tuple[int, ...]) -> torch.Tensor:
@@ -95,13 +98,14 @@ def test_many_beams_find_the_best_of_all_answers(penalty: float) -> None:
         with torch.inference_mode():
             return module(sequence_T[None])[0, -1, allowed].double().log_softmax(0)
 
+    # Brute force: the score of each answer is its log-probability over its length.
     scores: dict[tuple[int, ...], float] = {}
     first = log_p(())
     scores[(VOCAB.end_of_span,)] = first[0].item()
-    for place, piece in enumerate(pieces):
+    for index, piece in enumerate(pieces):
         second = log_p((piece,))
         for other, token in enumerate(allowed.tolist()):
-            scores[piece, token] = ((first[1 + place] + second[other]) / 2**penalty).item()
+            scores[piece, token] = ((first[1 + index] + second[other]) / 2**penalty).item()
     assert tuple(found) == max(scores, key=lambda tokens: scores[tokens])
 
 
@@ -117,7 +121,7 @@ def test_one_beam_is_greedy() -> None:
 def test_beams_inside_a_grammar_find_the_best_of_each_run_of_tokens(
     seed: int, penalty: float
 ) -> None:
-    """Against every run that the grammar allows: what follows a run goes on from the best one, however long it is."""
+    """Against every run that the grammar allows; each run continues the best one before it."""
     module, ids_T = model(seed), np.array([VOCAB.eos, 7, VOCAB.sentinel(0)])
     gaps = [grammar.Gap("text", 2), grammar.Gap("image", 2), grammar.Gap("text", 1)]
     new = partial(grammar.infilling, VOCAB, gaps)
@@ -125,7 +129,9 @@ def test_beams_inside_a_grammar_find_the_best_of_each_run_of_tokens(
     asked = Request((ids_T,), new, 9, [{"text": beam, "image": beam}], [0])
     ((found,),) = answers(module, [asked], vocab=VOCAB)
 
+    # The grammar by its rules alone, and all runs that it allows with their scores by the model.
     def state(tokens: Sequence[int]) -> grammar.Allowed | None:
+        """What the grammar allows after these tokens; None if they end the answer."""
         running = new()
         allowed = next(running)
         try:
@@ -136,12 +142,15 @@ def test_beams_inside_a_grammar_find_the_best_of_each_run_of_tokens(
         return allowed
 
     def runs(begun: list[int], run: list[int], total: float) -> Iterator[tuple[float, list[int]]]:
-        """All ways in which a run of tokens may go on, with their scores."""
+        """All ways to finish a run of tokens, with their scores."""
         allowed = state(begun)
         assert allowed is not None
         ids = [each for each in range(allowed.low, allowed.high) if each not in allowed.closed]
+
         with torch.inference_mode():
             logits = module(torch.tensor([[*ids_T.tolist(), *begun, *run]]))[0, -1, ids].double()
+
+        # A run ends where the grammar allows something else.
         for token, log_p in zip(ids, logits.log_softmax(0).tolist(), strict=True):
             longer = [*run, token]
             if state([*begun, *longer]) == allowed:
@@ -149,6 +158,7 @@ def test_beams_inside_a_grammar_find_the_best_of_each_run_of_tokens(
             else:
                 yield (total + log_p) / len(longer) ** penalty, longer
 
+    # Run by run, the best one is kept.
     expected: list[int] = []
     while state(expected) is not None:
         expected += max(runs(expected, [], 0.0))[1]
@@ -157,18 +167,20 @@ def test_beams_inside_a_grammar_find_the_best_of_each_run_of_tokens(
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_one_beam_is_greedy_through_all_segments(window: int) -> None:
-    """Texts and images, with drafts too: what a search leaves in the cache is what its tokens leave."""
+    """Texts and images, also with drafts: a search leaves in the cache what its tokens leave."""
     new = partial(grammar.interleaved, VOCAB, first="text", grid=(2, 2), text_length=5, segments=4)
     found = []
     for name, fields in (("greedy", {}), ("beam", {"beams": 1}), ("beam", {"beams": 3})):
         decoder = built(name, **fields)
         mixed = {"text": decoder, "image": built("greedy")}
-        asked = [
-            Request((np.array(ids),), new, 24, [{"text": decoder, "image": decoder}, mixed], [0, 1])
-            for ids in ([VOCAB.eos], [VOCAB.eos, 9, 11, 12])
-        ]
+        asked = []
+        for ids in ([VOCAB.eos], [VOCAB.eos, 9, 11, 12]):
+            decoders = [{"text": decoder, "image": decoder}, mixed]
+            asked.append(Request((np.array(ids),), new, 24, decoders, [0, 1]))
         found.append(answers(model(2), asked, vocab=VOCAB, window=window))
     assert found[0] == found[1]
+
+    # Three beams may find other answers, but only such as the grammar allows.
     for tokens in itertools.chain.from_iterable(found[2]):
         running = new()
         allowed = next(running)
@@ -177,6 +189,7 @@ def test_one_beam_is_greedy_through_all_segments(window: int) -> None:
             assert token not in allowed.closed
             if number < len(tokens):
                 allowed = running.send(token)
+
         with pytest.raises(StopIteration):
             running.send(tokens[-1])
 
@@ -193,6 +206,8 @@ def test_samples_of_a_mixture_have_as_many_beams_as_they_alone_would_have() -> N
     ids = [VOCAB.eos, 9, 12, 20, VOCAB.brk]
     together = request(ids, built("mixture", decoders=parts), samples=8, others=others)
     (found,) = answers(model(2), [together], vocab=VOCAB)
+
+    # The mixture takes its parts in turn, and the inner one its own as well.
     taken = [parts[0], parts[1], parts[2], {"name": "greedy"}] * 2
     taken[7] = {"name": "beam", "beams": 3}
     for number, part in enumerate(taken):
@@ -203,22 +218,19 @@ def test_samples_of_a_mixture_have_as_many_beams_as_they_alone_would_have() -> N
 def test_sampling_has_the_distribution_of_the_model() -> None:
     """Two codes in a row, 4,000 times, against their exact joint probabilities."""
     module, ids_T, count = model(1), np.array([VOCAB.eos, 5, VOCAB.brk]), 4000
-    (drawn,) = answers(
-        module,
-        [request(ids_T, built("top_p", cfg=1, top_p=1), samples=count, length=2)],
-        vocab=VOCAB,
-    )
+    one = request(ids_T, built("top_p", cfg=1, top_p=1), samples=count, length=2)
+    (drawn,) = answers(module, [one], vocab=VOCAB)
+
     codes = list(range(*VOCAB.id_range("image")))
     expected = {}
     with torch.inference_mode():
         first = module(torch.from_numpy(ids_T)[None])[0, -1, codes].double().softmax(0)
-        for one, p in zip(codes, first, strict=True):
-            second = (
-                module(torch.tensor([[*ids_T.tolist(), one]]))[0, -1, codes].double().softmax(0)
-            )
-            expected |= {
-                (one, other): count * float(p * q) for other, q in zip(codes, second, strict=True)
-            }
+        for code, p in zip(codes, first, strict=True):
+            logits = module(torch.tensor([[*ids_T.tolist(), code]]))[0, -1, codes]
+            for other, q in zip(codes, logits.double().softmax(0), strict=True):
+                expected[code, other] = count * float(p * q)
+
+    # Rare pairs are counted together, as the test of their frequencies needs five or more.
     found = Counter(map(tuple, drawn))
     common = [pair for pair, number in expected.items() if number >= 5]
     rest = count - sum(expected[pair] for pair in common)
@@ -237,10 +249,9 @@ def test_transformers_draws_the_same_greedily_and_guides_alike() -> None:
         dict(OPT.to_state(module.state_dict(), module.config)),
         to_opt_config(module.config, module.vocab_size),
     )
-    ids_T, other_T = (
-        np.array([VOCAB.eos, 9, 12, 20, VOCAB.brk]),
-        np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk]),
-    )
+
+    ids_T = np.array([VOCAB.eos, 9, 12, 20, VOCAB.brk])
+    other_T = np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk])
     codes = list(range(*VOCAB.id_range("image")))
     closed = [token for token in range(VOCAB.size) if token not in codes]
     options: dict[str, Any] = {
@@ -249,21 +260,22 @@ def test_transformers_draws_the_same_greedily_and_guides_alike() -> None:
         "suppress_tokens": closed,
         "eos_token_id": None,
     }
+
+    # The library calls the second stream of guidance a negative prompt.
     for weight, fields in (
         (None, {"name": "greedy"}),
         (2.5, {"name": "top_p", "cfg": 2.5, "top_k": 1}),
     ):
-        guidance = {} if weight is None else {
-            "guidance_scale": weight, "negative_prompt_ids": torch.from_numpy(other_T)[None]
-        }  # fmt: skip
+        guidance: dict[str, Any] = {}
+        if weight is not None:
+            negative_1T = torch.from_numpy(other_T)[None]
+            guidance = {"guidance_scale": weight, "negative_prompt_ids": negative_1T}
         with torch.inference_mode():
-            expected = opt.generate(torch.from_numpy(ids_T)[None], **options, **guidance)[
-                0, len(ids_T) :
-            ].tolist()
-        decoder = DECODERS.build(fields)
-        ((found,),) = answers(
-            module, [request(ids_T, decoder, length=8, others=(other_T,))], vocab=VOCAB
-        )
+            output_1T = opt.generate(torch.from_numpy(ids_T)[None], **options, **guidance)
+        expected = output_1T[0, len(ids_T) :].tolist()
+
+        one = request(ids_T, DECODERS.build(fields), length=8, others=(other_T,))
+        ((found,),) = answers(module, [one], vocab=VOCAB)
         assert found == expected
 
 
@@ -283,21 +295,22 @@ class Keeper(Decoder):
 
 def test_three_streams_are_three_separate_passes() -> None:
     module, keeper = model(), Keeper()
-    both, neither, first = (
-        [VOCAB.eos, 8, *rest] for rest in ([9, 30, VOCAB.brk], [5, VOCAB.brk], [9, 44, VOCAB.brk])
-    )
+    both = [VOCAB.eos, 8, 9, 30, VOCAB.brk]
+    neither = [VOCAB.eos, 8, 5, VOCAB.brk]
+    first = [VOCAB.eos, 8, 9, 44, VOCAB.brk]
     one = request(both, keeper, samples=2, length=5, others=(np.array(neither), np.array(first)))
     assert one.shared() == 2
     (drawn,) = answers(module, [one], vocab=VOCAB)
     assert drawn[0] == drawn[1]
+
     codes = list(range(*VOCAB.id_range("image")))
     for stream, ids in enumerate((both, neither, first)):
         expected_TV = alone(module, np.array(ids), np.array(drawn[0]))[:, codes]
+        # In one pass without a cache, each stream alone.
         for step, given_ in enumerate(keeper.given):
             for sample in (0, 1):
-                torch.testing.assert_close(
-                    given_[stream][sample], expected_TV[step], rtol=0, atol=1e-5
-                )
+                found = given_[stream][sample]
+                torch.testing.assert_close(found, expected_TV[step], rtol=0, atol=1e-5)
 
 
 def test_a_short_prefix_is_part_of_the_tails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +319,7 @@ def test_a_short_prefix_is_part_of_the_tails(monkeypatch: pytest.MonkeyPatch) ->
     one = request(streams[0].tolist(), decoder, samples=3, others=streams[1:])
     assert one.shared() == 3
     shared = answers(module, [one], vocab=VOCAB)
+
     monkeypatch.setattr(requests_module, "SHORTEST", 4)
     assert one.shared() == 0
     assert one.tail() == 4 + one.length
@@ -317,18 +331,21 @@ def test_two_conditions_by_the_formula_and_at_its_ends() -> None:
     found = two_conditions(both, first, neither, first=1.5, both=7.5)
     torch.testing.assert_close(found, neither + 1.5 * (first - neither) + 7.5 * (both - first))
     torch.testing.assert_close(two_conditions(both, first, neither, first=1, both=1), both)
-    torch.testing.assert_close(two_conditions(both, neither, neither, first=1.5, both=3),
-                               classifier_free(both, neither, 3))  # fmt: skip
+
+    # If the first condition adds nothing, classifier-free guidance remains.
+    alike = two_conditions(both, neither, neither, first=1.5, both=3)
+    torch.testing.assert_close(alike, classifier_free(both, neither, 3))
 
 
 def test_processors_by_hand() -> None:
     logits_BV = torch.tensor([[3.0, 1.0, 2.0, -1.0], [1.0, 4.0, 4.0, 0.0]])
     assert (keep_top_k(logits_BV, 2) > -torch.inf).int().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0]]
     assert torch.equal(keep_top_k(logits_BV, 0), logits_BV)
-    assert penalize(logits_BV, [[0, 3, 3], []], 2.0).tolist() == [
-        [1.5, 1.0, 2.0, -2.0],
-        [1.0, 4.0, 4.0, 0.0],
-    ]
+
+    # Twice as unlikely: positive logits are halved and negative ones doubled, once a token.
+    penalized = penalize(logits_BV, [[0, 3, 3], []], 2.0).tolist()
+    assert penalized == [[1.5, 1.0, 2.0, -2.0], [1.0, 4.0, 4.0, 0.0]]
+
     forbidden = forbid_repeats(logits_BV, [[1, 2, 0, 1, 2], [0, 0]], 3) == -torch.inf
     assert forbidden.int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
     forbidden = forbid_repeats(logits_BV, [[1, 2], [3]], 1) == -torch.inf
@@ -355,17 +372,14 @@ def test_text_does_not_repeat_itself() -> None:
 
 def test_a_mixture_takes_its_decoders_in_turn() -> None:
     ids, other = [VOCAB.eos, 9, VOCAB.brk], (np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk]),)
-    (mixed,) = answers(
-        model(), [request(ids, built("mixture"), samples=4, others=other)], vocab=VOCAB
-    )
+    one = request(ids, built("mixture"), samples=4, others=other)
+    (mixed,) = answers(model(), [one], vocab=VOCAB)
     for number, name in enumerate(("top_p", "cd_k", "top_p", "cd_k")):
-        ((one,),) = answers(
-            model(), [request(ids, built(name), seed=number, others=other)], vocab=VOCAB
-        )
-        assert one == mixed[number]
+        single = request(ids, built(name), seed=number, others=other)
+        assert answers(model(), [single], vocab=VOCAB) == [[mixed[number]]]
 
 
-# ------------------------------------------------------------------------------------------------ grammars
+# ---------------------------------------------------------------------------------------- grammars
 
 
 def spoken(new: grammar.NewGrammar, rng: np.random.Generator) -> list[int]:
@@ -373,9 +387,7 @@ def spoken(new: grammar.NewGrammar, rng: np.random.Generator) -> list[int]:
     running, tokens = new(), []
     allowed = next(running)
     while True:
-        choices = [
-            token for token in range(allowed.low, allowed.high) if token not in allowed.closed
-        ]
+        choices = [each for each in range(allowed.low, allowed.high) if each not in allowed.closed]
         assert choices
         tokens.append(int(rng.choice(choices)))
         try:
@@ -406,53 +418,63 @@ def test_interleaved_answers_are_documents(
     tokens = spoken(new, np.random.default_rng(seed))
     assert tokens[-1] == VOCAB.eos
     assert tokens.count(VOCAB.eos) == 1
-    runs = "".join(
-        "i" if VOCAB.image_start <= token < VOCAB.sentinel_start else "|" if token < 4 else "t"
-        for token in tokens
-    ).split("|")[:-1]
+
+    # The tokens as letters, "i" of an image and "t" of a text, and "|" between their runs.
+    letters = ""
+    for token in tokens:
+        if VOCAB.image_start <= token < VOCAB.sentinel_start:
+            letters += "i"
+        elif token < 4:
+            letters += "|"
+        else:
+            letters += "t"
+    runs = letters.split("|")[:-1]
     assert 1 <= len(runs) <= segments
     for number, run in enumerate(runs):
         is_image = (first == "image") == (number % 2 == 0)
         assert run == "i" * codes if is_image else set(run) <= {"t"} and len(run) <= text
+
     assert len(tokens) <= segments * (max(codes, text) + 1)
     shown = list(grammar.segments_of(tokens, VOCAB))
     assert [len(ids) for _, ids in shown] == [len(run) for run in runs if run]
 
 
 def test_any_spans_are_asked_for_and_filled() -> None:
-    """By the engine: two rows of a box and a word; what stands around them stays."""
+    """By the engine: two rows of a box and a word; everything around them stays."""
     codes = VOCAB.image_ids(np.arange(16))
-    query = TokenDocument(
-        "q", (TokenSegment("text", np.array([10, 11, 12, 13])), TokenSegment("image", codes))
-    )
+    text = TokenSegment("text", np.array([10, 11, 12, 13]))
+    query = TokenDocument("q", (text, TokenSegment("image", codes)))
     spans = [
         AskedSpan(0, 1, 3),
         *box_spans((1, 1, 3, 3), segment=1, grid=(4, 4), width=4, height=4, layout=PAPER),
     ]
     assert spans[1:] == [AskedSpan(1, 5, 7), AskedSpan(1, 9, 11)]
+
     ids_T = spans_prompt(query, spans, (), VOCAB)
-    assert ids_T.tolist() == [
-        VOCAB.eos, 10, VOCAB.sentinel(0), 13, VOCAB.brk, *codes[:5], VOCAB.sentinel(1), *codes[7:9], VOCAB.sentinel(2),
-        *codes[11:], VOCAB.eos, VOCAB.sentinel(0),
-    ]  # fmt: skip
+    masked_text = [10, VOCAB.sentinel(0), 13, VOCAB.brk]
+    masked_image = [*codes[:5], VOCAB.sentinel(1), *codes[7:9], VOCAB.sentinel(2), *codes[11:]]
+    expected = [VOCAB.eos, *masked_text, *masked_image, VOCAB.eos, VOCAB.sentinel(0)]
+    assert ids_T.tolist() == expected
+
     gaps = [grammar.Gap("text", 4), grammar.Gap("image", 2), grammar.Gap("image", 2)]
     decoders = [{"text": built("top_p", cfg=1), "image": built("top_p", cfg=1)}]
     asked = Request((ids_T,), partial(grammar.infilling, VOCAB, gaps), 14, decoders, [3])
     ((tokens,),) = answers(model(), [asked], vocab=VOCAB)
-    assert [token for token in tokens if token >= VOCAB.sentinel_start] == [
-        VOCAB.sentinel(1),
-        VOCAB.sentinel(2),
-    ]
+    sentinels = [token for token in tokens if token >= VOCAB.sentinel_start]
+    assert sentinels == [VOCAB.sentinel(1), VOCAB.sentinel(2)]
     assert tokens.count(VOCAB.end_of_span) == 2
+
     completed = fill(query, spans, tokens, VOCAB)
     text_T, image_T = (segment.ids_T for segment in completed.segments)
     assert (text_T[0], text_T[-1]) == (10, 13)
     outside = np.delete(np.arange(16), [5, 6, 9, 10])
     assert np.array_equal(image_T[outside], codes[outside])
     assert VOCAB.is_image(image_T).all()
-    assert box_spans((0, 1, 4, 3), segment=1, grid=(4, 4), width=4, height=4, layout=PAPER) == [
-        AskedSpan(1, 4, 12)
-    ]
+
+    # Whole rows of codes are one span.
+    whole_rows = box_spans((0, 1, 4, 3), segment=1, grid=(4, 4), width=4, height=4, layout=PAPER)
+    assert whole_rows == [AskedSpan(1, 4, 12)]
+
     for wrong in ([], [AskedSpan(0, 2, 2)], [AskedSpan(1, 3, 5), AskedSpan(1, 4, 6)]):
         with pytest.raises(UserError, match="spans"):
             spans_prompt(query, wrong, (), VOCAB)
@@ -475,7 +497,7 @@ class Guided(Keeper):
 
 
 class Recorded(Decoder):
-    """Another decoder, and all that it has made."""
+    """Passes on to another decoder, and keeps all that it returned."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -504,6 +526,7 @@ WORDS = [AskedSpan(0, 1, 3)], [grammar.Gap("text", 6)]
 def infilling_request(
     asked: tuple[list[AskedSpan], list[grammar.Gap]], decoder: Any, seeds: Sequence[int]
 ) -> Request:
+    """Samples of the spans of `FILLED`, with a stream that lacks what guides them."""
     spans, gaps = asked
     streams = (
         spans_prompt(FILLED, spans, (), VOCAB),
@@ -528,14 +551,15 @@ def test_batched_guidance_of_infilling_is_two_passes_combined_by_the_formula(ask
     # The grammar's own tokens are not drawn: the decoder is asked for the others, in their order.
     steps, running = iter(decoder.given), request_.grammar()
     allowed, drawn = next(running), []
-    for place, token in enumerate(tokens):
+    for position, token in enumerate(tokens):
         if allowed.forced is None:
             ids = [each for each in range(allowed.low, allowed.high) if each not in allowed.closed]
             for kept, expected_TV in zip(next(steps), (given_TV, masked_TV), strict=True):
-                torch.testing.assert_close(kept[0], expected_TV[place, ids], rtol=0, atol=1e-5)
-            drawn.append(ids[int(guided_TV[place, ids].argmax())] == token)
+                torch.testing.assert_close(kept[0], expected_TV[position, ids], rtol=0, atol=1e-5)
+            drawn.append(ids[int(guided_TV[position, ids].argmax())] == token)
         with contextlib.suppress(StopIteration):
             allowed = running.send(token)
+
     assert drawn
     assert all(drawn)
     assert next(steps, None) is None
@@ -548,7 +572,7 @@ def test_infilling_guided_by_a_weight_of_one_is_unguided_bit_for_bit(asked: Any)
     bare = replace(one, streams=one.streams[:1])
     assert answers(module, [one], vocab=VOCAB) == answers(module, [bare], vocab=VOCAB)
 
-    # Not the answers alone: what they are drawn from has the same bits.
+    # Beyond the answers, the logits that they are drawn from have the same bits.
     kept = []
     for request_ in (one, bare):
         recorded = Recorded(built("top_p", cfg=1.0, top_p=1.0))
@@ -580,9 +604,10 @@ def test_infilling_guided_by_a_weight_of_one_is_unguided_bit_for_bit(asked: Any)
 def test_a_box_is_in_the_pixels_of_the_image_that_is_given(
     box: tuple[int, int, int, int], width: int, height: int, codes: list[int] | None
 ) -> None:
-    """Against the square that the tokenizer sees, pixel by pixel: a code is asked for if the box touches it."""
+    """Against the tokenizer's square, in exact fractions: a code that the box touches is asked."""
     spans = box_spans(box, segment=1, grid=(4, 4), width=width, height=height, layout=PAPER)
     found = [code for span in spans for code in range(span.start, span.end)]
+
     side = Fraction(min(width, height))
     margins = (width - side) / 2, (height - side) / 2
     expected = []
@@ -597,17 +622,16 @@ def test_a_box_is_in_the_pixels_of_the_image_that_is_given(
 
 @pytest.mark.parametrize("box", [(0, 0, 8, 8), (30, 0, 40, 8), (36, 0, 37, 8), (4, 0, 36, 33)])
 def test_a_box_outside_of_what_the_model_sees_is_a_sentence(box: Any) -> None:
-    with pytest.raises(
-        UserError, match=r"an image of 40 x 32 pixels, in the square \(4, 0, 36, 32\)"
-    ):
+    sentence = r"an image of 40 x 32 pixels, in the square \(4, 0, 36, 32\)"
+    with pytest.raises(UserError, match=sentence):
         box_spans(box, segment=1, grid=(4, 4), width=40, height=32, layout=PAPER)
 
 
-# ------------------------------------------------------------------------------------------------ sharing and queueing
+# ---------------------------------------------------------------------------- sharing and queueing
 
 
 def test_samples_of_a_prompt_are_those_of_the_prompt_alone() -> None:
-    """Shared prefix and stream tails, several groups: the same as each sample by itself."""
+    """A shared prefix, tails of two streams, several groups: each sample is as by itself."""
     document = list(range(6, 26))
     ids = [VOCAB.eos, *document, VOCAB.brk, 30, 31, VOCAB.brk]
     other = (np.array([VOCAB.eos, *document, VOCAB.brk, VOCAB.sentinel(0), VOCAB.brk]),)
@@ -617,13 +641,12 @@ def test_samples_of_a_prompt_are_those_of_the_prompt_alone() -> None:
     (together,) = answers(model(), [one], vocab=VOCAB)
     assert shape_for(model(), [one]).groups == 3
     for seed, tokens in enumerate(together):
-        ((single,),) = answers(
-            model(), [request(ids, decoder, seed=seed, others=other)], vocab=VOCAB
-        )
-        assert single == tokens
+        single = request(ids, decoder, seed=seed, others=other)
+        assert answers(model(), [single], vocab=VOCAB) == [[tokens]]
 
 
 def run_all(engine: Engine, requests: Sequence[Request]) -> dict[int, list[int]]:
+    """Answer requests by an engine; returns the tokens by ticket."""
     for each in requests:
         engine.submit(each)
     return {answer.ticket: answer.tokens for answer in engine.run()}
@@ -635,9 +658,13 @@ def test_waiting_requests_enter_as_others_leave() -> None:
         request_for(one, built("top_p", cfg=2), vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN)
         for row, one in enumerate(asked)
     ]
+
     wide = shape_for(module, requests)
     expected = run_all(Engine(module, VOCAB, wide), requests)
+
     narrow = Engine(module, VOCAB, Shape(2, wide.width, wide.prefix, wide.tail))
+
+    # Two groups at a time: the others wait until one of them has left.
     tickets = [narrow.submit(each) for each in requests]
     found: dict[int, list[int]] = {}
     most = 0
@@ -645,11 +672,12 @@ def test_waiting_requests_enter_as_others_leave() -> None:
         for answer in narrow.step():
             found[answer.ticket] = answer.tokens
         most = max(most, len(narrow._groups))
+
     assert most == 2
     assert found == {ticket: expected[ticket] for ticket in tickets}
 
 
-# ------------------------------------------------------------------------------------------------ drafts, ways to step
+# ------------------------------------------------------------------------- drafts and ways to step
 
 
 @given(
@@ -659,7 +687,7 @@ def test_waiting_requests_enter_as_others_leave() -> None:
 )
 @settings(max_examples=15, deadline=None)
 def test_drafts_change_no_answer(window: int, seed: int, name: str) -> None:
-    """Images and texts, of different lengths, side by side, more of them than have room."""
+    """Images and texts of different lengths side by side, more of them than the engine holds."""
     module, asked = model(seed), prompts(4)
     requests = [
         request_for(one, built(name), vocab=VOCAB, seeds=[seed + row, row], seq_len=SEQ_LEN - 9)
@@ -680,7 +708,7 @@ def test_drafts_change_no_answer_of_several_segments() -> None:
 
 @pytest.mark.parametrize(("window", "steps"), [(1, 20), (4, 6), (19, 2)])
 def test_right_drafts_save_steps(window: int, steps: int) -> None:
-    """Drafts are right where noise alone decides; the first step has none yet."""
+    """Drafts are right where the noise alone decides; the first step has none yet."""
     module = model()
     torch.nn.init.zeros_(module.head.weight)
     one = request([VOCAB.eos, 3], built("top_p", cfg=1), length=20)
@@ -691,7 +719,7 @@ def test_right_drafts_save_steps(window: int, steps: int) -> None:
 
 
 def test_what_is_recorded_does_the_same_without_its_python() -> None:
-    """As a CUDA graph would: the operations of one step of each shape, repeated on the same tensors."""
+    """As a CUDA graph does it: a step's operations are repeated on the same tensors."""
     shapes = 0
 
     def recorder(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -710,6 +738,8 @@ def test_what_is_recorded_does_the_same_without_its_python() -> None:
         engine = Engine(module, VOCAB, shape, window=window, execution="graph", recorder=recorder)
         eager = Engine(module, VOCAB, shape, window=window)
         assert run_all(engine, requests) == run_all(eager, requests)
+
+    # The few shapes of steps are recorded once each.
     assert 2 <= shapes < engine.steps / 2
 
 
@@ -721,8 +751,10 @@ def test_graphs_need_cuda() -> None:
 def test_an_engine_that_took_time_to_make_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)
     module = model()
-    small, longer = (request([1, 2, *ids], built("top_p"), samples=2) for ids in ([3], range(3, 9)))
+    small = request([1, 2, 3], built("top_p"), samples=2)
+    longer = request([1, 2, *range(3, 9)], built("top_p"), samples=2)
     wide = request([1, 2], built("top_p"), samples=3)
+
     keeper = Answerer(module, VOCAB, execution="compiled")
     engines = []
     for one in (small, longer, wide, wide):
@@ -746,7 +778,7 @@ def test_an_interrupted_answer_leaves_a_kept_engine_free(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("most", [1, 4, 9])
 def test_memory_that_runs_out_costs_time_alone(most: int) -> None:
-    """A model that has room for so many rows a pass, whatever was thought before."""
+    """A model that has room for so many rows a pass, whatever was planned."""
     module, steps = model(), []
     requests = [
         request([1, 2, 3 + n], built("top_p", cfg=1), samples=5, length=3 + n, seed=9 * n)
@@ -754,11 +786,17 @@ def test_memory_that_runs_out_costs_time_alone(most: int) -> None:
     ]
 
     def limited(module: Any, args: tuple[Tensor]) -> None:
-        if len(args[0]) > most and steps.append(len(args[0])) is None and len(steps) % 3 == 0:
+        rows = len(args[0])
+        if rows <= most:
+            return
+        # Only every third of such passes fails, so that it is also found out in the middle.
+        steps.append(rows)
+        if len(steps) % 3 == 0:
             raise torch.OutOfMemoryError
 
     expected = answers(module, requests, vocab=VOCAB)
     module.register_forward_pre_hook(limited)
+
     seen: list[tuple[int, int]] = []
     found = answers(
         module,
@@ -797,13 +835,15 @@ def test_keys_and_values_stay_within_the_memory_given(
         request(range(4, 4 + prefix), built("top_p", cfg=1), samples=samples, length=length)
         for _ in range(groups)
     ]
-    one = module.cache_bytes(
-        groups=1, width=1, prefix=requests[0].shared(), tail=requests[0].tail()
-    )
+    first = requests[0]
+    one = module.cache_bytes(groups=1, width=1, prefix=first.shared(), tail=first.tail())
+
+    # Where not even one sample fits, the request is refused.
     if one > memory:
         with pytest.raises(UserError, match="GB are free"):
             shape_for(module, requests, memory=memory)
         return
+
     shape = shape_for(module, requests, memory=memory)
     engine = Engine(module, VOCAB, shape)
     assert engine._cache.nbytes() <= memory
@@ -835,9 +875,8 @@ def test_compiled_steps_are_those_from_python() -> None:
         request_for(one, decoder, vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN)
         for row, one in enumerate(asked)
     ]
-    assert answers(module, requests, vocab=VOCAB, execution="compiled") == answers(
-        module, requests, vocab=VOCAB
-    )
+    plain = answers(module, requests, vocab=VOCAB)
+    assert answers(module, requests, vocab=VOCAB, execution="compiled") == plain
 
 
 def test_a_cancelled_request_makes_room_at_once() -> None:
@@ -846,9 +885,11 @@ def test_a_cancelled_request_makes_room_at_once() -> None:
     slow, fast = request([1, 2, 3], decoder, length=20), request([1, 2, 4], decoder, length=3)
     engine = Engine(module, VOCAB, Shape(1, 1, 8, 24))
     first, second, third = engine.submit(slow), engine.submit(fast), engine.submit(fast)
+
     engine.step()
     engine.cancel(first)
     engine.cancel(third)
+
     found = list(engine.run())
     ((alone_,),) = answers(module, [fast], vocab=VOCAB)
     assert found == [FinishedSample(second, 0, alone_)]
@@ -858,14 +899,15 @@ def test_a_cancelled_request_makes_room_at_once() -> None:
 def test_requests_without_room_are_refused_in_a_sentence() -> None:
     module = model()
     engine = Engine(module, VOCAB, Shape(1, 1, 4, 8))
-    with pytest.raises(
-        UserError,
-        match="a request of 2 rows, 1 shared tokens and 7 tokens of each row does not fit",
-    ):
+    sentence = "a request of 2 rows, 1 shared tokens and 7 tokens of each row does not fit"
+    with pytest.raises(UserError, match=sentence):
         engine.submit(request([1, 5, 6], built("cd_k"), others=(np.array([1, 7, 8]),)))
+
+    # By the memory that is given, a request is refused, or fewer groups and samples run at a time.
     long = request(range(1, 60), built("greedy"), length=5)
     with pytest.raises(UserError, match=r"one sample of 63 tokens in 1 rows takes .* GB are free"):
         shape_for(module, [long], memory=1000)
+
     group = module.cache_bytes(groups=1, width=4, prefix=58, tail=5)
     many = [request(range(1, 60), built("greedy"), samples=4, length=5, seed=n) for n in range(9)]
     assert shape_for(module, many, memory=3 * group + 10).groups == 3
@@ -874,7 +916,7 @@ def test_requests_without_room_are_refused_in_a_sentence() -> None:
     assert shape_for(module, many).groups == 9
 
 
-# ------------------------------------------------------------------------------------------------ scores
+# ------------------------------------------------------------------------------------------ scores
 
 
 def test_log_likelihoods_are_sums_of_log_probabilities() -> None:
@@ -886,10 +928,10 @@ def test_log_likelihoods_are_sums_of_log_probabilities() -> None:
         expected = 0.0
         if len(answer_T):
             log_p_TV = alone(module, ids_T, answer_T).double().log_softmax(-1)
-            expected = (
-                log_p_TV[torch.arange(len(answer_T)), torch.from_numpy(answer_T)].sum().item()
-            )
+            columns = torch.from_numpy(answer_T)
+            expected = log_p_TV[torch.arange(len(answer_T)), columns].sum().item()
         assert value == pytest.approx(expected, abs=1e-4)
+
     assert log_likelihoods(module, [], []) == []
     with pytest.raises(UserError, match="take 70 tokens, the model has 64 positions"):
         log_likelihoods(module, [np.ones(60, np.int64)], [np.ones(10, np.int64)])
