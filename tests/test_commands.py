@@ -1,4 +1,4 @@
-"""Every command that a page, a message or a document prints can be given as it is printed."""
+"""Every command that a page, a message or a document prints can be typed as it is printed."""
 
 from __future__ import annotations
 
@@ -17,49 +17,56 @@ from cm3leon.types import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+CODE_FILES = [
+    file
+    for folder in ("cm3leon", "evaluation", "plugins")
+    for pattern in ("*.py", "*.yaml", "*.md")
+    for file in sorted((ROOT / folder).rglob(pattern))
+]
 PRINTED = (
     *PAGES,
     *sorted((ROOT / "docs" / "tutorials").glob("*.py")),
     ROOT / "Makefile",
     ROOT / "experiments.yaml",
     *sorted((ROOT / "experiments").rglob("*.yaml")),
-    *(
-        file
-        for folder in ("cm3leon", "evaluation", "plugins")
-        for pattern in ("*.py", "*.yaml", "*.md")
-        for file in sorted((ROOT / folder).rglob(pattern))
-    ),
+    *CODE_FILES,
 )
 CALL = "-m cm3leon.run"
 ASKED = rf"(?:{'|'.join((*COMMANDS, *run.FLAGS))})(?: |$)|experiment="
 SCRIPT = re.compile(rf"(?<![\w./=-])(?<!from )cm3leon(?= (?:{ASKED}))")
-"""The installed command in front of what it is asked, as pages write it."""
-CODE = ("f'", 'f"', '"""')
-"""What the lines begin with in which Python makes a command; those are tried where they are printed."""
+"""The installed command and behind it one of its words, as pages write it."""
+PYTHON = ("f'", 'f"', '"""')
+"""A line of Python that makes a command begins with one of these; such a command is tested where it
+is printed."""
 
 
 def printed_commands() -> Iterator[tuple[str, str]]:
-    """File and words of each command, as it stands in a block of a page, in a sentence, or in a comment."""
+    """Where each command stands, and its words.
+
+    A command may stand in a block of a page, in a sentence, or in a comment.
+    """
     for file in PRINTED:
         text = re.sub(r"\\\n\s*#?\s*", " ", file.read_text())
         if file.suffix == ".md":
             text = SCRIPT.sub(f"python {CALL}", text)
         for number, line in enumerate(text.splitlines(), 1):
-            if CALL not in line or any(line.strip().startswith(each) for each in CODE):
+            if CALL not in line or line.strip().startswith(PYTHON):
                 continue
             if line.startswith("$ "):
-                continue  # with its answer below it, see the test of these
+                continue  # its output stands below it, see the test of printed answers
+
+            # A command for sbatch stands in its --wrap, others between backticks or alone on the
+            # line.
             wrapped = re.search(rf'--wrap "[^"]*{CALL}([^"]*)"', line)
             sentence = re.findall(rf"`[^`]*{CALL}([^`]*)`", line)
             if wrapped:
                 sentence = [f"{wrapped[1]} part=0/256"]
+
             for words in sentence or [line.partition(CALL)[2]]:
                 if not words.strip():
                     continue  # a mention of the program, without a command
-                yield (
-                    f"{file.relative_to(ROOT)}-{number}",
-                    words.replace("$stage", "tokens").strip(),
-                )
+                where = f"{file.relative_to(ROOT)}-{number}"
+                yield where, words.replace("$stage", "tokens").strip()
 
 
 PRINTED_COMMANDS = dict(printed_commands())
@@ -68,8 +75,11 @@ EXPLAINED = ("[command]", "experiment=NAME [key=value ...]", "| --help", "count 
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a command, without what is behind it (a comment, a pipe, a file for what it prints), or the
-    shell's quotes around it."""
+    """The words of a command.
+
+    What stands behind it is cut off: a comment, a pipe, a file for its output. The shell's quotes
+    around its words go as well.
+    """
     text = re.split(r"\s+#|\s+[|>] |\s{4,}|, or ", text)[0]
     return shlex.split(text.removesuffix("."))
 
@@ -80,14 +90,17 @@ def test_commands_are_found() -> None:
 
 
 def _checks_settings(experiment: object, folder: Path, *, found: list[str], **_: object) -> None:
-    """What is wrong with the settings, whatever other runs there are."""
+    """Refuse wrong settings, as the real check does, but without a look at other runs."""
     refuse(found)
 
 
 @pytest.fixture
 def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Commands come to where they would begin to work, and say so; files that they name are there."""
-    came_to: list[str] = []
+    """Stop each command where it would begin to work; returns the places that were reached.
+
+    Files that the commands name are there.
+    """
+    reached: list[str] = []
     for target in (
         "cm3leon.stages.running.run_experiment",
         "cm3leon.stages.running.run_stage_part",
@@ -96,25 +109,29 @@ def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
         "cm3leon.studies.run.launch_study",
         "cm3leon.commands.sample.show",
     ):
-        monkeypatch.setattr(target, lambda *_, target=target, **__: came_to.append(target))
+        monkeypatch.setattr(target, lambda *_, target=target, **__: reached.append(target))
+
     monkeypatch.setattr("cm3leon.commands.run._record", lambda folder: None)
-    # The runs and files that a command names are not there; its settings alone are looked at.
+
+    # The runs and files that a command names do not exist, so only its settings are checked.
     monkeypatch.setattr("cm3leon.stages.running.check_before_stages", _checks_settings)
     monkeypatch.setattr("cm3leon.data.formats.told_source", lambda path: ("folder", []))
+
     planned = plan.plan
-    monkeypatch.setattr(plan, "plan", lambda *given: came_to.append("plan") or planned(*given))
+    monkeypatch.setattr(plan, "plan", lambda *given: reached.append("plan") or planned(*given))
     for name in set(COMMANDS) - {"run", "part", "show", "plan"}:
         main = f"cm3leon.commands.{name}.main"
-        monkeypatch.setattr(main, lambda options, main=main: came_to.append(main))
+        monkeypatch.setattr(main, lambda options, main=main: reached.append(main))
     monkeypatch.chdir(tmp_path)
-    example = re.search(
-        r"```python\n(from dataclasses .*?)```", (ROOT / "docs/plugins.md").read_text(), re.S
-    )
+
+    # The plugin that docs/plugins.md shows, and the project's own files, under the printed names.
+    page = (ROOT / "docs/plugins.md").read_text()
+    example = re.search(r"```python\n(from dataclasses .*?)```", page, re.S)
     assert example
     (tmp_path / "sharp.py").write_text(example[1])
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "plugins").symlink_to(ROOT / "plugins")
-    return came_to
+    return reached
 
 
 def test_an_answer_that_is_printed_is_the_one_that_comes() -> None:
@@ -124,6 +141,7 @@ def test_an_answer_that_is_printed_is_the_one_that_comes() -> None:
         for line, answer in itertools.pairwise(lines):
             if line.startswith("$ ") and CALL in line:
                 sessions.append((line.partition(CALL)[2], answer))
+
     assert sessions
     for words, answer in sessions:
         said = cm3leon(*shlex.split(words), check=False)
@@ -140,6 +158,7 @@ def test_a_printed_command_is_understood(
     text = PRINTED_COMMANDS[where]
     if any(each in text for each in EXPLAINED):
         pytest.skip("a legend")
+
     words = words_of(text)
     assert run.main(words) == 0, (words, capsys.readouterr().err)
     assert stops_before_work or words[-1].startswith("--") or "--list" in words

@@ -1,5 +1,7 @@
-"""Emu3 into a run folder: its layout, decoder and image tokenizer are those of transformers; and
-Emu3.5's layout."""
+"""Emu3 as a run: its layout, model and image tokenizer are those of transformers.
+
+Of Emu3.5 only the layout is checked, as its decoder cannot be imported.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,11 @@ SIDE = 32
 
 
 def published_tokenizer() -> dict[str, Any]:
-    """tokenizer.json with Emu3's order of ids: text, the tokens of its base, reserved ones, those
-    of images, codes."""
+    """The content of tokenizer.json, with Emu3's order of ids.
+
+    First text, then the tokens of its base, reserved ones, those of images, and the codes.
+    """
+    # Text: BPE over bytes, with each digit a piece of its own.
     learner = Tokenizer(models.BPE())
     pattern = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,6 +68,7 @@ def published_tokenizer() -> dict[str, Any]:
         show_progress=False,
     )
     learner.train_from_iterator(TEXTS, trainer)
+
     content = json.loads(learner.to_str())
     special = [
         *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"),
@@ -70,6 +76,8 @@ def published_tokenizer() -> dict[str, Any]:
         *("<|image token|>", "<|image start|>", "<|image end|>"),
         *(f"<|visual token {code:06d}|>" for code in range(CODES)),
     ]
+
+    # The special tokens follow the text in this order.
     vocabulary = content["model"]["vocab"]
     first = len(vocabulary)
     vocabulary |= {name: first + number for number, name in enumerate(special)}
@@ -81,8 +89,8 @@ def published_tokenizer() -> dict[str, Any]:
     return content
 
 
-def publish(place: Path) -> Path:
-    """A folder in parts, as the library writes an Emu3."""
+def publish(parent: Path) -> Path:
+    """Write a folder in parts, as the library writes an Emu3."""
     tokenizer = published_tokenizer()
     vocabulary = tokenizer["model"]["vocab"]
     torch.manual_seed(0)
@@ -103,18 +111,23 @@ def publish(place: Path) -> Path:
             "eos_token_id": vocabulary["<|extra_204|>"],
         },
     )
+
     model = transformers.Emu3ForConditionalGeneration(config)
+
+    # Otherwise these statistics would be zero, and a mistake with them would not show.
     with torch.no_grad():
         for name, buffer in model.model.vqmodel.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(std=0.1)
-    folder = place / "emu3"
+
+    folder = parent / "emu3"
     model.save_pretrained(folder, max_shard_size="300KB")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 
 def imported(hf: Path, out: Path) -> Path:
+    """Import a published folder into a run."""
     words = ["import", "from=emu3", f"hf={hf}", f"image_size={SIDE}", f"out={out}"]
     assert main(words) == 0
     return out
@@ -122,18 +135,20 @@ def imported(hf: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("emu3")
-    return imported(publish(place), place / "run")
+    parent = tmp_path_factory.mktemp("emu3")
+    return imported(publish(parent), parent / "run")
 
 
 @pytest.fixture(scope="module")
 def theirs(run: Path) -> Any:
+    """The model as the library opens it."""
     folder = run.parent / "emu3"
     return transformers.Emu3ForConditionalGeneration.from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="module")
 def processor(run: Path) -> Any:
+    """The library's processor of texts and images."""
     # Before version 5, Emu3Processor insisted on the class of GPT-2's tokenizers.
     kind = transformers.GPT2TokenizerFast if OLD else transformers.PreTrainedTokenizerFast
     tokenizer = kind(
@@ -149,6 +164,8 @@ def processor(run: Path) -> Any:
             "eof_token": "<|extra_201|>",
         },
     )
+
+    # Pixels go from -1 to 1 and are not resized, as in the project.
     half = [0.5, 0.5, 0.5]
     images = transformers.Emu3ImageProcessor(do_resize=False, image_mean=half, image_std=half)
     return transformers.Emu3Processor(images, tokenizer)
@@ -159,9 +176,10 @@ def old_ids(run: Path) -> np.ndarray:
 
 
 def allowed_tokens(names: dict[str, int], rows: int, columns: int) -> Callable[..., list[int]]:
-    """What may come next in an image of that size, as the library's documentation of Emu3 allows
-    it."""
+    """What may come next in an image of this size, by the library's documentation of Emu3."""
     codes = [id_ for name, id_ in names.items() if name.startswith("<|visual token")]
+
+    # An image's rows of codes are followed by these three.
     behind = {
         (columns + 1) * rows + 1: names["<|extra_201|>"],
         (columns + 1) * rows + 2: names["<|image end|>"],
@@ -175,7 +193,9 @@ def allowed_tokens(names: dict[str, int], rows: int, columns: int) -> Callable[.
             return [behind[offset]]
         if offset > (columns + 1) * rows + 3:
             return [names["<|endoftext|>"]]
-        return [names["<|extra_200|>"]] if offset % (columns + 1) == 0 else codes
+        if offset % (columns + 1) == 0:
+            return [names["<|extra_200|>"]]
+        return codes
 
     return allowed
 
@@ -184,6 +204,7 @@ def allowed_tokens(names: dict[str, int], rows: int, columns: int) -> Callable[.
 def test_logits_are_those_of_transformers(run: Path, theirs: Any) -> None:
     model, old = load_model(run), torch.from_numpy(old_ids(run))
     ids_BT = torch.randint(len(old), (2, 30), generator=torch.Generator().manual_seed(1))
+
     expected_BTV = theirs(input_ids=old[ids_BT]).logits[..., old]
     found_BTV = model(ids_BT)[..., : len(old)]
     torch.testing.assert_close(found_BTV, expected_BTV, atol=2e-5, rtol=1e-5)
@@ -225,18 +246,19 @@ def test_greedy_codes_are_those_of_the_library_s_generate(
             prefix_allowed_tokens_fn=allowed_tokens(names, rows, columns),
             do_sample=False,
         )[:, inputs["input_ids"].shape[1] :]
+
         rows_RC = answer_1T[0, :-3].reshape(rows, columns + 1)
         assert (rows_RC[:, -1] == names["<|extra_200|>"]).all()
         assert (rows_RC[:, :-1].flatten() - first).tolist() == drawn.codes_N.tolist()
 
-        # And what is trained on is what it would have written, to the last token.
+        # Training teaches what the library would have written, to the last token.
         vocab = model.run.vocab
         image = TokenSegment("image", vocab.image_ids(drawn.codes_N, (rows, columns)))
         sample = Sample(TokenDocument("", (model._text("a red dog"), image)))
         trained = old_ids(run)[lay_out(sample, vocab).ids_T].tolist()
         assert trained == [*inputs["input_ids"][0].tolist(), *answer_1T[0].tolist()]
 
-        # Their decoder makes the same pixels of the codes.
+        # The library's image decoder makes the same pixels of the codes.
         pixels_CHW = theirs.decode_image_tokens(image_tokens=answer_1T, height=rows, width=columns)
         expected_HWC = ((pixels_CHW[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0)
         assert np.array_equal(np.asarray(drawn.image), expected_HWC.numpy().astype(np.uint8))
@@ -251,9 +273,12 @@ def test_images_are_read_as_its_processor_and_model_read_them(
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     inputs = processor(images=Image.fromarray(pixels), text="<image>a dog", return_tensors="pt")
     tokens = theirs.model.get_image_tokens(inputs["pixel_values"], inputs["image_sizes"])
+
+    # The processor leaves a placeholder for each code in the text, which its model fills in.
     names = published_tokenizer()["model"]["vocab"]
     ids_T = inputs["input_ids"][0]
     ids_T[ids_T == names["<image>"]] = tokens.long()
+
     shown = model._image(model._pixels(pixels))
     sample = Sample(TokenDocument("", (shown, model._text("a dog"))))
     assert old[lay_out(sample, model.run.vocab).ids_T][:-1].tolist() == ids_T.tolist()
@@ -282,9 +307,11 @@ def test_tensors_are_read_by_their_present_names_too(run: Path, tmp_path: Path) 
     renamed.mkdir()
     for name in ("config.json", "tokenizer.json"):
         (renamed / name).write_bytes((published / name).read_bytes())
+
     tensors: dict[str, torch.Tensor] = {}
     for part in published.glob("*.safetensors"):
         tensors |= load_file(part)
+
     beginnings = {
         "text_model.model.": "model.text_model.",
         "text_model.lm_head.": "lm_head.",
@@ -296,6 +323,7 @@ def test_tensors_are_read_by_their_present_names_too(run: Path, tmp_path: Path) 
             if name.startswith(before):
                 present[now + name.removeprefix(before)] = tensor
     assert len(present) == len(tensors)
+
     save_file(present, renamed / "model.safetensors")
     again = imported(renamed, tmp_path / "run")
     for stage in ("pretraining", "image_tokenizer"):
@@ -313,6 +341,7 @@ def test_photographs_of_any_shape_are_trained_on(lora: int, run: Path, tmp_path:
         pixels = np.random.default_rng(number).integers(0, 256, (*side, 3), dtype=np.uint8)
         (photos / f"{number}.png").write_bytes(encoded(pixels))
         (photos / f"{number}.txt").write_text(f"dog {number}")
+
     opened = CM3Leon.load(run).run
     size = opened.experiment.text_tokenizer.vocab_size
     own = tmp_path / "own"
@@ -327,6 +356,8 @@ def test_photographs_of_any_shape_are_trained_on(lora: int, run: Path, tmp_path:
     words.append("split={validation: 0.2, held_out: 0.1}")
     assert main(words) == 0
     tuned = CM3Leon.load(own)
+
+    # Both shapes of the photographs were kept, and can be drawn.
     tokens, layout = tuned.run.tokens, tuned.run.vocab.layout
     documents = [tokens.document(row) for row in range(len(tokens))]
     grids = {layout.grid_of(each.segments[1].ids_T) for each in documents}
@@ -335,7 +366,7 @@ def test_photographs_of_any_shape_are_trained_on(lora: int, run: Path, tmp_path:
     assert drawn.image.size == (64, 16)
     assert len(drawn.documents) == 1
 
-    # Nor does what LoRA has learned go out, as the names of an Emu3's layers are others.
+    # What LoRA has learned is not exported either, as the names of an Emu3's layers are others.
     adapter = tmp_path / "adapter"
     assert main(["export", "to=peft", f"run={own}", f"out={adapter}"]) == 2
     assert not adapter.exists()
@@ -376,7 +407,7 @@ def test_an_emu3_does_not_go_out(
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2), (12, 10)])
 def test_the_layout_of_emu3_5_is_that_of_its_publisher(grid: tuple[int, int]) -> None:
-    """Rows are parted by what closes Emu3's, and an image ends behind its last code."""
+    """Rows are separated by what ends one in Emu3, and an image ends with its last code."""
     found = renumbered(published_tokenizer(), FAMILIES["emu3_5"], "tokenizer.json")
     table = LayoutTable.from_names(found.table, "layout.json")
     vocab = Vocab(
@@ -384,12 +415,14 @@ def test_the_layout_of_emu3_5_is_that_of_its_publisher(grid: tuple[int, int]) ->
     )
     rows, columns = grid
     codes_RC = np.random.default_rng(0).integers(0, CODES, grid)
-    spelled = "<|extra_200|>".join(
-        "".join(f"<|visual token {code:06d}|>" for code in row) for row in codes_RC
-    )
+
+    # Spelled in the publisher's tokens and encoded by its tokenizer: the independent reference.
+    spelled = []
+    for row in codes_RC:
+        spelled.append("".join(f"<|visual token {code:06d}|>" for code in row))
     whole = (
-        f"<|extra_203|><|image start|>{rows}*{columns}<|image token|>{spelled}<|image end|>"
-        "<|extra_204|>"
+        f"<|extra_203|><|image start|>{rows}*{columns}<|image token|>"
+        f"{'<|extra_200|>'.join(spelled)}<|image end|><|extra_204|>"
     )
     published = Tokenizer.from_str(json.dumps(published_tokenizer()))
     expected = published.encode(whole, add_special_tokens=False).ids
