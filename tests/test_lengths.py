@@ -1,4 +1,4 @@
-"""Captions that no block holds are said when the text tokenizer is there, and left out."""
+"""Captions that are too long for any block are reported once they can be counted, and left out."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ TOKENIZER = TextTokenizer.train(TextTokenizerConfig(vocab_size=300), ["a dog and
 
 
 def run_of(captions: list[str], *, room: int, method: str = "whole") -> Any:
-    """As much of a run as is looked at; `room` tokens are left for a caption beside an image of 4 codes."""
+    """As much of a run as is looked at, with `room` tokens for a caption.
+
+    Beside the caption a block holds an image of 4 codes, the <break> between them, and two <eos>.
+    """
     ids = [str(number) for number in range(len(captions))]
-    corpus = Corpus(
-        ids, captions, np.zeros((len(ids), 2, 2, 3), np.uint8), [], ["train"] * len(ids)
-    )
+    images_BHWC = np.zeros((len(ids), 2, 2, 3), np.uint8)
     return SimpleNamespace(
-        corpus=corpus,
+        corpus=Corpus(ids, captions, images_BHWC, [], ["train"] * len(ids)),
         seq_len=room + 4 + 1 + 2,
         grid=(2, 2),
         vocab=Vocab(TOKENIZER.vocab_size, 16),
@@ -59,9 +60,10 @@ def test_captions_that_are_too_long_are_counted_and_the_longest_is_named(
     room = longest - 1
     check_lengths(run_of(captions, room=room), TOKENIZER)
     assert capsys.readouterr().out.strip() == (
-        f"documents are left out, one caption of the 3 documents read are too long: that of 1 takes {longest} tokens; "
-        f"with the 4 of the image, a block of model.seq_len={room + 7} holds {room}; raise model.seq_len, set "
-        "packing.method=stream, or leave long captions out with data.max_caption_bytes=8"
+        "documents are left out, one caption of the 3 documents read are too long: "
+        f"that of 1 takes {longest} tokens; with the 4 of the image, a block of "
+        f"model.seq_len={room + 7} holds {room}; raise model.seq_len, set packing.method=stream, "
+        "or leave long captions out with data.max_caption_bytes=8"
     )
 
 
@@ -71,27 +73,28 @@ def test_a_corpus_of_long_captions_alone_is_refused() -> None:
 
 
 def test_long_documents_are_neither_trained_on_nor_asked_for(tmp_path: Path) -> None:
-    """Those of the sample too, whose images and captions stay where tokenizers are trained on them."""
+    """Documents of odd numbers have captions that no block holds.
+
+    They are in the sample that tokenizers are trained on, but their tokens are not kept, and no
+    evaluation asks for them.
+    """
     for number in range(60):
         (tmp_path / f"{number:02d}.png").write_bytes(encoded(picture(number)))
         (tmp_path / f"{number:02d}.txt").write_text(f"words {number} " * (250 if number % 2 else 1))
-    words = [
-        *("experiment=digits_smoke", f'data={{"name": "folder", "path": "{tmp_path}"}}'),
-        *(
-            f"run={tmp_path}/run",
-            "split.validation=0.2",
-            "split.held_out=0.2",
-            "augment.versions=0",
-        ),
-    ]
-    assert main([*words, "until=tokens"]) == 0
+    words = ["experiment=digits_smoke", f'data={{"name": "folder", "path": "{tmp_path}"}}']
+    words += [f"run={tmp_path}/run", "split.validation=0.2", "split.held_out=0.2"]
+    assert main([*words, "augment.versions=0", "until=tokens"]) == 0
+
     run = open_run(tmp_path / "run")
     even = [document.id for document in run.tokens]
     assert even
     assert all(int(id_[:2]) % 2 == 0 for id_ in even)
+
+    # Of the held-out documents, those that fit.
     asked = run.rows_to_ask("held_out")
     assert 0 < len(asked) < len(run.corpus.rows("held_out"))
     assert all(int(run.corpus.ids[row][:2]) % 2 == 0 for row in asked)
+
     listed = (tmp_path / "run" / "tokens" / "skipped" / "00000.jsonl").read_text()
     assert "tokens, packing.method whole allows" in listed
 
@@ -103,19 +106,12 @@ def test_where_no_document_fits_the_reason_of_the_first_is_given(
     for number in range(30):
         (tmp_path / "first" / f"{number}.png").write_bytes(encoded(picture(number)))
         (tmp_path / "first" / f"{number}.txt").write_text("a dog")
-    words = (
-        "experiment=digits_smoke",
-        f'data={{"name": "folder", "path": "{tmp_path}/first"}}',
-        f"run={tmp_path}/run",
-        "split.validation=0.2",
-        "split.held_out=0.2",
-        "augment.versions=0",
-        "model.seq_len=18",
-        "until=tokens",
-    )
+    words = ["experiment=digits_smoke", f'data={{"name": "folder", "path": "{tmp_path}/first"}}']
+    words += [f"run={tmp_path}/run", "split.validation=0.2", "split.held_out=0.2"]
+    words += ["augment.versions=0", "model.seq_len=18", "until=tokens"]
     assert main(words) == 2
+
     said = capsys.readouterr().err
     assert "no document to train on" in said
-    assert re.search(
-        r"the first: \d+\.png: takes \d+ tokens, packing.method whole allows 16\)", said
-    )
+    first = r"the first: \d+\.png: takes \d+ tokens, packing.method whole allows 16\)"
+    assert re.search(first, said)
