@@ -1,4 +1,4 @@
-"""Texts of corpora, names of files and words of users are shown on a terminal, never obeyed."""
+"""Texts of corpora, file names and words of users are shown on a terminal, never obeyed by it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from cm3leon import run
 from cm3leon.terminal import guarded, is_printable, printable
 from cm3leon.types import Notice
 
+# A screen that is cleared, a window's title, a direction of writing, colours, and a second line.
 HOSTILE = "a \x1b[2J\x1b]0;owned\x07 \u202egnp.exe\u2066 \x9b31m\r\nreport: fine"
 OBEYED = ("\x1b", "\x07", "\x9b", "\u202e", "\u2066")
 
@@ -40,6 +41,7 @@ def test_usual_text_stays_as_it_is() -> None:
 
 
 def test_streams_show_escapes_and_keep_lines_and_progress_bars() -> None:
+
     out = io.StringIO()
     before, sys.stdout = sys.stdout, out
     try:
@@ -49,17 +51,20 @@ def test_streams_show_escapes_and_keep_lines_and_progress_bars() -> None:
                 pass
     finally:
         sys.stdout = before
+
     first, second, rest = out.getvalue().split("\n", 2)
     assert not any(mark in first + second for mark in OBEYED)
     assert "\\x1b[2J" in first
     assert first.endswith("\\r")
     assert second == "report: fine"
+
+    # The progress bar moves the cursor: what the program itself writes is obeyed.
     assert "\rbelow: " in rest
     assert "\x1b[A" in rest
 
 
 def hostile_folder(place: Path) -> Path:
-    """Two images with hostile captions, and one of a hostile name that is no image."""
+    """Two images with hostile captions, and a file with a hostile name that is no image."""
     for number in range(2):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(place / f"{number}.png")
         (place / f"{number}.txt").write_text(HOSTILE)
@@ -145,6 +150,7 @@ def test_a_file_where_a_folder_is_needed_is_a_sentence(tmp_path: Path, words: li
     folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (32, 32)).save(folder / "a.png")
+
     said = cm3leon(*(word.format(file=file, folder=folder) for word in words), check=False)
     assert said.returncode == 2, said
     assert said.stderr.startswith("cm3leon: ")

@@ -1,4 +1,7 @@
-"""The text tokenizer on a corpus: streamed, sampled, exact, safe from attacks, and read by transformers."""
+"""The text tokenizer trained on a corpus that is streamed or sampled.
+
+Any text comes back exactly, no text becomes a control token, and transformers reads the files.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,7 @@ CONTROL = (
     "</s>",
     "<|endoftext|>",
 )
+# Sentences, code, other scripts, and words that look like control tokens.
 PROSE = [
     "a red dog on 12 chairs in 1984; it's the dog's chair.",
     "    def dogs(self):\n        return self.chairs[0]\n\n\nclass Chair:\n",
@@ -85,36 +89,23 @@ def saved(tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ words
+# -------------------------------------------------------------------------------------------- words
 
 runs = st.builds(lambda unit, times: unit * times, st.text(max_size=3), st.integers(0, 150))
 long_text = st.lists(
     runs | st.text(max_size=20) | st.sampled_from(["\n", "\r\n", "    ", "\x00", "'s"]), max_size=6
 )
+beginnings = [control[:k] for control in CONTROL for k in range(1, len(control))]
 attack = st.lists(
-    st.sampled_from(
-        [
-            *CONTROL,
-            *(c[:k] for c in CONTROL for k in range(1, len(c))),
-            " ",
-            "Ġ",
-            "\x00",
-            "<",
-            ">",
-            "0",
-        ]
-    ),
-    max_size=12,
+    st.sampled_from([*CONTROL, *beginnings, " ", "Ġ", "\x00", "<", ">", "0"]), max_size=12
 )
 any_text = (long_text | attack).map("".join)
 
 
 def words(tokenizer: TextTokenizer, text: str) -> list[str]:
     """The parts of a text that merges never cross."""
-    return [
-        text[start:end]
-        for _, (start, end) in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    ]
+    found = tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [text[start:end] for _, (start, end) in found]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +131,7 @@ def test_no_word_is_longer_than_the_limit_and_nothing_is_lost(
 ) -> None:
     found = words(of_words, text)
     assert "".join(found) == text
-    assert all(len(word) <= 64 + 1 for word in found)  # a space may stand before it
+    assert all(len(word) <= 64 + 1 for word in found)  # 64 letters, with a space before them
 
 
 @given(text=any_text)
@@ -178,20 +169,24 @@ def test_a_text_of_parts_has_the_ids_of_the_whole_where_words_have_spaces(
 ) -> None:
     text = unicode_text(text)
     whole = of_pattern.encode(text)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(text_module, "BATCH", limit)
         parts = text_module._parts(text)
         encoded = of_pattern.encode(text)
         (again,) = of_pattern.encode_all([text])
+
     assert "".join(parts) == text
     assert max(map(len, parts)) <= limit
+
     assert encoded.tolist() == again.tolist()
     assert of_pattern.decode(encoded) == text
-    behind_a_word = [
-        part.startswith(" ") and not before[-1].isspace()
-        for before, part in itertools.pairwise(parts)
-    ]
-    if all(behind_a_word):
+
+    # Where each part begins with a space behind a word, the parts are cut between words.
+    cut_between_words = []
+    for before, part in itertools.pairwise(parts):
+        cut_between_words.append(part.startswith(" ") and not before[-1].isspace())
+    if all(cut_between_words):
         assert encoded.tolist() == whole.tolist()
 
 
@@ -200,12 +195,14 @@ def test_a_text_just_above_the_limit_has_the_ids_of_the_whole(
 ) -> None:
     texts = ["", "a red dog", PROSE[0] * 3, "a red dog's  chair,\n in 1984. " * 40]
     whole = [of_pattern.encode(text).tolist() for text in texts]
+
+    # One part more than the limit has room for, and yet no other ids.
     monkeypatch.setattr(text_module, "BATCH", len(texts[-1]) - 1)
     assert len(text_module._parts(texts[-1])) == 2
     assert [of_pattern.encode(text).tolist() for text in texts] == whole
     assert [ids.tolist() for ids in of_pattern.encode_all(texts)] == whole
 
-    # Nothing but a space ends a part where there is one, and nothing is lost where there is none.
+    # A part ends at a space where there is one, and nothing is lost where there is none.
     monkeypatch.setattr(text_module, "BATCH", 10)
     assert text_module._parts("a red dogs   chairs") == ["a red dogs", "   chairs"]
     assert text_module._parts("a" * 25) == ["a" * 10, "a" * 10, "a" * 5]
@@ -214,7 +211,7 @@ def test_a_text_just_above_the_limit_has_the_ids_of_the_whole(
 @pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "letter"), [("qwen3_5", " "), ("tekken", "A")])
 def test_eleven_million_times_one_character_are_encoded(pattern: str, letter: str) -> None:
-    """The library panics at ten million retries of a pattern, and Python cannot go on after it."""
+    """The library panics at ten million retries of a pattern, and Python does not survive that."""
     tokenizer = train(PROSE, pattern=pattern)
     text = letter * 11_000_000
     assert tokenizer.decode(tokenizer.encode_all([text])[0]) == text
@@ -224,16 +221,17 @@ def test_eleven_million_times_one_character_are_encoded(pattern: str, letter: st
 def test_surrogates_become_their_character_or_a_replacement(
     tokenizer: TextTokenizer, text: str
 ) -> None:
-    paired = re.sub(
-        "[\ud800-\udbff][\udc00-\udfff]", lambda pair: json.loads(json.dumps(pair[0])), text
-    )
+    def joined(pair: re.Match[str]) -> str:
+        return json.loads(json.dumps(pair[0]))
+
+    paired = re.sub("[\ud800-\udbff][\udc00-\udfff]", joined, text)
     expected = re.sub("[\ud800-\udfff]", "\ufffd", paired)
     assert unicode_text(text) == expected
     assert tokenizer.decode(tokenizer.encode(text)) == expected
     assert tokenizer.encode_all([text])[0].tolist() == tokenizer.encode(expected).tolist()
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def test_texts_are_read_once_and_not_kept() -> None:
@@ -243,6 +241,7 @@ def test_texts_are_read_once_and_not_kept() -> None:
     alive: weakref.WeakSet[Text] = weakref.WeakSet()
     most = 0
 
+    # Texts that are alive at a time are counted while they are read.
     def texts() -> Iterator[str]:
         nonlocal most
         for number in range(2000):
@@ -278,7 +277,7 @@ def test_a_mistake_of_the_source_comes_through() -> None:
 def test_a_corpus_without_text_is_told_apart_from_one_whose_bytes_are_not_shown(
     monkeypatch: pytest.MonkeyPatch, disable: bool
 ) -> None:
-    """TQDM_DISABLE=1, which many set where nobody looks, makes a progress bar count nothing."""
+    """TQDM_DISABLE=1, which many people set for everything, makes a progress bar count nothing."""
     monkeypatch.setattr(text_module, "tqdm", functools.partial(text_module.tqdm, disable=disable))
     assert train(["a dog"] * 9).decode(train(["a dog"] * 9).encode("a dog")) == "a dog"
     with pytest.raises(UserError, match="the corpus holds no text to train on"):
@@ -286,6 +285,7 @@ def test_a_corpus_without_text_is_told_apart_from_one_whose_bytes_are_not_shown(
 
 
 RANDOM = base64.b64encode(np.random.default_rng(0).bytes(300_000)).decode()
+# Each is a corpus of one document.
 HARD = {
     "one document": "a red dog on a red chair",
     "one character": "aaaa",
@@ -310,8 +310,11 @@ def test_hard_corpora_are_learned_from(name: str, pattern: str) -> None:
     text = HARD[name]
     tokenizer = train([text], vocab_size=400, pattern=pattern)
     assert BASE <= tokenizer.pieces <= 400
+
     start = text[:200_000]
     assert tokenizer.decode(tokenizer.encode(start)) == unicode_text(start)
+
+    # No piece that was learned is longer than a word may be, and none has a digit.
     pieces = [tokenizer.decode([id_]) for id_ in range(BASE, tokenizer.pieces)]
     assert all(len(piece) <= 65 for piece in pieces)
     alone = "[0-9<]" if pattern == "words" else "[0-9]"
@@ -334,13 +337,12 @@ def test_a_long_document_teaches_what_its_paragraphs_do() -> None:
     paragraph = "a red dog on a chair\n" * 100
     whole, parts = train([paragraph * 100]), train([paragraph] * 100)
     assert len(paragraph * 100) > 3 * STRETCH
-    assert (
-        abs(whole.pieces - parts.pieces) <= 4
-    )  # a word that lies across two stretches counts as two
+    # A word that lies across two stretches counts as two.
+    assert abs(whole.pieces - parts.pieces) <= 4
     assert len(whole.encode(paragraph)) == len(parts.encode(paragraph)) == 700
 
 
-# ------------------------------------------------------------------------------------------------ transformers
+# ------------------------------------------------------------------------------------- transformers
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +380,7 @@ def test_transformers_knows_no_special_tokens(theirs: list[Any], of_pattern: Tex
         assert each.tokenize("<break>") != ["<break>"]
 
 
-# ------------------------------------------------------------------------------------------------ files of others
+# ---------------------------------------------------------------------------------- files of others
 
 Content = dict[str, Any]
 
@@ -390,6 +392,7 @@ def _declared(content: Content) -> None:
 
 
 def _merged(content: Content) -> None:
+    """Merge the letters of <pad>, one after the other."""
     for left, right in zip(("<", "<p", "<pa", "<pad"), "pad>", strict=True):
         if left + right not in content["model"]["vocab"]:
             content["model"]["vocab"][left + right] = len(content["model"]["vocab"])
@@ -409,6 +412,7 @@ def _set_model(**fields: Any) -> Callable[[Content], None]:
     return lambda content: content["model"].update(fields)
 
 
+# Changes of a saved file, each of which breaks a promise, and what is said of it.
 FOREIGN: dict[str, tuple[Callable[[Content], None], str]] = {
     "declared": (_declared, "recognises <break> inside any text"),
     "merged": (_merged, "its merges can make a special token of text"),
@@ -446,9 +450,11 @@ def test_a_tokenizer_that_breaks_a_promise_is_refused(
 @pytest.mark.parametrize("damage", ["", "{}", "[]", "null", "not json", "cut", "\x00\xff"])
 def test_a_damaged_file_is_refused(saved: Path, tmp_path: Path, damage: str) -> None:
     whole = (saved / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text(
-        whole[: len(whole) // 2] if damage == "cut" else damage
-    )
+    content = damage
+    if damage == "cut":
+        content = whole[: len(whole) // 2]
+    (tmp_path / "tokenizer.json").write_text(content)
+
     with pytest.raises(UserError, match=r"is damaged or no tokenizer\.json"):
         TextTokenizer.load(tmp_path, TextTokenizerConfig())
 
@@ -462,7 +468,7 @@ def test_the_librarys_own_byte_level_bpe_and_an_empty_one_are_refused(tmp_path: 
             TextTokenizer.load(tmp_path, TextTokenizerConfig())
 
 
-# ------------------------------------------------------------------------------------------------ the stage
+# ---------------------------------------------------------------------------------------- the stage
 
 
 @given(st.lists(st.text(max_size=8)), st.integers(1, 60) | st.none())
@@ -479,18 +485,19 @@ def corpus(folder: Path, parts: int = 3, lines: int = 40) -> Path:
     folder.mkdir()
     for part in range(parts):
         texts = [f"{'abc'[part] * 3}{'xyz'[number % 3]} dogs" for number in range(lines)]
-        (folder / f"{part}.jsonl").write_text(
-            "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        )
+        written = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"{part}.jsonl").write_text("".join(written))
     return folder
 
 
 def run_of(folder: Path, *overrides: str) -> RunFolder:
+    """A run of digits in a folder, of which nothing is made."""
     folder.mkdir(exist_ok=True)
     return RunFolder(load_experiment("digits", overrides), folder, torch.device("cpu"))
 
 
 def made(run: RunFolder) -> tuple[TextTokenizer, dict[str, Any]]:
+    """Make a run's text tokenizer; return it and what is written of its training."""
     folder, documents = run.folder / "text_tokenizer", run.folder / "documents"
     folder.mkdir()
     if not documents.exists():
@@ -501,6 +508,7 @@ def made(run: RunFolder) -> tuple[TextTokenizer, dict[str, Any]]:
 
 
 def on(path: Path, *overrides: str) -> tuple[str, ...]:
+    """The words that train the text tokenizer on texts of their own."""
     return ("text_data.name=text_jsonl", f"text_data.path={path}", *overrides)
 
 
@@ -508,22 +516,21 @@ def test_the_training_split_of_a_text_corpus_is_learned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = corpus(tmp_path / "texts")
+    # Two lines of no use, and one that has a NUL.
     with (path / "0.jsonl").open("a") as file:
         file.write('{"text": "\\ud800"}\n{"body": 1}\n{"text": "\\u0000 dogs"}\n')
     run = run_of(tmp_path / "run", *on(path, "split.held_out=0.3"))
     tokenizer, told = made(run)
-    items = [
-        item
-        for item in run_of(
-            tmp_path / "run", f"data={{name: text_jsonl, path: {path}}}"
-        ).source.documents()
-    ]
-    documents = [item for item in items if hasattr(item, "text")]
+
+    # The expected documents are read from the same files as a corpus.
+    source = run_of(tmp_path / "run", f"data={{name: text_jsonl, path: {path}}}").source
+    documents = [item for item in source.documents() if hasattr(item, "text")]
     shares = {"validation": 0.1, "held_out": 0.3}
     kept = [d for d in documents if split_of_key(d.split_key, **shares) == "train"]
     assert 0 < len(kept) < len(documents)
     assert (told["documents"], told["skipped"]) == (len(kept), 2)
     assert told["bytes"] == sum(len(d.text.encode()) for d in kept)
+
     assert told["text_data"]["path"] == str(path)
     assert told["pieces"] == tokenizer.pieces <= told["vocab_size"]
     assert f"{tokenizer.pieces:,} of {told['vocab_size']:,} pieces" in capsys.readouterr().out
@@ -534,35 +541,34 @@ def test_a_sample_takes_equal_shares_and_what_short_parts_leave(tmp_path: Path) 
     path = corpus(tmp_path / "texts", lines=60)
     (path / "3.jsonl").write_text('{"text": "q"}\n')
     split = ("split.held_out=0", "split.validation=0")
-    tokenizer, told = made(
-        run_of(tmp_path / "run", *on(path, *split, "text_tokenizer.sample_bytes=200"))
-    )
-    assert told["bytes"] in (
-        151,
-        *range(195, 201),
-    )  # the short part's share is lost where it comes last
+    words = on(path, *split, "text_tokenizer.sample_bytes=200")
+    tokenizer, told = made(run_of(tmp_path / "run", *words))
+
+    # What the short part leaves of its share is lost if this part comes last.
+    assert told["bytes"] in (151, *range(195, 201))
     assert told["sample_bytes"] == 200
     for word in ("aaa", "bbb", "ccc"):
         assert len(tokenizer.encode(word)) == 1
+
     _, whole = made(run_of(tmp_path / "all", *on(path, *split, "text_tokenizer.sample_bytes=null")))
     assert whole["bytes"] == 60 * 3 * len("aaax dogs") + 1
 
 
 def test_the_seed_draws_the_parts_of_a_small_sample(tmp_path: Path) -> None:
     path = corpus(tmp_path / "texts")
-    settings = ("split.held_out=0", "split.validation=0", "text_tokenizer.sample_bytes=2")
-    settings = (*settings, "text_tokenizer.min_frequency=1")
+    split = ("split.held_out=0", "split.validation=0")
+    settings = (*split, "text_tokenizer.sample_bytes=2", "text_tokenizer.min_frequency=1")
+
+    # Two bytes are a sample of one of the three parts.
     files = set()
     for seed in range(4):
+        made_twice = []
         for again in range(2):
             run = run_of(tmp_path / f"{seed}-{again}", *on(path, *settings, f"seed={seed}"))
             made(run)
-        same = [
-            (tmp_path / f"{seed}-{again}" / "text_tokenizer/tokenizer.json").read_bytes()
-            for again in range(2)
-        ]
-        assert same[0] == same[1]
-        files.add(same[0])
+            made_twice.append((run.folder / "text_tokenizer/tokenizer.json").read_bytes())
+        assert made_twice[0] == made_twice[1]
+        files.add(made_twice[0])
     assert len(files) <= 3
 
 
@@ -573,7 +579,8 @@ def test_the_seed_draws_the_parts_of_a_small_sample(tmp_path: Path) -> None:
         ("", r"^text_data: 1 parts hold no text to train on \(0 items skipped\)"),
         (
             '{"body": "a"}\n',
-            r"^text_data: .*\(1 items skipped, for example a\.jsonl:1: the line has no text, but 'body'",
+            r"^text_data: .*\(1 items skipped, for example a\.jsonl:1: the line has no text, "
+            "but 'body'",
         ),
         ('{"text": "\\ud800"}\n', r"^text_data: .*a\.jsonl:1: the text is not UTF-8\)"),
         ('{"text": " "}\n', r"^text_data: .*a\.jsonl:1: the text is empty\)"),
@@ -585,6 +592,7 @@ def test_a_corpus_without_text_is_one_sentence(
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_text(content)
+
     with pytest.raises(UserError, match=sentence):
         made(run_of(tmp_path / "run", *on(path)))
     if content is None:
@@ -598,17 +606,21 @@ def test_inputs_tell_corpora_samples_and_seeds_apart_only_where_they_matter(tmp_
     def inputs(*overrides: str) -> str:
         return json.dumps(text_tokenizer_inputs(run_of(tmp_path / "run", *overrides)))
 
+    # Where captions are learned from, only the size of their sample counts.
     assert inputs() == inputs("seed=7") == inputs("split.held_out=0.3")
     assert inputs() != inputs("text_tokenizer.sample_bytes=1000")
-    ways = [
+
+    # With them, each of these changes what the tokenizer is trained on.
+    changes = [
         (),
         ("seed=7",),
         ("split.held_out=0.3",),
         ("text_tokenizer.sample_bytes=9",),
         ("text_data.field=body",),
     ]
-    found = {inputs(*on(path, *more)) for more in ways} | {inputs()}
-    assert len(found) == len(ways) + 1
+    found = {inputs(*on(path, *more)) for more in changes} | {inputs()}
+    assert len(found) == len(changes) + 1
+
     before = inputs(*on(path))
     with (path / "0.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
@@ -621,15 +633,20 @@ def test_a_run_takes_the_tokenizer_of_its_text_corpus_and_makes_it_again_when_th
     path = corpus(tmp_path / "texts")
     experiment = load_experiment("digits", on(path))
     run = tmp_path / "run"
+
     for said in ("[2/", "text_tokenizer: up to date"):
         run_experiment(experiment, run, until="text_tokenizer")
         assert said in capsys.readouterr().out
+
     captions = RunFolder(experiment, run, torch.device("cpu")).corpus.captions
     before = (run / "text_tokenizer/tokenizer.json").read_bytes()
     (path / "4.jsonl").write_text('{"text": "zebra zebra zebra"}\n' * 30)
     run_experiment(experiment, run, until="text_tokenizer")
-    assert "up to date" in capsys.readouterr().out  # the documents, not the tokenizer
+
+    # The documents are up to date, the tokenizer is not.
+    assert "up to date" in capsys.readouterr().out
     assert (run / "text_tokenizer/tokenizer.json").read_bytes() != before
+
     tokenizer = RunFolder(experiment, run, torch.device("cpu")).text_tokenizer
     assert len(tokenizer.encode("zebra")) == 1
     assert [tokenizer.decode(tokenizer.encode(caption)) for caption in captions[:5]] == captions[:5]
@@ -641,10 +658,10 @@ def test_captions_beyond_the_sample_are_left_out(tmp_path: Path) -> None:
         experiment = load_experiment("digits", [f"text_tokenizer.sample_bytes={limit}"])
         run_experiment(experiment, tmp_path / "run", until="text_tokenizer")
         sizes[limit] = json.loads((tmp_path / "run/text_tokenizer" / TRAINED_ON).read_text())
+
+    run = RunFolder(experiment, tmp_path / "run", torch.device("cpu"))
     assert sizes[100]["bytes"] == 100 < sizes[10**9]["bytes"]
-    assert sizes[10**9]["documents"] == len(
-        RunFolder(experiment, tmp_path / "run", torch.device("cpu")).corpus.rows("train")
-    )
+    assert sizes[10**9]["documents"] == len(run.corpus.rows("train"))
     assert sizes[100]["text_data"] is None
 
 
@@ -656,6 +673,7 @@ def test_short_texts_are_filled_up_to_one_length_and_come_back_without_it(tmp_pa
         assert len(ids_T) == max(12, len(own_T))
         assert np.array_equal(ids_T[: len(own_T)], own_T)
         assert np.array_equal(ids_T, filled.encode(text))
+        # NUL, written as Ā, fills a short text up.
         assert set(filled.tokens(ids_T[len(own_T) :])) <= {"Ā"}
         assert filled.decode(ids_T) == text
     assert plain.decode(plain.encode("nul\0")) == "nul\0"

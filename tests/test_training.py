@@ -1,4 +1,7 @@
-"""The training loop: schedule, checkpoints that a kill cannot halve, exact resume, losses that are no numbers."""
+"""The training loop: schedules, checkpoints that a kill cannot halve, and exact resuming.
+
+Losses that are no numbers are skipped and written down; too many of them end the training.
+"""
 
 from __future__ import annotations
 
@@ -48,21 +51,26 @@ pytestmark = pytest.mark.stack
 CPU = torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------------------------ schedule
+# ----------------------------------------------------------------------------------------- schedule
 
 
 def rates(**fields: Any) -> list[float]:
+    """The learning rate of every step of a training."""
     schedule = TrainingConfig(**fields)
     return [learning_rate(step, schedule) for step in range(schedule.steps)]
 
 
 def test_schedules_by_hand() -> None:
     fields: dict[str, Any] = {"learning_rate": 2.0, "warmup_steps": 4, "steps": 10}
+
+    # Up to the peak in four steps; then six steps down to nothing, or to half of the peak.
     warmup = [0.5, 1.0, 1.5, 2.0]
     assert rates(**fields) == pytest.approx([*warmup, 2.0, 5 / 3, 4 / 3, 1.0, 2 / 3, 1 / 3])
     assert rates(**fields, final_rate=0.5) == pytest.approx(
         [*warmup, 2, 2 - 1 / 6, 2 - 2 / 6, 1.5, 2 - 4 / 6, 2 - 5 / 6]
     )
+
+    # Half a cosine, and a rate that stays until the last fifth.
     halves = [1 + math.cos(math.pi * k / 6) for k in range(6)]
     assert rates(**fields, schedule="cosine") == pytest.approx([*warmup, *halves])
     wsd = [*warmup, 2.0, 2.0, 2.0, 2.0, 1.0 + 1.0, 1.0]
@@ -83,8 +91,10 @@ def test_schedules_rise_to_the_peak_once_and_never_are_zero(
         schedule=schedule,
         final_rate=final_rate,
     )
+
     assert max(found) == pytest.approx(3e-4)
     assert min(found) > 0
+
     top = found.index(max(found))
     assert found == sorted(found[: top + 1]) + sorted(found[top + 1 :], reverse=True)
 
@@ -122,11 +132,14 @@ def test_unfit_configs_are_refused(fields: dict[str, Any], sentence: str) -> Non
     assert str(refusal.value) == sentence
 
 
-# ------------------------------------------------------------------------------------------------ a tiny problem
+# ----------------------------------------------------------------------------------- a tiny problem
 
 
 class Tiny(nn.Module):
-    """A network with all that a resume has to bring back: matrices, vectors, a buffer, and random draws in a step."""
+    """A network with all that a resume has to bring back.
+
+    It has matrices, vectors, a buffer that counts examples, and random draws in each step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,16 +158,19 @@ class Tiny(nn.Module):
 def loss(
     module: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """The mean squared error, and two figures for the log."""
     x_BD, y_B = batch
     error_B = module(x_BD) - y_B
-    return error_B.square().mean(), {
-        "error": error_B.detach().abs().mean(),
-        "tokens": float(len(x_BD)),
-    }
+    figures = {"error": error_B.detach().abs().mean(), "tokens": float(len(x_BD))}
+    return error_B.square().mean(), figures
 
 
 class Numbers:
-    """Batches out of a generator whose whole state is saved; `fails_at` raises before that batch (from 0)."""
+    """Batches out of a generator, whose whole state is saved.
+
+    Batch `fails_at`, counted from 0, raises `Interrupted`; the targets of batch `bad_at` are
+    multiplied by `bad`.
+    """
 
     def __init__(
         self, fails_at: int | None = None, bad_at: int | None = None, bad: float = math.nan
@@ -165,7 +181,7 @@ class Numbers:
         self.numbers: dict[float, int] = {}
 
     def number(self, batch: tuple[Tensor, Tensor]) -> int:
-        """Which batch it is, from 1: more may have been made ahead."""
+        """Which batch it is, from 1; more of them may have been made ahead."""
         return self.numbers[float(batch[0][0, 0])]
 
     def next(self) -> tuple[Tensor, Tensor]:
@@ -193,9 +209,14 @@ class Interrupted(Exception):
 
 def config(**fields: Any) -> TrainingConfig:
     defaults = {
-        "steps": 20, "warmup_steps": 3, "learning_rate": 0.05, "log_every": 2, "checkpoint_every": 4,
-        "callback_every": 5, "precision": "float32",
-    }  # fmt: skip
+        "steps": 20,
+        "warmup_steps": 3,
+        "learning_rate": 0.05,
+        "log_every": 2,
+        "checkpoint_every": 4,
+        "callback_every": 5,
+        "precision": "float32",
+    }
     return TrainingConfig(**{**defaults, **fields})
 
 
@@ -211,6 +232,7 @@ def run(
     resume_from: Path | None = None,
     **fields: Any,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train the tiny problem, or another one, and return the network and its log."""
     module = module or Tiny()
     log = train(
         module,
@@ -235,16 +257,24 @@ def draws(step: int, writer: Any) -> None:
 
 
 def without_rates(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in record.items() if not name.endswith("_per_second")}
-        for record in log
-    ]
+    """A log without its speeds, which differ from run to run."""
+    found = []
+    for record in log:
+        kept = {name: x for name, x in record.items() if not name.endswith("_per_second")}
+        found.append(kept)
+    return found
 
 
 def without_seconds(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint but for the time that its record has taken so far."""
+    """The state of a checkpoint, without the time that its record has taken so far."""
     state = json.loads((path / "state.json").read_text())
     return {**state, "meter": [each["sums"] for each in state["meter"]]}
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have the same parameters, bit for bit."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(weight, twin) for weight, twin in pairs)
 
 
 def tensors_of(path: Path, average_decay: float | None = None) -> dict[str, Tensor]:
@@ -253,6 +283,7 @@ def tensors_of(path: Path, average_decay: float | None = None) -> dict[str, Tens
     average = WeightAverage(module, average_decay) if average_decay else None
     tensors = training_tensors(module, new_optimizer(module, config()), average)
     read_tensors(path, tensors, Ranks(CPU))
+
     flat: dict[str, Tensor] = {}
 
     def flatten(name: str, value: Any) -> None:
@@ -275,10 +306,11 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def names(folder: Path) -> list[str]:
+    """The names of a folder's checkpoints, the oldest first."""
     return [path.name for path in checkpoints(folder)]
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def test_it_learns_and_records(tmp_path: Path) -> None:
@@ -286,38 +318,38 @@ def test_it_learns_and_records(tmp_path: Path) -> None:
     assert [record["step"] for record in log] == list(range(2, 201, 2))
     assert log[-1]["loss"] < 0.3 * log[0]["loss"]
     assert log == read_log(tmp_path)
-    assert set(log[0]) == {
-        "step",
-        "learning_rate",
-        "loss",
-        "gradient_norm",
-        "error",
-        "tokens_per_second",
-    }
+    figures = {"step", "learning_rate", "loss", "gradient_norm", "error", "tokens_per_second"}
+    assert set(log[0]) == figures
     assert log[1]["learning_rate"] == learning_rate(3, config(steps=200))
+
     assert module.seen.item() == 200 * 6
     assert not module.training
+
     assert names(tmp_path) == ["step_00000196", "step_00000200"]
     assert any((tmp_path / "tensorboard").iterdir())
 
 
 def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
-    """Clipped gradient, first step of Adam (which is the sign of the gradient), decay of matrices alone."""
+    """By hand: the clipped gradient, Adam's first step, and the decay of matrices alone.
+
+    The first step of Adam is the sign of the gradient.
+    """
     batches = Numbers()
     x_BD, y_B = batches.next()
     by_hand = Tiny().train()
     torch.manual_seed(7 * 1_000_003)
     (by_hand(x_BD) - y_B).square().mean().backward()
+
     module, log = run(
         tmp_path, steps=1, warmup_steps=0, weight_decay=0.5, clip=0.01, checkpoint_every=2
     )
     norm = torch.stack([weight.grad.norm() for weight in by_hand.parameters()]).norm()
     assert log[0]["gradient_norm"] == pytest.approx(norm.item())
     for (name, before), after in zip(by_hand.named_parameters(), module.parameters(), strict=True):
+        decay = 0.5 if before.ndim == 2 else 0
         clipped = before.grad * 0.01 / (norm + 1e-6)
-        expected = before * (1 - 0.05 * (0.5 if before.ndim == 2 else 0)) - 0.05 * clipped / (
-            clipped.abs() + 1e-8
-        )
+        step = 0.05 * clipped / (clipped.abs() + 1e-8)
+        expected = before * (1 - 0.05 * decay) - step
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-5, msg=name)
 
 
@@ -332,11 +364,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     steps: list[int],
     average_decay: float | None,
 ) -> None:
-    """Bit for bit: weights, buffers, their average, the optimizer, the place in the data, and the log."""
+    """Bit for bit: weights, buffers, their average, the optimizer, the data, and the log."""
     fields = {"average_decay": average_decay}
     whole, log = run(tmp_path / "whole", callback=draws, **fields)
     folder, save = tmp_path / "stopped", Checkpoints.save
 
+    # Each start is stopped at its step: by its data, by the callback, or before a checkpoint is
+    # written.
     for stop_at in steps:
 
         def stops(step: int, writer: Any = None, stop_at: int = stop_at) -> None:
@@ -345,13 +379,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
                 raise Interrupted
 
         def save_stops(
-            self: Any,
-            tensors: Any,
-            state: Any,
-            *,
-            stops: Any = stops,
-            save: Any = save,
-            **rest: Any,
+            self: Any, tensors: Any, state: Any, stops: Any = stops, **rest: Any
         ) -> None:
             stops(state["step"])
             save(self, tensors, state, **rest)
@@ -363,12 +391,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(
             callback = stops if stop == "callback" else None
             with pytest.raises(Interrupted):
                 run(folder, batches=batches, callback=callback, callback_every=1, **fields)
+
     again, log_again = run(folder, callback=draws, **fields)
-    for (name, weight), other in zip(
-        whole.state_dict().items(), again.state_dict().values(), strict=True
-    ):
+    pairs = zip(whole.state_dict().items(), again.state_dict().values(), strict=True)
+    for (name, weight), other in pairs:
         assert torch.equal(weight, other), name
     assert without_rates(log_again) == without_rates(log) == without_rates(read_log(folder))
+
     assert names(folder) == names(tmp_path / "whole")
     for path, other_path in zip(checkpoints(folder), checkpoints(tmp_path / "whole"), strict=True):
         assert without_seconds(path) == without_seconds(other_path)
@@ -382,10 +411,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, average_decay: floa
     module, log = run(tmp_path, average_decay=average_decay)
     again, log_again = run(tmp_path, batches=Numbers(fails_at=0), average_decay=average_decay)
     assert log_again == log
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(module.parameters(), again.parameters(), strict=True)
-    )
+    assert same_weights(module, again)
     assert not again.training
 
 
@@ -404,33 +430,36 @@ def test_moments_of_8_bits_learn_and_are_resumed_bit_for_bit(tmp_path: Path) -> 
     whole, log = run(tmp_path / "whole", module=Wide(), **fields)
     _, other = run(tmp_path / "exact", module=Wide(), **{**fields, "optimizer": "adamw"})
     assert log[-1]["loss"] == pytest.approx(other[-1]["loss"], rel=0.1)
+
     with pytest.raises(Interrupted):
         run(tmp_path / "stopped", module=Wide(), batches=Numbers(fails_at=9), **fields)
     again, log_again = run(tmp_path / "stopped", module=Wide(), **fields)
     assert without_rates(log_again) == without_rates(log)
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(whole.parameters(), again.parameters(), strict=True)
-    )
+    assert same_weights(whole, again)
 
 
 def test_the_result_is_the_average_of_the_weights_by_hand(tmp_path: Path) -> None:
-    """The weights after every step, averaged in float64 with the decay's own warm-up; buffers are the last ones."""
+    """The weights after every step, averaged in float64 with the decay's own warm-up.
+
+    Buffers are not averaged: the last ones count.
+    """
     seen: list[dict[str, Tensor]] = []
 
     def watch(step: int, writer: Any) -> None:
-        seen.append(
-            {name: weight.detach().double().clone() for name, weight in module.named_parameters()}
-        )
+        seen.append(in_float64(module))
+
+    def in_float64(module: nn.Module) -> dict[str, Tensor]:
+        return {name: w.detach().double().clone() for name, w in module.named_parameters()}
 
     module = Tiny()
-    average = {name: weight.detach().double().clone() for name, weight in module.named_parameters()}
+    average = in_float64(module)
     run(tmp_path, module=module, callback=watch, callback_every=1, average_decay=0.6)
+
     for step, weights in enumerate(seen, 1):
         decay = min(0.6, (1 + step) / (10 + step))
-        average = {
-            name: decay * value + (1 - decay) * weights[name] for name, value in average.items()
-        }
+        for name, weight in weights.items():
+            average[name] = decay * average[name] + (1 - decay) * weight
+
     for name, weight in module.named_parameters():
         torch.testing.assert_close(weight.double(), average[name], atol=1e-6, rtol=1e-5)
         assert not torch.equal(weight.double(), seen[-1][name])
@@ -438,7 +467,7 @@ def test_the_result_is_the_average_of_the_weights_by_hand(tmp_path: Path) -> Non
 
 
 def test_networks_of_their_own_are_clipped_by_themselves(tmp_path: Path) -> None:
-    """What one of them is given does not depend on how large the other's gradient is."""
+    """What one of two networks learns does not depend on how large the other's gradient is."""
 
     def scaled(scale: float) -> Any:
         def loss_of_two(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
@@ -458,6 +487,7 @@ def test_networks_of_their_own_are_clipped_by_themselves(tmp_path: Path) -> None
             clip=0.01,
         )
         weights.append([weight.detach().clone() for weight in module[0].parameters()])
+
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
@@ -480,6 +510,7 @@ def test_a_seed_of_its_own_for_every_step(tmp_path: Path) -> None:
         return loss(module, batch)
 
     run(tmp_path, loss=drawing_loss)
+
     assert len(set(drawn[:20])) == 20
     torch.manual_seed(7 * 1_000_003 + 3)
     assert drawn[3] == float(torch.rand(()))
@@ -498,7 +529,7 @@ def test_callbacks_come_on_time_and_may_leave_training_mode(tmp_path: Path) -> N
     assert module.seen.item() == 20 * 6  # it counts in training mode only
 
 
-# ------------------------------------------------------------------------------------------------ no number
+# ---------------------------------------------------------------------------------------- no number
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -506,8 +537,9 @@ def test_callbacks_come_on_time_and_may_leave_training_mode(tmp_path: Path) -> N
 def test_a_step_whose_loss_is_no_number_changes_nothing(
     tmp_path: Path, bad: float, bad_at: int
 ) -> None:
-    """By hand: the weights of a run whose optimizer leaves that step out; and it is written down."""
+    """The step is written down, and the weights are those of an optimizer that leaves it out."""
     module, log = run(tmp_path, batches=Numbers(bad_at=bad_at, bad=bad))
+
     by_hand, batches = Tiny().train(), Numbers()
     optimizer = new_optimizer(by_hand, config())
     for step in range(20):
@@ -519,8 +551,10 @@ def test_a_step_whose_loss_is_no_number_changes_nothing(
         if step != bad_at:
             optimizer.step()
         optimizer.zero_grad()
+
     for one, other in zip(module.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
     (event,) = events(tmp_path)
     assert (event["step"], event["event"]) == (bad_at + 1, "step skipped")
     assert not math.isfinite(event["loss"])
@@ -547,7 +581,9 @@ def test_a_gradient_that_is_no_number_is_skipped_too(tmp_path: Path) -> None:
 def test_spikes_are_written_down_with_their_documents(tmp_path: Path) -> None:
     def spiking(module: nn.Module, batch: Any) -> Any:
         value, figures = loss(module, batch)
-        return (value * 1000 if batches.number(batch) == 50 else value), figures
+        if batches.number(batch) == 50:
+            value = value * 1000
+        return value, figures
 
     batches = Numbers()
     split = BatchSplit(ids=lambda parts: [f"document {batches.number(parts[0])}"])
@@ -560,47 +596,44 @@ def test_spikes_are_written_down_with_their_documents(tmp_path: Path) -> None:
         learning_rate=1e-3,
         split=split,
     )
+
     (event,) = events(tmp_path)
-    assert (event["step"], event["event"], event["documents"]) == (
-        50,
-        "loss spike",
-        ["document 50"],
-    )
+    assert (event["step"], event["event"]) == (50, "loss spike")
+    assert event["documents"] == ["document 50"]
     assert event["loss"] > event["mean_before"] + 6 * event["deviation_before"]
 
 
 def test_a_training_goes_on_from_another_with_the_rate_raised_again(tmp_path: Path) -> None:
-    """Weights, moments and data are those of the other's end: by hand, two schedules over one optimizer."""
+    """Weights, moments and data are those of the other's end, and the schedule begins again.
+
+    By hand, these are two schedules over one optimizer.
+    """
     run(tmp_path / "first", steps=20)
     module, log = run(tmp_path / "second", steps=8, resume_from=tmp_path / "first")
+
     by_hand, batches = Tiny().train(), Numbers()
     optimizer = new_optimizer(by_hand, config())
     for step in range(28):
         torch.manual_seed(7 * 1_000_003 + step)
-        rate = (
-            learning_rate(step, config())
-            if step < 20
-            else learning_rate(step - 20, config(steps=8))
-        )
+        rate = learning_rate(step, config())
+        if step >= 20:
+            rate = learning_rate(step - 20, config(steps=8))
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss(by_hand, batches.next())[0].backward()
         nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(module.parameters(), by_hand.parameters(), strict=True)
-    )
+    assert same_weights(module, by_hand)
     assert [record["step"] for record in log] == [22, 24, 26, 28]
+
+    # Once finished, it is not trained again.
     again, log_again = run(
         tmp_path / "second", steps=8, resume_from=tmp_path / "first", batches=Numbers(fails_at=0)
     )
     assert log_again == log
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(module.parameters(), again.parameters(), strict=True)
-    )
+    assert same_weights(module, again)
+
     with pytest.raises(
         UserError, match=r"has no checkpoint to continue from; set training\.start_with=weights$"
     ):
@@ -613,7 +646,9 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
 ) -> None:
     def bad_from(module: nn.Module, batch: Any) -> Any:
         value, figures = loss(module, batch)
-        return (value * math.nan if batches.number(batch) > bad_at else value), figures
+        if batches.number(batch) > bad_at:
+            value = value * math.nan
+        return value, figures
 
     batches = Numbers()
     stop = bad_at + 4
@@ -622,17 +657,17 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
         with pytest.raises(FloatingPointError, match=r"^tiny diverged: 2 steps .*step_00000016$"):
             run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)
         return
+
+    good = "it has no good checkpoint$"
+    if bad_at >= 4:
+        good = r"the last good checkpoint is \S*/step_\d+$"
     sentence = (
         rf"^tiny diverged: 4 steps in a row were skipped; at step {stop} the loss is nan "
-        r"\(events.jsonl has the documents\); "
-        + (
-            r"the last good checkpoint is \S*/step_\d+$"
-            if bad_at >= 4
-            else "it has no good checkpoint$"
-        )
+        rf"\(events.jsonl has the documents\); {good}"
     )
     with pytest.raises(FloatingPointError, match=sentence):
         run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)
+
     last = bad_at // 4 * 4
     assert names(tmp_path) == [f"step_{step:08d}" for step in (last - 4, last) if step > 0]
     for path in checkpoints(tmp_path):
@@ -644,9 +679,13 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
 def test_a_result_is_good_or_the_training_has_diverged_and_says_so_again(
     tmp_path: Path, fault: str
 ) -> None:
-    """The last step was good, weights are finite, and a loss is computed with them; rerunning does not call it done."""
+    """A good result has a good last step, finite weights, and a loss that they give.
+
+    Where it is not good, training again does not call it finished.
+    """
     for _ in range(2):
-        module, batches = Tiny(), Numbers(bad_at=19 if fault == "the last step" else None)
+        bad_at = 19 if fault == "the last step" else None
+        module, batches = Tiny(), Numbers(bad_at=bad_at)
 
         def harmed(module: nn.Module, batch: Any, batches: Numbers = batches) -> Any:
             if batches.number(batch) == 20 and fault != "the last step":
@@ -659,11 +698,12 @@ def test_a_result_is_good_or_the_training_has_diverged_and_says_so_again(
         with pytest.raises(FloatingPointError, match=r"^tiny diverged: .*/step_00000016$"):
             run(tmp_path, module=module, batches=batches, loss=harmed, clip=1e9)
         assert names(tmp_path) == ["step_00000012", "step_00000016"]
+
     run(tmp_path)  # without the fault it goes on from there
 
 
 def _spoil(module: Any, number: float, gradient: Tensor) -> Tensor:
-    """Changes another weight while gradients are computed, which are fine themselves."""
+    """Change another weight while gradients are computed that are fine themselves."""
     with torch.no_grad():
         module.first.bias.fill_(0)
         module.second.bias.fill_(number)
@@ -673,14 +713,15 @@ def _spoil(module: Any, number: float, gradient: Tensor) -> Tensor:
 def test_a_full_disk_does_not_end_a_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No line of a log, no picture and no checkpoint can be written for a while: it says so, and they come later."""
+    """No log, picture or checkpoint can be written for a while: it is said, and they come later."""
     whole, log = run(tmp_path / "whole", callback=lambda *_: {"loss": 1.0})
+
+    # The first twelve times that a file would be added to, the disk is full.
     full = iter([True] * 12)
+    usual = Path.open
 
     def refused(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
-
-    usual = Path.open
 
     def opened(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
         if mode == "a" and next(full, False):
@@ -688,24 +729,27 @@ def test_a_full_disk_does_not_end_a_training(
         return usual(path, mode, *rest, **options)
 
     monkeypatch.setattr(Path, "open", opened)
+
+    # The first and the third checkpoint cannot be written, and nothing for TensorBoard.
     save = checkpoint.dcp.async_save
     saves = iter([refused, save, refused])
-    monkeypatch.setattr(
-        checkpoint.dcp, "async_save", lambda *given, **rest: next(saves, save)(*given, **rest)
-    )
+
+    def async_save(*given: Any, **rest: Any) -> Any:
+        return next(saves, save)(*given, **rest)
+
+    monkeypatch.setattr(checkpoint.dcp, "async_save", async_save)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", refused)
+
     again, _ = run(tmp_path / "full", callback=lambda *_: {"loss": 1.0})
     assert torch.equal(again.first.weight, whole.first.weight)
     assert without_rates(read_log(tmp_path / "full")) == without_rates(log)
-    assert (tmp_path / "full/validation.jsonl").read_text() == (
-        tmp_path / "whole/validation.jsonl"
-    ).read_text()
+    validation, expected = (tmp_path / name / "validation.jsonl" for name in ("full", "whole"))
+    assert validation.read_text() == expected.read_text()
     assert names(tmp_path / "full") == names(tmp_path / "whole")
+
     warnings = [event["message"] for event in events(tmp_path / "full")]
-    assert [message.partition(": ")[0].rpartition("/")[2] for message in warnings] == [
-        "step_00000004",
-        "step_00000012",
-    ]
+    unwritten = [message.partition(": ")[0].rpartition("/")[2] for message in warnings]
+    assert unwritten == ["step_00000004", "step_00000012"]
     said = capsys.readouterr().out
     assert f"{tmp_path / 'full/log.jsonl'}: No space left on device; " in said
     assert f"{tmp_path / 'full'}: tensorboard: No space left on device; " in said
@@ -715,7 +759,10 @@ def test_a_full_disk_does_not_end_a_training(
 def test_a_signal_at_any_place_of_a_training_stops_it_and_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """Also in its last step, checkpoint and validation, whose record is made later; bit for bit the same in the end."""
+    """Bit for bit it is the same in the end, wherever the signal came.
+
+    It may come in the last step, checkpoint or validation, whose record is made afterwards.
+    """
 
     def figures(step: int, writer: Any) -> dict[str, float]:
         return {"loss": float(step)}
@@ -727,6 +774,7 @@ def test_a_signal_at_any_place_of_a_training_stops_it_and_it_goes_on(
         if next(asked, False):
             os.kill(os.getpid(), signal.SIGTERM)
 
+    # The signal is sent once, at the place that is tested.
     last = 0
 
     def loss_stops(module: nn.Module, batch: Any) -> Any:
@@ -761,12 +809,12 @@ def test_a_signal_at_any_place_of_a_training_stops_it_and_it_goes_on(
     batches = Numbers()
     with pytest.raises(Again, match="SIGTERM"):
         run(tmp_path / "cut", batches=batches, loss=loss_stops, callback=callback)
+
     again, log_again = run(tmp_path / "cut", callback=callback)
     assert without_rates(log_again) == without_rates(log)
     assert torch.equal(again.first.weight, whole.first.weight)
-    records = [
-        json.loads(line) for line in (tmp_path / "cut/validation.jsonl").read_text().splitlines()
-    ]
+    lines = (tmp_path / "cut/validation.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert [record["step"] for record in records] == [5, 10, 15, 20]
 
 
@@ -785,9 +833,8 @@ def test_outside_of_a_training_a_signal_stops_at_once(number: signal.Signals) ->
 
 
 def test_a_figure_that_a_step_lacks_is_left_out_of_the_mean(tmp_path: Path) -> None:
-    values = iter(
-        [1.0, math.nan, math.nan, math.nan, 5.0, 7.0, 9.0]
-    )  # the last one tries the result
+    # Six steps in three records; the last figure is of the loss that tries the result.
+    values = iter([1.0, math.nan, math.nan, math.nan, 5.0, 7.0, 9.0])
 
     def loss_with_gaps(module: nn.Module, batch: Any) -> Any:
         return loss(module, batch)[0], {"now_and_then": next(values)}
@@ -801,9 +848,11 @@ def test_a_record_that_a_signal_falls_into_is_of_all_its_steps(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     """The signal comes within a step of two micro-batches, which is made again as a whole."""
-    halves = BatchSplit(
-        parts=lambda batch: list(zip(*(each.tensor_split(2) for each in batch), strict=True))
-    )
+
+    def parts(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
+        return list(zip(*(each.tensor_split(2) for each in batch), strict=True))
+
+    halves = BatchSplit(parts=parts)
     calls = iter(range(1000))
 
     def interrupted(module: nn.Module, batch: Any) -> Any:
@@ -813,6 +862,8 @@ def test_a_record_that_a_signal_falls_into_is_of_all_its_steps(
 
     fields = {"steps": 10, "log_every": 5, "checkpoint_every": 10, "split": halves}
     _, whole = run(tmp_path / "whole", **fields)
+
+    # Three trainings are cut, each within a step; the fourth one ends.
     for _ in range(3):
         with pytest.raises(Again):
             run(tmp_path / "cut", loss=interrupted, **fields)
@@ -823,31 +874,39 @@ def test_a_record_that_a_signal_falls_into_is_of_all_its_steps(
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_record_goes_on_from_the_states_of_other_ranks(ranks: int) -> None:
+    """Two ranks wrote what they had summed; one rank or three take it over, and lose nothing."""
     two = [{"seconds": 5.0, "sums": {"loss": [3.0, 2.0], "tokens": [8.0, 2.0]}}] * 2
     found = []
     for rank in range(ranks):
         meter = Meter(Ranks(CPU, rank, ranks))
         meter.load(two)
         found.append(meter.state()["sums"])
-    assert [sum(each["loss"][0] for each in found), sum(each["loss"][1] for each in found)] == [
-        6.0,
-        4.0,
-    ]
+
+    losses = [each["loss"] for each in found]
+    assert [sum(value for value, _ in losses), sum(count for _, count in losses)] == [6.0, 4.0]
     assert sum(each["tokens"][0] for each in found) == 16.0
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def saved(
     folder: Path, *steps: int, fill: float | None = None, **options: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
+    """Write checkpoints of the tiny problem after one step of its optimizer.
+
+    Args:
+        steps: a checkpoint is written for each.
+        fill: a value for one matrix before the step.
+        options: of `Checkpoints`.
+    """
     module = Tiny()
     if fill is not None:
         nn.init.constant_(module.first.weight, fill)
     optimizer = new_optimizer(module, config())
     module(torch.ones(2, 4)).sum().backward()
     optimizer.step()
+
     tensors = training_tensors(module, optimizer)
     writer = Checkpoints(folder, Ranks(CPU), **{"keep": 2, **options})
     for step in steps:
@@ -862,13 +921,12 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     assert path == tmp_path / "step_00000012"
     assert read_state(path) == {"step": 12, "data": {"at": 12}, "ranks": 1, "format": 1}
     found = tensors_of(path)
-    assert all(
-        torch.equal(found[f".model.{name}"], tensor) for name, tensor in module.state_dict().items()
-    )
+
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(found[f".model.{name}"], tensor)
     for name, moments in tensors["optimizer"].items():
-        assert all(
-            torch.equal(found[f".optimizer.{name}.{key}"], value) for key, value in moments.items()
-        )
+        for key, value in moments.items():
+            assert torch.equal(found[f".optimizer.{name}.{key}"], value)
         assert moments["exp_avg"].abs().sum() > 0
 
 
@@ -876,6 +934,7 @@ def test_the_copy_is_taken_before_the_training_goes_on(tmp_path: Path) -> None:
     module = Tiny()
     tensors = training_tensors(module, new_optimizer(module, config()))
     before = module.first.weight.detach().clone()
+
     writer = Checkpoints(tmp_path, Ranks(CPU), keep=1)
     writer.save(tensors, {"step": 1, "data": {}})
     nn.init.zeros_(module.first.weight)
@@ -906,12 +965,16 @@ def test_what_fails_while_saving_leaves_the_older_checkpoint_and_is_told(
         place = {"dcp.async_save": checkpoint.dcp, "rename": Path}.get(killed_in, checkpoint)
         patch.setattr(place, killed_in.split(".")[-1], full)
         saved(tmp_path, 20, fill=1.0, warn=told.append)
+
     assert names(tmp_path) == ["step_00000010"]
     assert told == [
-        f"{tmp_path / 'step_00000020'}: no checkpoint was written ([Errno 28] No space left on device); the older one "
+        f"{tmp_path / 'step_00000020'}: no checkpoint was written "
+        "([Errno 28] No space left on device); the older one "
         "is kept, and the training goes on and tries again"
     ]
-    saved(tmp_path, 20, fill=2.0)  # the next try replaces what was left
+
+    # The next try replaces what was left.
+    saved(tmp_path, 20, fill=2.0)
     assert names(tmp_path) == ["step_00000010", "step_00000020"]
     assert not list(tmp_path.glob(".partial_*"))
     assert tensors_of(tmp_path / "step_00000020")[".model.first.weight"].min() > 1.9
@@ -931,16 +994,18 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: st
     saved(tmp_path, 10, 20)
     file = tmp_path / "step_00000020" / name
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    half = len(content) // 2
+    content[half] ^= 1
     if harm == "remove":
         file.unlink()
+    elif harm == "flip":
+        file.write_bytes(content)
     else:
-        file.write_bytes(content if harm == "flip" else content[: len(content) // 2])
+        file.write_bytes(content[:half])
+
     told: list[str] = []
-    assert (
-        Checkpoints(tmp_path, Ranks(CPU), keep=2, warn=told.append).newest()
-        == tmp_path / "step_00000010"
-    )
+    newest = Checkpoints(tmp_path, Ranks(CPU), keep=2, warn=told.append).newest()
+    assert newest == tmp_path / "step_00000010"
     (sentence,) = told
     assert sentence.startswith(f"{tmp_path / 'step_00000020'} is passed over: ")
 
@@ -978,6 +1043,7 @@ def test_the_index_of_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
 
 def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, 10)
+    # A part of the model is read; another name or another shape is refused.
     for other in (nn.Linear(4, 8), nn.Sequential(nn.Linear(4, 8)), nn.Linear(3, 8)):
         tensors = {"model": {f"first.{name}": value for name, value in other.state_dict().items()}}
         if isinstance(other, nn.Linear) and other.in_features == 4:
@@ -999,11 +1065,12 @@ OTHERS = (
 
 
 def test_only_step_and_digits_is_a_checkpoint(tmp_path: Path) -> None:
-    """Copies under other names are not read, not counted and not deleted, and a file is no checkpoint either."""
+    """Copies under other names are not read, counted or deleted; nor is a file a checkpoint."""
     saved(tmp_path, 10)
     for name in OTHERS[:-1]:
         shutil.copytree(tmp_path / "step_00000010", tmp_path / name)
     (tmp_path / "step_7").mkdir()  # a checkpoint's name, but not a complete one
+
     saved(tmp_path, 20, 30, keep=1)
     assert names(tmp_path) == ["step_00000030"]
     assert Checkpoints(tmp_path, Ranks(CPU), keep=1).newest() == tmp_path / "step_00000030"
@@ -1017,7 +1084,10 @@ def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     (tmp_path / "step_00000020").rename(tmp_path / "step_20")
     assert names(tmp_path) == ["step_20", "step_100000000"]
     saved(tmp_path, 20, keep=3)
-    assert names(tmp_path) == ["step_00000020", "step_100000000"]  # as a training writes it
+
+    # A checkpoint of the same step takes its place, under the name that a training gives.
+    saved(tmp_path, 20, keep=3)
+    assert names(tmp_path) == ["step_00000020", "step_100000000"]
 
 
 def test_a_copy_under_another_number_is_passed_over_and_does_not_cost_a_new_checkpoint(
@@ -1031,6 +1101,8 @@ def test_a_copy_under_another_number_is_passed_over_and_does_not_cost_a_new_chec
     assert told == [
         f"{tmp_path / 'step_00000099'} is passed over: it is a copy of the checkpoint of step 10"
     ]
+
+    # It stays beside newer checkpoints until a training gets beyond its number.
     saved(tmp_path, 20, 30, keep=1)
     assert names(tmp_path) == ["step_00000030", "step_00000099"]
     saved(tmp_path, 100, keep=1)
@@ -1041,14 +1113,11 @@ def test_a_run_begins_anew_beside_a_leftover(tmp_path: Path) -> None:
     (tmp_path / "stopped" / ".partial_00000004").mkdir(parents=True)
     whole, _ = run(tmp_path / "whole")
     again, _ = run(tmp_path / "stopped")
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(whole.parameters(), again.parameters(), strict=True)
-    )
+    assert same_weights(whole, again)
     assert not (tmp_path / "stopped" / ".partial_00000004").exists()
 
 
-# ------------------------------------------------------------------------------------------------ refused weights
+# ---------------------------------------------------------------------------------- refused weights
 
 
 class Other(nn.Module):
@@ -1077,6 +1146,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(
     module = Other(**wanted)
     for weight in module.parameters():
         nn.init.constant_(weight, 5)
+
     with pytest.raises(UserError) as refusal:
         load_weights(file, module)
     assert str(refusal.value) == f"{file} {end}"
@@ -1088,23 +1158,27 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         load_weights(tmp_path / "model.safetensors", Tiny())
 
 
-# ------------------------------------------------------------------------------------------------ precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is asked for by name is used, whether the device computes fast in it or not.
     for device in (CPU, torch.device("cuda")):
         assert uses_bf16(device, "bf16")
         assert not uses_bf16(device, "float32")
+
+    # With auto, bf16 is used where the device computes in it without emulation.
     for avx512, amx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         assert uses_bf16(CPU, "auto") is (avx512 or amx)
+
     for native in (False, True):
-        monkeypatch.setattr(
-            torch.cuda,
-            "is_bf16_supported",
-            lambda including_emulation=True, native=native: including_emulation or native,
-        )
+
+        def is_supported(including_emulation: bool = True, native: bool = native) -> bool:
+            return including_emulation or native
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
         assert uses_bf16(torch.device("cuda"), "auto") is native
 
 
@@ -1128,7 +1202,8 @@ def test_matrix_products_run_in_the_precision_and_weights_stay_float32(
 
 
 def test_the_device_is_a_gpu_where_there_is_one() -> None:
-    assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert best_device().type == expected
 
 
 def test_a_mask_of_minus_infinities_is_no_divergence() -> None:
