@@ -1,4 +1,7 @@
-"""plugins/example: its objective and task by hand, its decoder, its experiment from end to end, and a copy of it."""
+"""The example plugin: its objective, task and decoder against hand-worked answers.
+
+Its experiment also runs from end to end, and a renamed copy of the folder is a plugin of its own.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def ids(words: str) -> np.ndarray:
     return np.array([WORDS[word] for word in words.split()])
 
 
-# ------------------------------------------------------------------------------------------------ objective
+# ---------------------------------------------------------------------------------------- objective
 
 
 @pytest.mark.parametrize(
@@ -72,10 +75,14 @@ def test_every_token_stays_and_retrieved_documents_stay_in_place(
     corrupted = objective(rate=1.0).corrupt(
         sample, np.random.default_rng(seed), len(sample.ids_T) + EXTRA
     )
+
+    # Without the three sentinels, which teach nothing, it is the sample in another order.
     added_T = VOCAB.is_sentinel(corrupted.ids_T)
     assert sorted(corrupted.ids_T[~added_T]) == sorted(sample.ids_T)
     assert corrupted.ids_T[added_T].tolist() == [VOCAB.sentinel(number) for number in range(3)]
     assert ((corrupted.weight_T == 0) == added_T).all()
+
+    # Only the query is rearranged, and the closing <eos> ends it still.
     before = next(segment.start for segment in sample.segments if segment.is_query)
     assert np.array_equal(corrupted.ids_T[:before], sample.ids_T[:before])
     assert corrupted.ids_T[-1] == VOCAB.eos
@@ -87,11 +94,15 @@ def test_rates_are_kept_and_every_cut_is_as_likely() -> None:
         objective(rate=0.6).corrupt(sample, np.random.default_rng(seed), 99).ids_T
         for seed in range(3000)
     ]
+
     rearranged = [ids_T for ids_T in drawn if len(ids_T) == len(sample.ids_T) + EXTRA]
     assert len(rearranged) / 3000 == pytest.approx(0.6, abs=0.03)
-    suffix_first = [ids_T for ids_T in rearranged if ids_T[2] == VOCAB.sentinel(1)]
+
     # A prefix that is empty looks the same in both orders: 17 of the 81 pairs of cuts have one.
+    suffix_first = [ids_T for ids_T in rearranged if ids_T[2] == VOCAB.sentinel(1)]
     assert len(suffix_first) / len(rearranged) == pytest.approx(0.5 + 0.5 * 17 / 81, abs=0.04)
+
+    # Where the added sentinels do not fit, the sample stays as it is.
     room = len(sample.ids_T) + EXTRA - 1
     assert (
         objective(rate=1.0).corrupt(sample, np.random.default_rng(0), room).ids_T == sample.ids_T
@@ -108,8 +119,10 @@ def test_pieces_fit_their_room_and_are_the_whole_sample(
         piece, end = objective(rate=rate).take(sample, start, room, rng)
         assert start < end
         assert len(piece.ids_T) <= room
+
         kept_T = piece.ids_T[~VOCAB.is_sentinel(piece.ids_T)]
         assert sorted(kept_T) == sorted(sample.ids_T[start:end])
+
         start = end
         seen += kept_T.tolist()
     assert len(seen) == len(sample.ids_T)
@@ -122,18 +135,22 @@ def test_too_few_sentinels_are_one_sentence() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ task, decoder
+# ------------------------------------------------------------------------------------ task, decoder
 
 
 def test_the_prompt_and_its_answer_are_what_the_objective_trains() -> None:
     task = TASKS.build("infill_middle", vocab=VOCAB, grid=(2, 4))
     query, other = document(3, CODES), document(2, CODES, name="other")
+
     prompt = task.prompt(query, (other,))
     answer_T = query.segments[1].ids_T[2:6]
+
+    # The objective's own rearrangement of the same documents, cut around codes 2 to 6 of 8.
     sample = lay_out(Sample(query, (other,)), VOCAB)
     first, last = sample.segments[2].start, sample.segments[3].end
     middle = sample.segments[3].start + 2, sample.segments[3].start + 6
     trained_T = rearrange(sample.ids_T, (first, last), middle, VOCAB)
+
     assert [*prompt.ids_T, *answer_T, prompt.end] == trained_T.tolist()
     assert prompt.length == 4
 
@@ -141,12 +158,18 @@ def test_the_prompt_and_its_answer_are_what_the_objective_trains() -> None:
 def test_what_is_given_stays() -> None:
     task = TASKS.build({"name": "infill_middle", "share": 0.25}, vocab=VOCAB, grid=(2, 4))
     query = document(3, CODES)
+
+    # A quarter of the eight codes are replaced: the two in the middle.
     completed = task.complete(query, VOCAB.image_ids(np.array([9, 9])))
     assert VOCAB.image_codes(completed.segments[1].ids_T).tolist() == [0, 1, 2, 9, 9, 5, 6, 7]
     assert task.keeps_given(query, completed)
+
+    # By default it is half of them, more than the task above lets change.
     wider = TASKS.build("infill_middle", vocab=VOCAB, grid=(2, 4))
     spoilt = wider.complete(query, VOCAB.image_ids(np.array([9, 9, 9, 9])))
     assert not task.keeps_given(query, spoilt)
+
+    # At least one code is asked for, however small the share.
     least = TASKS.build({"name": "infill_middle", "share": 0.0}, vocab=VOCAB, grid=(2, 4))
     assert least.prompt(query).length == 1
 
@@ -156,28 +179,27 @@ def test_min_p_keeps_what_is_likely_beside_the_likeliest(min_p: float, kept: int
     logits_BV = torch.tensor([[0.6, 0.3, 0.07, 0.03], [0.07, 0.03, 0.6, 0.3]]).log()
     drawn_from_BV = DECODERS.build({"name": "min_p", "min_p": min_p}).logits(logits_BV)
     assert drawn_from_BV.isfinite().sum(dim=1).tolist() == [kept, kept]
+
+    # What is kept keeps its logits.
     finite = drawn_from_BV.isfinite()
     torch.testing.assert_close(drawn_from_BV[finite], logits_BV[finite])
 
 
-# ------------------------------------------------------------------------------------------------ experiment
+# --------------------------------------------------------------------------------------- experiment
 
 
 def test_its_experiment_runs_through_every_stage(tmp_path: Path) -> None:
     digit_tars(tmp_path, count=1, per_tar=60)  # in place of all 1,797
     data = f"data={{name: webdataset, path: {tmp_path}}}"
-    short = [
-        f"{section}.{key}={value}"
-        for section in ("image_tokenizer_training", "retriever_training", "training")
-        for key, value in {
-            "steps": 2,
-            "warmup_steps": 1,
-            "batch_size": 4,
-            "callback_every": 2,
-        }.items()
-    ]
+    sizes = {"steps": 2, "warmup_steps": 1, "batch_size": 4, "callback_every": 2}
+    short = []
+    for section in ("image_tokenizer_training", "retriever_training", "training"):
+        short += [f"{section}.{key}={value}" for key, value in sizes.items()]
+
     run = tmp_path / "run"
     assert main(["experiment=fill_in_the_middle", f"run={run}", data, *short]) == 0
+
+    # Every held-out image was filled in, and none of the given codes changed.
     metrics = json.loads((run / "metrics.json").read_text())
     held_out = metrics["documents"]["held_out"]
     for infilled in metrics["evaluations"]["infill_middle"]:
@@ -188,9 +210,8 @@ def test_its_experiment_runs_through_every_stage(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("registries")
 def test_it_is_loaded_once_where_an_experiment_names_it_too() -> None:
     discover([EXAMPLE, EXAMPLE / "decoder.py"])
-    assert {r.origin(n) for r, n in ((OBJECTIVES, "fill_in_the_middle"), (DECODERS, "min_p"))} == {
-        "plugins/example"
-    }
+    registered = ((OBJECTIVES, "fill_in_the_middle"), (DECODERS, "min_p"))
+    assert {registry.origin(name) for registry, name in registered} == {"plugins/example"}
 
 
 TASK = "evaluations.infill_middle.protocol.task"
@@ -202,8 +223,10 @@ def test_a_copy_under_other_names_is_a_plugin_of_its_own(tmp_path: Path) -> None
     shutil.copytree(EXAMPLE, copy)
     for file in copy.glob("*.py"):
         file.write_text(file.read_text().replace('.register("', '.register("my_'))
+
     named = ["objective=my_fill_in_the_middle", "decoder=my_min_p", f"{TASK}=my_infill_middle"]
     experiment = load_experiment("fill_in_the_middle", [f"plugins=[{copy}]", *named])
+
     asked = experiment.evaluations["infill_middle"].protocol
     assert asked.config.task == "my_infill_middle"  # type: ignore[attr-defined]
     assert OBJECTIVES.origin("my_fill_in_the_middle") == str(copy)
