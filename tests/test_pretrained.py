@@ -1,4 +1,4 @@
-"""Trained decoders read from their files."""
+"""Trained decoders are read from their files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SECTION = {"name": "cm3leon_tiny", "layers": 2, "width": 32, "head_size": 16, "s
 def saved(tmp_path: Path) -> tuple[Path, Transformer]:
     """A run folder with a decoder in it, and the decoder."""
     torch.manual_seed(0)
-    model = Transformer(
-        Transformer.Config(layers=2, width=32, head_size=16, seq_len=24), vocab_size=50
-    )
+    config = Transformer.Config(layers=2, width=32, head_size=16, seq_len=24)
+    model = Transformer(config, vocab_size=50)
     torch.nn.init.normal_(model.head.weight)
+
     folder = tmp_path / "run" / "pretraining"
     folder.mkdir(parents=True)
     save_weights(folder / "model.safetensors", model)
@@ -36,12 +36,14 @@ def saved(tmp_path: Path) -> tuple[Path, Transformer]:
 def test_it_is_the_same_decoder(saved: tuple[Path, Transformer]) -> None:
     run, model = saved
     ids_BT = torch.arange(20)[None]
+
     before = torch.random.get_rng_state()
     for folder in (run, str(run / "pretraining")):
         loaded = load_model(folder)
         assert not loaded.training
         assert torch.equal(loaded(ids_BT), model(ids_BT))
     assert torch.equal(torch.random.get_rng_state(), before)
+
     half = load_model(run, dtype=torch.bfloat16)
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
@@ -55,6 +57,8 @@ def test_mistakes_are_said(saved: tuple[Path, Transformer], tmp_path: Path) -> N
 
     with pytest.raises(UserError, match=r"none holds no trained decoder, .*config.json is missing"):
         load_model(tmp_path / "none")
+
+    # A config that is damaged, or does not fit the weights beside it.
     for content, sentence in (
         ("{", "config.json is damaged: it is not JSON"),
         ("[]", r"config.json is \[\]; it must be an object"),
@@ -77,6 +81,8 @@ def test_mistakes_are_said(saved: tuple[Path, Transformer], tmp_path: Path) -> N
     ):
         (folder / "config.json").write_text(content)
         refused(sentence)
+
+    # The config is right again, and the weights are wrong or gone.
     (folder / "config.json").write_text(json.dumps({"model": SECTION, "vocab_size": 50}))
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
     refused("lacks blocks.0")

@@ -1,4 +1,4 @@
-"""Protocols on scenes: true answers are right, others are not."""
+"""Protocols count true answers as right, and answers to other items as wrong."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def test_true_answers_are_right_and_those_to_other_items_hardly_ever(task):
     items = asking.items()
     truths = [true_answer(item, asking.answers_in) for item in items]
     figures = asking.score(items, truths)
-    assert {name: measured.value for name, measured in figures.items()} == dict.fromkeys(
-        figures, 1.0
-    )
+    right = {name: measured.value for name, measured in figures.items()}
+    assert right == dict.fromkeys(figures, 1.0)
+
+    # Questions have few answers, so that some of another item are right.
     others = asking.score(items, [*truths[1:], truths[0]])
     assert others["right"].value < (0.7 if task in ("vqa", "reasoning") else 0.2)
     assert others["right"].n == len(items) == 60
@@ -93,6 +94,7 @@ def test_what_is_asked_is_shown_without_its_answer():
     assert question.truth.values["question"] in asked(question)
     assert "…" in asked(question)
     assert given_image(question) is question.document.images[0]
+
     edit = protocol("edit", 5).items()[0]
     assert edit.truth.values["instruction"] in asked(edit)
     assert given_image(edit) is edit.document.images[0]
@@ -109,9 +111,8 @@ def test_figures_of_each_kind_add_up_to_those_of_all():
 
 
 def test_a_task_that_a_world_has_no_scenes_for_is_refused():
-    with pytest.raises(
-        UserError, match="hardly a scene of this world is one that write can be about"
-    ):
+    refusal = "hardly a scene of this world is one that write can be about"
+    with pytest.raises(UserError, match=refusal):
         protocol("write", 2).items()
 
 
@@ -119,13 +120,12 @@ def test_entities_are_recognised_among_all():
     config = {"first": 40, "count": 30, "known": 100, "backgrounds": ["white", "black"]}
     asking = SceneEntities(from_mapping(SceneEntities.Config, config))
     items = asking.items()
+
     truths = [true_answer(item, "image") for item in items]
     right = asking.score(items, truths)
-    assert (right["recognised"].value, right["background"].value, right["recognised"].n) == (
-        1,
-        1,
-        30,
-    )
+    found = (right["recognised"].value, right["background"].value, right["recognised"].n)
+    assert found == (1, 1, 30)
+
     shifted = asking.score(items, [*truths[1:], truths[0]])
     assert (shifted["recognised"].value, shifted["background"].value) == (0, 0)
 
@@ -138,13 +138,14 @@ def test_entities_beyond_the_world_are_refused():
 def test_compositions_have_six_kinds_and_their_mean():
     asking = SceneCompositions(SceneCompositions.Config(world=from_mapping(World, SMALL), count=8))
     items = asking.items()
+
     picture = true_answer(protocol("text_to_image", 1).items()[0], "image")
     figures = asking.score(items, [picture for _ in items])
     assert len(items) == 48
     assert len(figures) == 7
-    mean = (
-        sum(measured.value for name, measured in figures.items() if name != "mean of six kinds") / 6
-    )
+
+    kinds = [measured for name, measured in figures.items() if name != "mean of six kinds"]
+    mean = sum(measured.value for measured in kinds) / 6
     assert figures["mean of six kinds"].value == pytest.approx(mean)
     assert figures["mean of six kinds"].low <= mean <= figures["mean of six kinds"].high
 
@@ -158,7 +159,7 @@ def test_a_caption_is_right_by_its_things():
     assert asking.right(item, Answer(text=only)) == (len(item.truth.shows.things) == 1)
 
 
-# ------------------------------------------------------------------------------------------------ images and data sets
+# ----------------------------------------------------------------------------- images and data sets
 
 
 def captioned(count: int, **data: object) -> Any:
@@ -178,19 +179,22 @@ def test_images_are_compared_with_those_that_were_captioned():
     source = SOURCES.build(asking.config.data)
     images = {found.id: found.image for found in source.documents()}
     answers = [Answer(image_HWC=images[item.id], clip=0.25) for item in items]
+
+    # The captioned images themselves.
     same = asking.score(items, answers)
     assert same["Fréchet distance of cells"].value == pytest.approx(0, abs=1e-3)
     assert (same["precision"].value, same["recall"].value) == (1, 1)
     assert same["CLIP score"].value == pytest.approx(0.25)
-    grey = asking.score(
-        items, [Answer(image_HWC=np.full((48, 48, 3), 90, np.uint8), clip=0.0) for _ in items]
-    )
+
+    # Grey ones.
+    grey_HWC = np.full((48, 48, 3), 90, np.uint8)
+    grey = asking.score(items, [Answer(image_HWC=grey_HWC, clip=0.0) for _ in items])
     assert grey["Fréchet distance of cells"].value > 1000
     assert grey["recall"].value == 0
 
 
 def kept_score(place: Path, **settings: Any) -> tuple[dict[str, Any], Any]:
-    """The figures of grey answers by a protocol that may keep its reference, and the protocol."""
+    """The figures and notes of grey answers, and the protocol, whose folder keeps its reference."""
     asking = captioned(112, **settings)
     asking.folder = place
     items = asking.items()
@@ -201,11 +205,13 @@ def kept_score(place: Path, **settings: Any) -> tuple[dict[str, Any], Any]:
 def test_a_reference_is_made_once_for_all_that_are_asked(tmp_path, monkeypatch):
     first, asking = kept_score(tmp_path)
     (file,) = (tmp_path / "references").iterdir()
+
+    # The second protocol reads no image.
     with monkeypatch.context() as patch:
         patch.setattr(type(asking), "_reference_images", None)
         assert kept_score(tmp_path)[0] == first
 
-    # Other images, or other features of them, have a reference of their own.
+    # Other images, and other features of the same ones, have their own references.
     other, _ = kept_score(tmp_path, first=7)
     assert other["notes"]["reference"] != first["notes"]["reference"]
     assert len(list((tmp_path / "references").iterdir())) == 2
@@ -220,9 +226,11 @@ def test_a_reference_is_made_once_for_all_that_are_asked(tmp_path, monkeypatch):
 def test_a_damaged_reference_is_noticed_and_made_again(tmp_path, capsys):
     first, _ = kept_score(tmp_path)
     (file,) = (tmp_path / "references").iterdir()
+
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
     assert kept_score(tmp_path)[0] == first
     assert f"{file} is damaged" in capsys.readouterr().out
     assert bytes(content) != file.read_bytes()
@@ -232,19 +240,20 @@ def test_a_damaged_reference_is_noticed_and_made_again(tmp_path, capsys):
 
 def test_prompts_are_fixed_whatever_the_order_of_the_corpus_and_named_by_a_hash():
     one, other = captioned(120), captioned(120)
-    for protocol in (one, other):
-        if isinstance(protocol, CorpusTask):
-            protocol.ask_about(three_documents())
+    for asking in (one, other):
+        if isinstance(asking, CorpusTask):
+            asking.ask_about(three_documents())
+
     items = one.items()
     assert [item.id for item in items] == [item.id for item in other.items()]
     assert all(item.document.images == [] for item in items)
+
+    # Other prompts and other reference images have other hashes.
     notes = one.notes(items)
     assert notes == other.notes(other.items())
-    assert notes["prompts"] != captioned(121).notes(captioned(121).items())["prompts"]
-    assert (
-        notes["reference"]
-        != captioned(120, first=7).notes(captioned(120, first=7).items())["reference"]
-    )
+    longer, later = captioned(121), captioned(120, first=7)
+    assert notes["prompts"] != longer.notes(longer.items())["prompts"]
+    assert notes["reference"] != later.notes(later.items())["reference"]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +269,7 @@ def test_precision_and_recall_are_their_definition():
     real_MD, made_ND = rng.normal(size=(40, 5)), rng.normal(0.4, 1.2, size=(33, 5))
 
     def inside(points: np.ndarray, of: np.ndarray) -> float:
+        """Share of points within the ball of any centre, whose radius is its third neighbour's."""
         hits = 0
         for point in points:
             for centre in of:
@@ -269,9 +279,9 @@ def test_precision_and_recall_are_their_definition():
                     break
         return hits / len(points)
 
-    assert precision_recall(real_MD, made_ND) == pytest.approx(
-        (inside(made_ND, real_MD), inside(real_MD, made_ND))
-    )
+    # Precision is the share of made images within the real ones, recall the reverse.
+    expected = (inside(made_ND, real_MD), inside(real_MD, made_ND))
+    assert precision_recall(real_MD, made_ND) == pytest.approx(expected)
     with pytest.raises(ValueError, match="more than 3 images"):
         precision_recall(real_MD[:3], made_ND)
 
@@ -299,26 +309,26 @@ def test_questions_are_measured_against_all_that_people_answered(tmp_path):
     items = asking.items()
     assert len(items) == 6
     assert items[0].truth.count("two") == 4
+
     figures = asking.score(items, [Answer(text="two"), *[Answer(text="no") for _ in items[1:]]])
-    expected = [
-        vqa_accuracy("two", items[0].truth),
-        *[vqa_accuracy("no", item.truth) for item in items[1:]],
-    ]
+    expected = [vqa_accuracy("two", items[0].truth)]
+    expected += [vqa_accuracy("no", item.truth) for item in items[1:]]
     assert figures["VQA accuracy"].value == pytest.approx(np.mean(expected))
     assert asking.right(items[0], Answer(text="Two."))
 
 
 def test_an_image_is_captioned_once_and_measured_against_all_its_captions(tmp_path):
+    def cider(figures: dict[str, Any]) -> float:
+        return next(each.value for name, each in figures.items() if name.startswith("CIDEr"))
+
     asking = answering("karpathy", tmp_path, "captions")
     items = asking.items()
     assert len(items) == 3
     assert all(len(item.truth) == 2 for item in items)
-    figures = asking.score(items, [Answer(text=item.truth[0]) for item in items])
-    cider = next(measured.value for name, measured in figures.items() if name.startswith("CIDEr"))
+
+    right = asking.score(items, [Answer(text=item.truth[0]) for item in items])
     wrong = asking.score(items, [Answer(text="nothing at all here") for _ in items])
-    assert cider > next(
-        measured.value for name, measured in wrong.items() if name.startswith("CIDEr")
-    )
+    assert cider(right) > cider(wrong)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +346,7 @@ def test_answers_may_be_as_long_as_those_of_their_data_set(name, measure, max_to
 
 @pytest.mark.parametrize("task", ["caption", "paragraph", "vqa", "reasoning"])
 def test_true_answers_about_scenes_are_not_cut(task):
-    """By a tokenizer of as many pieces as the studies of scenes have."""
+    """The tokenizer has as many pieces as in the studies of scenes."""
     asking = SceneTask(SceneTask.Config(world=World(), side=48, task=task, count=60))
     answers = [true_answer(item, "text").text for item in asking.items()]
     captions = SceneTask(SceneTask.Config(world=World(), side=48, task="caption", count=60))
@@ -348,14 +358,15 @@ def test_true_answers_about_scenes_are_not_cut(task):
 def test_options_are_told_by_letter_or_text(tmp_path):
     asking = answering("scienceqa", tmp_path, "options")
     items = asking.items()
+
     letters = []
     for item in items:
         chosen, *options = item.truth
         letters.append(Answer(text=f"({'ABCDE'[options.index(chosen)]})"))
+
+    texts = [Answer(text=item.truth[0]) for item in items]
     assert asking.score(items, letters)["accuracy"].value == 1
-    assert (
-        asking.score(items, [Answer(text=item.truth[0]) for item in items])["accuracy"].value == 1
-    )
+    assert asking.score(items, texts)["accuracy"].value == 1
     assert asking.score(items, [Answer(text="no idea") for _ in items])["accuracy"].value == 0
 
 
@@ -363,17 +374,19 @@ def test_options_are_told_by_letter_or_text(tmp_path):
     ("name", "source"), [("answers", "vqa"), ("answers", "karpathy"), ("ranked_answers", "visdial")]
 )
 def test_items_are_squared_as_they_are_read(name, source, tmp_path, monkeypatch):
-    asking = (
-        answering(source, tmp_path, "captions" if source == "karpathy" else "vqa")
-        if name == "answers"
-        else PROTOCOLS.build({"name": name, **ranking(tmp_path)})
-    )
+    if name == "ranked_answers":
+        asking = PROTOCOLS.build({"name": name, **ranking(tmp_path)})
+    elif source == "karpathy":
+        asking = answering(source, tmp_path, "captions")
+    else:
+        asking = answering(source, tmp_path, "vqa")
     whole = asking.items()
-    monkeypatch.setattr(Protocol, "items_squared", None)  # it would hold them whole first
+
+    # The general way is not taken: it would hold all images at their full size first.
+    monkeypatch.setattr(Protocol, "items_squared", None)
     small = asking.items_squared(16)
-    assert [(item.id, item.truth, item.options) for item in small] == [
-        (item.id, item.truth, item.options) for item in whole
-    ]
+    facts_of_whole = [(item.id, item.truth, item.options) for item in whole]
+    assert [(item.id, item.truth, item.options) for item in small] == facts_of_whole
     for one, other in zip(whole, small, strict=True):
         assert asked(one) == asked(other)
         assert np.array_equal(square(one.document.image, 16), other.document.image)
@@ -387,6 +400,7 @@ def test_items_have_the_size_of_the_model_that_is_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluating, "open_run", opened)
     section = {"name": "scene_task", "task": "vqa", "count": 3, "side": 48, "world": SMALL}
+
     asking = Evaluation(PROTOCOLS.check(section, "protocol"), tmp_path)
     for name in ("small", "large", "small"):
         row = Row(name, name, Path(name), AskConfig(), {})
@@ -396,9 +410,8 @@ def test_items_have_the_size_of_the_model_that_is_asked(tmp_path, monkeypatch):
 
 
 def test_too_many_missing_images_are_fatal(tmp_path):
-    with pytest.raises(
-        UserError, match=r"items cannot be used .* more than protocol.missing=0.01 allows"
-    ):
+    refusal = r"items cannot be used .* more than protocol.missing=0.01 allows"
+    with pytest.raises(UserError, match=refusal):
         answering("vqa", tmp_path, "vqa", missing=0.01).items()
 
 
@@ -422,22 +435,22 @@ def test_candidates_are_measured_by_their_ranks(tmp_path):
     assert items[0].options == ("yes", "no", "red", "it is blue", "can't tell")
     best = [Answer(scores_K=np.array(item.truth)) for item in items]
     assert asking.score(items, best)["NDCG"].value == pytest.approx(1)
-    # Red and blue are relevant (1 and 0.5): with blue first, DCG is 0.5 + 1 / log2(3), at best 1 + 0.5 / log2(3).
+
+    # Of the first item, red and blue are relevant (1 and 0.5). With blue first, DCG is
+    # 0.5 + 1 / log2(3); at best it is 1 + 0.5 / log2(3).
     swapped = [Answer(scores_K=np.array([0.0, 0.0, 1.0, 2.0, 0.0])), best[1]]
     expected = (0.5 + 1 / np.log2(3)) / (1 + 0.5 / np.log2(3))
     assert asking.score(items, swapped)["NDCG"].value == pytest.approx((expected + 1) / 2)
 
 
 def test_candidates_without_ratings_are_refused(tmp_path):
-    section = {
-        "name": "ranked_answers",
-        "data": {"name": "visdial", **INSTRUCTIONS["visdial"](tmp_path)},
-    }
+    data = {"name": "visdial", **INSTRUCTIONS["visdial"](tmp_path)}
+    section = {"name": "ranked_answers", "data": data}
     with pytest.raises(UserError, match=r"dense annotations as data\.relevance"):
         PROTOCOLS.build(section)
 
 
-# ------------------------------------------------------------------------------------------------ showcase
+# ----------------------------------------------------------------------------------------- showcase
 
 
 def picture_file(place: Path) -> str:
@@ -473,17 +486,21 @@ def picture_file(place: Path) -> str:
     ],
 )
 def test_a_showcase_asks_each_task_with_what_is_given(task, prompt, shown, gives, tmp_path):
-    filled = {
-        slot: picture_file(tmp_path) if value == "FILE" else value for slot, value in prompt.items()
-    }
+    filled = {}
+    for slot, value in prompt.items():
+        filled[slot] = picture_file(tmp_path) if value == "FILE" else value
+
     built = PROTOCOLS.build({"name": "showcase", "task": task, "prompts": [filled]})
     (item,) = built.items()
     assert shown in asked(item)
+
+    # An image that is given is shown as it is.
     given = given_image(item)
     assert (given is not None) == gives
     if given is not None:
         assert given.shape == (30, 40, 3)
         assert tuple(given[0, 0]) == (200, 30, 30)
+
     texts = ("caption", "paragraph", "vqa")
     assert built.answers_in == ("text" if task in texts else "image")
 
@@ -517,20 +534,18 @@ def test_a_showcase_names_images_that_are_not_there_or_broken(tmp_path):
         ("none.png", "there is no image"),
         ("text.png", "is no image that can be read"),
     ):
-        section = {
-            "name": "showcase",
-            "task": "caption",
-            "prompts": [{"image": str(tmp_path / name)}],
-        }
+        prompts = [{"image": str(tmp_path / name)}]
+        section = {"name": "showcase", "task": "caption", "prompts": prompts}
         with pytest.raises(UserError, match=sentence):
             PROTOCOLS.build(section).items()
 
 
-# ------------------------------------------------------------------------------------------------ contract
+# ----------------------------------------------------------------------------------------- contract
 
 
 def contract(name: str, place: Path) -> dict[str, Any]:
-    """A small protocol of each registered name."""
+    """The settings of a small protocol of each registered name."""
+    # Its data need files, which a function writes.
     if name == "emoji":
         return emoji({"task": "text_to_image", "count": 3})
     return {
@@ -578,21 +593,28 @@ def three_documents() -> OwnCorpus:
 def test_every_protocol_keeps_the_contract(name, tmp_path):
     section = {"name": name, **contract(name, tmp_path)}
     one, other = PROTOCOLS.build(section), PROTOCOLS.build(section)
-    for protocol in (one, other):
-        if isinstance(protocol, CorpusTask):
-            protocol.ask_about(three_documents())
+
+    # A protocol on the corpus of a run is told which corpus that is.
+    for asking in (one, other):
+        if isinstance(asking, CorpusTask):
+            asking.ask_about(three_documents())
+
+    # Items and the fingerprint depend on the settings alone.
     items = one.items()
     assert [item.id for item in items] == [item.id for item in other.items()]
     assert len({item.id for item in items}) == len(items) > 0
     assert one.fingerprint() == other.fingerprint()
+
+    # Any answer of the right kind is scored.
     side = section.get("side", 48)
     picture_HWC = np.full((side, side, 3), 200, np.uint8)
-    answers = [
-        Answer(text="two", scores_K=np.arange(len(item.options)))
-        if one.answers_in == "text"
-        else Answer(image_HWC=picture_HWC, clip=0.1, codes_N=np.zeros(4, np.int64))
-        for item in items
-    ]
+    answers = []
+    for item in items:
+        if one.answers_in == "text":
+            answers.append(Answer(text="two", scores_K=np.arange(len(item.options))))
+        else:
+            codes_N = np.zeros(4, np.int64)
+            answers.append(Answer(image_HWC=picture_HWC, clip=0.1, codes_N=codes_N))
     for figure in one.score(items, answers).values():
         assert figure.low - 1e-9 <= figure.value <= figure.high + 1e-9
         assert 0 < figure.n <= len(items)

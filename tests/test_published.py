@@ -1,4 +1,4 @@
-"""Published image tokenizers against the libraries that they come from, on the same random weights."""
+"""Published image tokenizers agree with the libraries that they come from, on random weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def pixels(count: int = 2, side: int = SIDE) -> np.ndarray:
 
 
 def randomize(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Gives a model random tensors, and returns its state."""
+    """Give a model random tensors, and return its state."""
     state = random_tensors({name: tensor.shape for name, tensor in model.state_dict().items()})
     model.load_state_dict(state)
     model.eval()
@@ -71,14 +71,16 @@ def same(
     codes_of: Callable[[Tensor], Tensor],
     signal_of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Compares codes and reconstructions with those of other functions on the same images."""
+    """Compare codes and reconstructions with those of other functions on the same images."""
     images_BHWC = pixels(side=tokenizer.image_size)
     signal_BCHW = to_signal(torch.from_numpy(images_BHWC))
+
     with torch.no_grad():
         codes_BN = tokenizer.encode(images_BHWC)
         assert codes_BN.shape == (len(images_BHWC), tokenizer.grid**2)
         assert len(np.unique(codes_BN)) > 4, "codes that are all alike show nothing"
         assert codes_BN.ravel().tolist() == codes_of(signal_BCHW).flatten().tolist()
+
         if signal_of:
             codes_BHW = torch.from_numpy(codes_BN).unflatten(1, (tokenizer.grid, -1))
             torch.testing.assert_close(
@@ -86,16 +88,23 @@ def same(
             )
 
 
-# ------------------------------------------------------------------------------------------------ references
+# --------------------------------------------------------------------------------------- references
 
 
 def janus() -> Any:
-    """transformers' JanusVQVAE; its `encode` does not normalize, which makes no difference to codes of length 1."""
+    """transformers' JanusVQVAE with codes of length 1.
+
+    Its `encode` does not normalize the codebook, which makes no difference to such codes.
+    """
     transformers = pytest.importorskip("transformers")
     config = transformers.JanusVQVAEConfig(
-        embed_dim=8, num_embeddings=64, latent_channels=32, base_channels=32, channel_multiplier=[1, 2, 2],
+        embed_dim=8,
+        num_embeddings=64,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 2, 2],
         num_patches=SIDE // 4,
-    )  # fmt: skip
+    )
     model = transformers.models.janus.modeling_janus.JanusVQVAE(config)
     randomize(model)
     codebook_VD = model.quantize.embedding.weight.data
@@ -106,9 +115,13 @@ def janus() -> Any:
 def chameleon() -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.ChameleonVQVAEConfig(
-        embed_dim=8, num_embeddings=64, latent_channels=32, base_channels=32, channel_multiplier=[1, 2, 2],
+        embed_dim=8,
+        num_embeddings=64,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 2, 2],
         resolution=SIDE,
-    )  # fmt: skip
+    )
     model = transformers.models.chameleon.modeling_chameleon.ChameleonVQVAE(config)
     randomize(model)
     return model
@@ -117,9 +130,8 @@ def chameleon() -> Any:
 def transformers_codes(model: Any) -> Callable[[Tensor], Tensor]:
     def codes_of(signal_BCHW: Tensor) -> Tensor:
         found = model.encode(signal_BCHW)
-        return (
-            found[2] if isinstance(found, tuple) else found.image_tokens
-        )  # below and from version 5 of the library
+        # Versions of the library before 5 return a tuple.
+        return found[2] if isinstance(found, tuple) else found.image_tokens
 
     return codes_of
 
@@ -128,11 +140,12 @@ def diffusers_model(
     levels: int = 3, *, attention: bool = True, size: int = 64, dim: int = 8, z: int = 32
 ) -> Any:
     diffusers = pytest.importorskip("diffusers")
-    last_down, last_up = (
-        ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")
-        if attention
-        else ("DownEncoderBlock2D", "UpDecoderBlock2D")
-    )
+    if attention:
+        last_down, last_up = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
+    else:
+        last_down, last_up = "DownEncoderBlock2D", "UpDecoderBlock2D"
+
+    # Attention, if any, is at the lowest resolution only.
     model = diffusers.VQModel(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + (last_down,),
         up_block_types=(last_up,) + ("UpDecoderBlock2D",) * (levels - 1),
@@ -157,20 +170,32 @@ def diffusers_signal(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 TO_TAMING = (
-    ("mid_block.resnets.0", "mid.block_1"), ("mid_block.attentions.0", "mid.attn_1"),
-    ("mid_block.resnets.1", "mid.block_2"), ("down_blocks", "down"), ("up_blocks", "up"), ("resnets", "block"),
-    ("attentions", "attn"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"), ("to_out.0", "proj_out"),
-    ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("conv_shortcut", "nin_shortcut"),
-    ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
-)  # fmt: skip
+    ("mid_block.resnets.0", "mid.block_1"),
+    ("mid_block.attentions.0", "mid.attn_1"),
+    ("mid_block.resnets.1", "mid.block_2"),
+    ("down_blocks", "down"),
+    ("up_blocks", "up"),
+    ("resnets", "block"),
+    ("attentions", "attn"),
+    ("conv_norm_out", "norm_out"),
+    ("group_norm", "norm"),
+    ("to_out.0", "proj_out"),
+    ("to_q", "q"),
+    ("to_k", "k"),
+    ("to_v", "v"),
+    ("conv_shortcut", "nin_shortcut"),
+    ("downsamplers.0", "downsample"),
+    ("upsamplers.0", "upsample"),
+)
 
 
 def as_taming(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """diffusers' tensors by taming's names, as diffusers' own script converts them the other way."""
+    """diffusers' tensors by taming's names; diffusers' own script converts the other way."""
     named = {}
     for key, tensor in state.items():
         for theirs, taming in TO_TAMING:
             key = key.replace(theirs, taming)
+        # taming counts the levels of the decoder from the end, and its attention is a convolution.
         key = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", key)
         is_attention = re.search(r"\.(q|k|v|proj_out)\.weight$", key)
         named[key] = tensor[:, :, None, None] if is_attention else tensor
@@ -178,9 +203,15 @@ def as_taming(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def as_llamagen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Janus's tensors by LlamaGen's names, as transformers' own script converts them the other way."""
-    words = (("coder.down.", "coder.conv_blocks."), ("coder.up.", "coder.conv_blocks."), (".block.", ".res."),
-             ("mid.block_1", "mid.0"), ("mid.attn_1", "mid.1"), ("mid.block_2", "mid.2"))  # fmt: skip
+    """Janus's tensors by LlamaGen's names; transformers' own script converts the other way."""
+    words = (
+        ("coder.down.", "coder.conv_blocks."),
+        ("coder.up.", "coder.conv_blocks."),
+        (".block.", ".res."),
+        ("mid.block_1", "mid.0"),
+        ("mid.attn_1", "mid.1"),
+        ("mid.block_2", "mid.2"),
+    )
     named = {}
     for key, tensor in state.items():
         for theirs, llamagen in words:
@@ -189,7 +220,7 @@ def as_llamagen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**named, "quantize.codebook_used": torch.zeros(65536)}
 
 
-# ------------------------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 @pytest.mark.parametrize(("levels", "attention"), [(4, True), (3, False)])
@@ -217,9 +248,12 @@ def test_taming_codebook_by_moving_averages_is_read_too(tmp_path: Path) -> None:
 
 def test_gumbel_takes_the_most_likely_code(tmp_path: Path) -> None:
     model = diffusers_model(4, dim=32)
+
+    # This layout projects latents to logits, and has another name for the codebook.
     extra = random_tensors({"quantize.proj.weight": (64, 32, 1, 1), "quantize.proj.bias": (64,)})
     tensors = as_taming(model.state_dict(), 4) | extra
     tensors["quantize.embed.weight"] = tensors.pop("quantize.embedding.weight")
+
     tokenizer = build(write_taming(tmp_path / "vqgan_gumbel_f8.ckpt", tensors), image_size=SIDE)
 
     def codes_of(signal_BCHW: Tensor) -> Tensor:
@@ -238,9 +272,18 @@ def test_taming_itself_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
     taming = pytest.importorskip("taming.modules.diffusionmodules.model")
     quantize = pytest.importorskip("taming.modules.vqvae.quantize")
     network = {
-        "ch": 32, "out_ch": 3, "ch_mult": (1, 2, 2), "num_res_blocks": 2, "attn_resolutions": [8], "in_channels": 3,
-        "resolution": SIDE, "z_channels": 32, "double_z": False,
-    }  # fmt: skip
+        "ch": 32,
+        "out_ch": 3,
+        "ch_mult": (1, 2, 2),
+        "num_res_blocks": 2,
+        "attn_resolutions": [8],
+        "in_channels": 3,
+        "resolution": SIDE,
+        "z_channels": 32,
+        "double_z": False,
+    }
+
+    # The parts of taming's VQModel, without its trainer.
     model = torch.nn.ModuleDict(
         {
             "encoder": taming.Encoder(**network),
@@ -250,22 +293,23 @@ def test_taming_itself_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
             "post_quant_conv": torch.nn.Conv2d(8, 32, 1),
         }
     )
+
+    def codes_of(signal_BCHW: Tensor) -> Tensor:
+        return model["quantize"](model["quant_conv"](model["encoder"](signal_BCHW)))[2][2]
+
+    def signal_of(codes_BHW: Tensor) -> Tensor:
+        latent_BCHW = model["quantize"].embedding.weight[codes_BHW].permute(0, 3, 1, 2)
+        return model["decoder"](model["post_quant_conv"](latent_BCHW))
+
     tokenizer = build(write_taming(tmp_path / "last.ckpt", randomize(model)), image_size=SIDE)
-    same(
-        tokenizer,
-        lambda signal: model["quantize"](model["quant_conv"](model["encoder"](signal)))[2][2],
-        lambda codes: model["decoder"](
-            model["post_quant_conv"](model["quantize"].embedding.weight[codes].permute(0, 3, 1, 2))
-        ),
-    )
+    same(tokenizer, codes_of, signal_of)
 
 
 @pytest.mark.parametrize("under", ["model", "ema"])
 def test_llamagen_is_transformers_janus_under_other_names(tmp_path: Path, under: str) -> None:
     model = janus()
-    tokenizer = build(
-        write_llamagen(tmp_path / "vq.pt", as_llamagen(model.state_dict()), under), image_size=SIDE
-    )
+    file = write_llamagen(tmp_path / "vq.pt", as_llamagen(model.state_dict()), under)
+    tokenizer = build(file, image_size=SIDE)
     assert tokenizer.layout == "llamagen"
     same(
         tokenizer,
@@ -275,7 +319,7 @@ def test_llamagen_is_transformers_janus_under_other_names(tmp_path: Path, under:
 
 
 def test_cosine_codes_do_not_depend_on_the_lengths_of_the_codebook(tmp_path: Path) -> None:
-    """As LlamaGen trains it; transformers' `encode` would give other codes for such a codebook."""
+    """LlamaGen normalizes its codebook; transformers' `encode` does not and would differ."""
     model = janus()
     state = as_llamagen(model.state_dict())
     key = "quantize.embedding.weight"
@@ -312,7 +356,7 @@ def test_chameleon_folder_encodes_and_says_that_it_cannot_decode(tmp_path: Path)
 
 
 def test_chameleon_file_has_a_decoder(tmp_path: Path) -> None:
-    """The encoder is transformers', the rest random under taming's names."""
+    """The encoder is transformers'; the rest is random, under taming's names."""
     model = chameleon()
     shapes = taming_shapes(**{**GEOMETRY, "attention_levels": ()})
     file = write_taming(tmp_path / "vqgan.ckpt", random_tensors(shapes) | model.state_dict())
@@ -329,12 +373,16 @@ def test_tokenizer_within_a_bigger_model_in_parts(tmp_path: Path, prefix: str, p
         f"{prefix}{key}": tensor.to(torch.bfloat16) for key, tensor in model.state_dict().items()
     }
     state["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(4, 4)
+
     folder = write_folder(tmp_path / "chameleon", {"vq_config": {"resolution": SIDE}}, state)
     if parts == 2:
         split_in_two(folder, state)
+
     tokenizer = build(folder)
     assert tokenizer.image_size == SIDE
     assert all(tensor.dtype == torch.float32 for tensor in tokenizer.state_dict().values())
+
+    # The reference rounds its weights as the file has them.
     model.to(torch.bfloat16).float()
     same(tokenizer, transformers_codes(model))
 
@@ -355,23 +403,24 @@ def test_whole_janus_says_its_size_in_patches(tmp_path: Path) -> None:
 )
 def test_diffusers_folder(tmp_path: Path, early: bool, name: str) -> None:
     model = diffusers_model()
-    words = (
-        {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"} if early else {}
-    )
+    # Early versions of the library had other names.
+    words = {}
+    if early:
+        words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {}
     for key, tensor in model.state_dict().items():
         for now, then in words.items():
             key = key.replace(now, then)
         state[key] = tensor
-    tokenizer = build(
-        write_folder(tmp_path / "vqvae", dict(model.config), state, name), image_size=SIDE
-    )
+
+    folder = write_folder(tmp_path / "vqvae", dict(model.config), state, name)
+    tokenizer = build(folder, image_size=SIDE)
     assert tokenizer.layout == "diffusers"
     same(tokenizer, diffusers_codes(model), diffusers_signal(model))
 
 
 def test_diffusers_model_of_another_kind_is_named_by_what_it_lacks(tmp_path: Path) -> None:
-    """aMUSEd's has no attention in the middle, and a continuous autoencoder no codebook."""
+    """aMUSEd's model has no attention in the middle, and a continuous autoencoder no codebook."""
     state = diffusers_model().state_dict()
     for left_out in ("encoder.mid_block.attentions", "quantize"):
         rest = {key: tensor for key, tensor in state.items() if not key.startswith(left_out)}
@@ -380,7 +429,7 @@ def test_diffusers_model_of_another_kind_is_named_by_what_it_lacks(tmp_path: Pat
             build(folder)
 
 
-# ------------------------------------------------------------------------------------------------ published sizes
+# ---------------------------------------------------------------------------------- published sizes
 
 FULL = {"channels": 128, "residual_blocks": 2, "z_channels": 256}
 F8 = {
@@ -416,34 +465,31 @@ def test_published_geometry_is_inferred_without_memory(
     tmp_path: Path, shapes: Mapping[str, Any], image_size: int, grid: int, codes: int, millions: int
 ) -> None:
     file = tmp_path / "weights.ckpt"
-    torch.save(
-        {"state_dict": {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}},
-        file,
-    )
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    torch.save({"state_dict": state}, file)
     with torch.device("meta"):
         tokenizer = build(file, image_size=image_size)
     assert all(tensor.is_meta for tensor in tokenizer.state_dict().values())
     assert (tokenizer.grid, tokenizer.codebook_size) == (grid, codes)
+
     count = sum(parameter.numel() for parameter in tokenizer.parameters())
-    assert count == sum(
-        np.prod(shape) for key, shape in shapes.items() if key != "quantize.codebook_used"
-    )
-    if millions:  # as the README of FoundationVision/LlamaGen says
+    counted = [shape for key, shape in shapes.items() if key != "quantize.codebook_used"]
+    assert count == sum(np.prod(shape) for shape in counted)
+    # The README of FoundationVision/LlamaGen says how many millions it has.
+    if millions:
         assert round(count / 1e6) == millions
 
 
-# ------------------------------------------------------------------------------------------------ use in a run
+# ------------------------------------------------------------------------------------- use in a run
 
 
 def test_weights_are_saved_and_read_by_our_names(tmp_path: Path) -> None:
-    tokenizer = build(
-        write_taming(tmp_path / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL))), image_size=16
-    )
+    file = write_taming(tmp_path / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL)))
+    tokenizer = build(file, image_size=16)
     save_weights(tmp_path / "model.safetensors", tokenizer)
-    other = build(
-        write_taming(tmp_path / "b.ckpt", random_tensors(taming_shapes(**SMALL), seed=1)),
-        image_size=16,
-    )
+    another = write_taming(tmp_path / "b.ckpt", random_tensors(taming_shapes(**SMALL), seed=1))
+    other = build(another, image_size=16)
+
     images_BHWC = pixels(side=16)
     assert not np.array_equal(tokenizer.encode(images_BHWC), other.encode(images_BHWC))
     load_weights(tmp_path / "model.safetensors", other)
@@ -479,17 +525,23 @@ def test_a_run_builds_it_of_what_it_has_kept_when_the_file_is_gone(
 ) -> None:
     shapes = taming_shapes(**SMALL, gumbel=gumbel)
     file = write_taming(tmp_path / "vqgan.ckpt", random_tensors(shapes))
+
     tokenizer = build(file, image_size=16)
     save_weights(tmp_path / "model.safetensors", tokenizer)
+
+    # What the run keeps: the weights by our names, and the geometry as JSON.
     kept = json.loads(json.dumps(tokenizer.geometry()))
+
     file.unlink()
     section = {"name": "pretrained", "path": str(file)}
     other = IMAGE_TOKENIZERS.build(section, kept=kept)
     load_weights(tmp_path / "model.safetensors", other)
+
     codes_BN = tokenizer.encode(pixels(side=16))
     assert other.image_size == 16
     assert np.array_equal(other.encode(pixels(side=16)), codes_BN)
     assert np.array_equal(other.decode(codes_BN), tokenizer.decode(codes_BN))
+
     with torch.device("meta"):
         shape = IMAGE_TOKENIZERS.build(section, kept=kept)
     assert (shape.codebook_size, shape.grid) == (tokenizer.codebook_size, tokenizer.grid)
@@ -506,29 +558,32 @@ def test_it_is_not_trained_and_the_file_may_go(tmp_path: Path) -> None:
         tokenizer.training_module()
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def test_class_of_lightning_in_a_checkpoint_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checkpoints have the classes of callbacks as keys; Lightning need not be there to read them."""
+    """Lightning's checkpoints have classes of callbacks as keys; it is not needed to read them."""
+    # A stand-in for Lightning, as it was where the checkpoint was written.
     name = "pytorch_lightning.callbacks.model_checkpoint"
     for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     callback = type("ModelCheckpoint", (), {"__module__": name})
     monkeypatch.setattr(sys.modules[name], "ModelCheckpoint", callback, raising=False)
+
     tensors = random_tensors(taming_shapes(**SMALL))
     torch.save(
         {"state_dict": tensors, "callbacks": {callback: {"best": 1.0}}}, tmp_path / "last.ckpt"
     )
+
     monkeypatch.undo()
     assert build(tmp_path / "last.ckpt", image_size=16).layout == "taming"
 
 
 @pytest.mark.parametrize("as_zip", [True, False], ids=["today", "before_torch_1.6"])
 def test_plain_data_beside_the_weights_are_no_code(tmp_path: Path, as_zip: bool) -> None:
-    """Metrics that numpy computed, and a trainer's command line with its paths."""
+    """There may be metrics that numpy computed, and a trainer's command line with its paths."""
     file, tensors = tmp_path / "last.ckpt", random_tensors(taming_shapes(**SMALL))
     numbers = [np.float64(0.5), np.float32(2), np.int64(3), np.bool_(True), np.float16(1)]
     content = {
@@ -549,10 +604,12 @@ def test_plain_data_beside_the_weights_are_no_code(tmp_path: Path, as_zip: bool)
 def test_averages_beside_the_weights_are_what_is_published(
     tmp_path: Path, name: str, inside: bool
 ) -> None:
-    """LlamaGen's own figures are those of `ema` where a file has both."""
-    latest, averages = (random_tensors(llamagen_shapes(**SMALL), seed) for seed in (0, 1))
+    """Where a file has both, LlamaGen's own figures are those of `ema`."""
+    latest = random_tensors(llamagen_shapes(**SMALL), 0)
+    averages = random_tensors(llamagen_shapes(**SMALL), 1)
     file = tmp_path / "vq.pt"
     torch.save({"model": latest, name: {"module": averages} if inside else averages}, file)
+
     torch.save({"model": averages}, tmp_path / "averages.pt")
     expected = build(tmp_path / "averages.pt").state_dict()
     for key, tensor in build(file).state_dict().items():
@@ -564,7 +621,9 @@ def test_averages_of_some_weights_leave_the_others(tmp_path: Path) -> None:
     changed = "encoder.conv_in.weight"
     torch.save({"model": latest, "ema": {changed: latest[changed] + 1}}, tmp_path / "vq.pt")
     torch.save({"model": latest}, tmp_path / "latest.pt")
-    found, plain = (build(tmp_path / name).state_dict() for name in ("vq.pt", "latest.pt"))
+
+    found = build(tmp_path / "vq.pt").state_dict()
+    plain = build(tmp_path / "latest.pt").state_dict()
     assert torch.equal(found[changed], plain[changed] + 1)
     assert all(torch.equal(found[key], plain[key]) for key in plain.keys() - {changed})
 
@@ -580,8 +639,10 @@ def test_averages_that_are_not_named_as_the_weights_are_refused(
     torch.save({"model": random_tensors(llamagen_shapes(**SMALL)), "ema": averages}, file)
     with pytest.raises(UserError, match="averages of its weights under ema that are not named"):
         build(file)
+
+    # A model that was trained without averages.
     torch.save({"model": random_tensors(llamagen_shapes(**SMALL)), "ema": None}, file)
-    assert build(file).layout == "llamagen"  # trained without
+    assert build(file).layout == "llamagen"
 
 
 def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:
@@ -603,6 +664,7 @@ def test_pickle_with_code_is_not_opened(
     file, content = tmp_path / "last.ckpt", {"state_dict": random_tensors(taming_shapes(**SMALL))}
     torch.save(content, file, _use_new_zipfile_serialization=as_zip)
     assert build(file).layout == "taming"
+
     torch.save({**content, "extra": Code()}, file, _use_new_zipfile_serialization=as_zip)
     with pytest.raises(UserError, match=r"last\.ckpt is a pickle that names code \(\S*print\)"):
         build(file)
@@ -612,24 +674,30 @@ def test_pickle_with_code_is_not_opened(
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there are no weights at .*nowhere\.ckpt"):
         build(tmp_path / "nowhere.ckpt")
-    for name in ("text.ckpt", "empty.ckpt", "zip.pt"):
-        (tmp_path / name).write_bytes(
-            {"text.ckpt": b"just words\n", "zip.pt": b"PK\x03\x04 and no more"}.get(name, b"")
-        )
+
+    # Files that are no checkpoints at all.
+    contents = {
+        "text.ckpt": b"just words\n",
+        "empty.ckpt": b"",
+        "zip.pt": b"PK\x03\x04 and no more",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name} is not a checkpoint"):
             build(tmp_path / name)
     (tmp_path / "text.safetensors").write_text("just words")
     with pytest.raises(UserError, match="is not a safetensors file"):
         build(tmp_path / "text.safetensors")
+
+    # Checkpoints without tensors by name, and one of another model.
     torch.save({"state_dict": {}}, tmp_path / "none.pt")
     torch.save([torch.zeros(3)], tmp_path / "list.pt")
     for name in ("none.pt", "list.pt"):
         with pytest.raises(UserError, match=f"{name} holds no tensors by name"):
             build(tmp_path / name)
     torch.save({"model": {"layers.0.weight": torch.zeros(3)}}, tmp_path / "other.pt")
-    with pytest.raises(
-        UserError, match=r"is in none of the known layouts .*: it has the keys layers\.0\.weight"
-    ):
+    refusal = r"is in none of the known layouts .*: it has the keys layers\.0\.weight"
+    with pytest.raises(UserError, match=refusal):
         build(tmp_path / "other.pt")
 
 
@@ -637,6 +705,8 @@ def test_folders(tmp_path: Path) -> None:
     tensors = random_tensors(taming_shapes(**SMALL))
     folder = write_folder(tmp_path / "folder", {}, tensors)
     assert build(folder).image_size == 256
+
+    # A config that is missing, damaged, or of another architecture.
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"folder has no config\.json"):
         build(folder)
@@ -649,20 +719,22 @@ def test_folders(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"act_fn": "gelu"}))
     with pytest.raises(UserError, match="act_fn is gelu; only silu"):
         build(folder)
+
+    # An index that names a file that is missing, or one outside the folder.
     (folder / "config.json").write_text("{}")
     split_in_two(folder, tensors)
-    (folder / "model-00002-of-00002.safetensors").unlink()
+    second = "model-00002-of-00002.safetensors"
+    (folder / second).unlink()
     with pytest.raises(
         UserError, match=r"names model-00002-of-00002\.safetensors, which is no file beside"
     ):
         build(folder)
     index = folder / "model.safetensors.index.json"
-    index.write_text(
-        index.read_text().replace("model-00002-of-00002.safetensors", "../config.json")
-    )
+    index.write_text(index.read_text().replace(second, "../config.json"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"names \.\./config\.json, which is no file beside"):
         build(folder)
+
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match="has no weights; it must hold one of diffusion_pytorch"):
         build(folder)
@@ -672,28 +744,29 @@ def test_keys_and_shapes_that_do_not_fit(tmp_path: Path) -> None:
     tensors, file = random_tensors(taming_shapes(**SMALL)), tmp_path / "vqgan.ckpt"
 
     def sentence(changed: Mapping[str, Tensor | None], **settings: Any) -> str:
-        write_taming(
-            file, {key: tensor for key, tensor in (tensors | changed).items() if tensor is not None}
-        )
+        tensors_now = {key: each for key, each in (tensors | changed).items() if each is not None}
+        write_taming(file, tensors_now)
         with pytest.raises(UserError) as error:
             build(file, **settings)
         return str(error.value)
 
-    assert (
-        sentence({"decoder.mid.attn_1.q.bias": None}) == f"{file} lacks decoder.mid.attn_1.q.bias"
-    )
-    assert (
-        sentence({"quantize.embedding.weight": None}) == f"{file} lacks quantize.embedding.weight"
-    )
+    # Keys that are missing, for which None stands, and a key too many.
+    attention, codebook = "decoder.mid.attn_1.q.bias", "quantize.embedding.weight"
+    assert sentence({attention: None}) == f"{file} lacks {attention}"
+    assert sentence({codebook: None}) == f"{file} lacks {codebook}"
     assert sentence({"encoder.conv_in.weight": None}) == f"{file} lacks encoder.conv_in.weight"
     assert sentence({"quantize.used": torch.zeros(3)}) == f"{file} has the unknown quantize.used"
+
+    # Shapes that do not fit the others, and settings that do not fit the file.
     assert sentence({"encoder.conv_out.bias": torch.zeros(5)}) == (
-        f"{file}: encoder.conv_out.bias has the shape (5,); beside its other tensors it must be (32,)"
+        f"{file}: encoder.conv_out.bias has the shape (5,); beside its other tensors it must be "
+        "(32,)"
     )
     assert "multiples of 32" in sentence({"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)})
     assert sentence({}, image_size=17).startswith("image_size is 17; it must be a multiple of 2")
     assert sentence({}, layout="llamagen") == (
-        f"layout is llamagen, but {file} names its tensors as taming does (encoder.down.0.block.0.conv1.weight)"
+        f"layout is llamagen, but {file} names its tensors as taming does "
+        "(encoder.down.0.block.0.conv1.weight)"
     )
 
 

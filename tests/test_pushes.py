@@ -1,4 +1,4 @@
-"""Copies in a store of this process's memory: pushes beside a training, names, leftovers and damaged lists."""
+"""Pushes to a store in this process's memory: during a training, after a kill, with bad lists."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def objects() -> set[str]:
 
 
 def pulled(folder: Path) -> dict[str, str]:
-    """What a pull makes of the copy."""
+    """The files that a pull makes of the copy, with their content."""
     pull_copy(ADDRESS, folder)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("[!.]*")}
     return {name: path.read_text() for name, path in files.items() if path.is_file()}
 
 
 def before_uploads(monkeypatch: pytest.MonkeyPatch, action: Callable[[Path], None]) -> None:
-    """Have something happen before each file is uploaded."""
+    """Let something happen before each file is uploaded."""
     upload = Store.upload
 
     def meanwhile(store: Store, path: Path, name: str) -> StoredFile:
@@ -79,6 +79,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_replaced_by_the_next_one(
     shutil.rmtree(old)
     checkpoint(training, 8)
 
+    # Step 8 is deleted while it is uploaded, because step 12 has come.
     def prune(path: Path) -> None:
         if path.parent.name == "step_00000008":
             checkpoint(training, 12)
@@ -99,6 +100,7 @@ def test_the_last_checkpoint_of_a_copy_stays_where_no_new_one_comes_through(
     shutil.rmtree(old)
     checkpoint(training, 8)
 
+    # Each step is deleted while it is uploaded, because the next one has come.
     def prune(path: Path) -> None:
         if path.parent.exists() and path.parent.name.startswith("step_"):
             checkpoint(training, int(path.parent.name[5:]) + 4)
@@ -108,6 +110,8 @@ def test_the_last_checkpoint_of_a_copy_stays_where_no_new_one_comes_through(
         before_uploads(patch, prune)
         push_copy(tmp_path / "run", ADDRESS)
     assert steps(pulled(tmp_path / "there")) == {"step_00000004"}
+
+    # Without more deletions the newest step comes through, and the old one goes.
     push_copy(tmp_path / "run", ADDRESS)
     assert steps(pulled(tmp_path / "later")) == {"step_00000020"}
     assert not any("step_00000004" in name for name in objects())
@@ -123,13 +127,16 @@ def test_an_object_of_a_changed_file_takes_no_other_files_name(tmp_path: Path) -
     # A file that is there already, and one that comes later.
     folder = put(tmp_path / "run", log="1", **{"log.2": "old"})
     push_copy(folder, ADDRESS)
+
     put(folder, log="22")
     push_copy(folder, ADDRESS)
     assert pulled(tmp_path / "first") == {"log": "22", "log.2": "old"}
+
     put(folder, **{"log.3": "new", "log.2": "older"})
     push_copy(folder, ADDRESS)
     expected = {"log": "22", "log.2": "older", "log.3": "new"}
     assert pulled(tmp_path / "second") == expected
+
     # A new file keeps its own name.
     put(folder, log="333", **{"log.4": "4"})
     push_copy(folder, ADDRESS)
@@ -145,6 +152,7 @@ def test_what_a_killed_push_uploaded_goes_with_the_next_one_and_nothing_else(
     folder = put(tmp_path / "run", a="1")
     push_copy(folder, ADDRESS)
 
+    # The second push is killed between b and c.
     def kill(path: Path) -> None:
         if path.name == "c":
             raise KeyboardInterrupt
@@ -156,7 +164,7 @@ def test_what_a_killed_push_uploaded_goes_with_the_next_one_and_nothing_else(
             push_copy(folder, ADDRESS)
     assert objects() == {FILES, UNLISTED, "a", "a.2", "b", "foreign"}
 
-    # Another machine, which knows nothing but the address.
+    # Another machine, which knows nothing but the address, cleans up after it.
     assert pulled(tmp_path / "there") == {"a": "1"}
     assert push_copy(tmp_path / "there", ADDRESS) == Copied(0, 0, 1)
     assert objects() == {FILES, "a", "foreign"}
@@ -170,11 +178,11 @@ def test_what_is_linked_twice_is_copied_once(tmp_path: Path) -> None:
     assert push_copy(folder, ADDRESS) == Copied(3, 1, 0)
     assert len(objects()) == 2
     assert set(pulled(tmp_path / "there").values()) == {"1"}
+
     put(folder, shared__a="22")
     push_copy(folder, ADDRESS)
-    assert pulled(tmp_path / "later") == dict.fromkeys(
-        ("one/stage/a", "shared/a", "two/stage/a"), "22"
-    )
+    names = ("one/stage/a", "shared/a", "two/stage/a")
+    assert pulled(tmp_path / "later") == dict.fromkeys(names, "22")
 
 
 def test_a_folder_may_hold_the_list_of_another_copy(tmp_path: Path) -> None:
@@ -227,6 +235,7 @@ def test_a_dry_run_refuses_a_missing_folder_and_outlives_a_file_that_vanishes(
     said = cm3leon(*words, f"folder={tmp_path}/nope", check=False)
     assert said.returncode == 2
     assert "nope does not exist" in said.stderr
+
     folder = put(tmp_path / "run", a="1")
     (folder / "gone").symlink_to(tmp_path / "nothing")
     assert "1 bytes in 1 files" in cm3leon(*words, f"folder={folder}").stdout
@@ -239,6 +248,7 @@ def test_pushes_wait_for_the_folder_and_show_no_password(
     address = "memory://me:planted@pushes/run"
     waits: list[float] = []
 
+    # The folder appears while the push waits, and the second wait ends it.
     def wait(seconds: float) -> None:
         waits.append(seconds)
         put(folder, a="1")
@@ -252,9 +262,9 @@ def test_pushes_wait_for_the_folder_and_show_no_password(
         system = fsspec.filesystem("memory")
         if system.exists("/me:planted@pushes"):
             system.rm("/me:planted@pushes", recursive=True)
+
     assert waits == [7, 7]
-    assert (
-        "does not exist; give the folder of a run or an export; tried again in 7 s" in said.stdout
-    )
+    missing = "does not exist; give the folder of a run or an export; tried again in 7 s"
+    assert missing in said.stdout
     assert "pushed to memory://***@pushes/run: 1 files of 1 bytes" in said.stdout
     assert "planted" not in said.stdout + said.stderr

@@ -1,4 +1,4 @@
-"""What reading a corpus holds: documents with squares of the tokenizer's size, whatever the size of the photographs."""
+"""Reading a corpus holds squares of the tokenizer's size, however large the photographs are."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ discover()
 
 SIDE, COUNT = 700, 24
 PHOTOGRAPH = SIDE * SIDE * 3
-"""Bytes of a photograph's pixels; all of them take 35 MB, four 6 MB."""
+"""Bytes of a photograph's pixels. All 24 of them take 35 MB, four take 6 MB."""
 
 
 @contextmanager
 def at_most(limit: int) -> Iterator[None]:
-    """The block may hold so many bytes more than were held before."""
+    """The block may hold at most `limit` bytes more than were held before."""
     tracemalloc.start()
     try:
         yield
@@ -64,7 +64,7 @@ def tar(place: Path) -> dict[str, Any]:
 
 
 def page(place: Path) -> dict[str, Any]:
-    """One document of all the photographs."""
+    """One document that holds all the photographs."""
     names = [{"image": f"{number}.jpg"} for number in range(COUNT)]
     for number, content in enumerate(photographs()):
         (place / f"{number}.jpg").write_bytes(content)
@@ -73,7 +73,7 @@ def page(place: Path) -> dict[str, Any]:
 
 
 def run_of(settings: dict[str, Any], size: int) -> Any:
-    """As much of a run as the stages that read a corpus look at."""
+    """The part of a run that the stages look at which read a corpus."""
     return SimpleNamespace(
         source=SOURCES.build(settings),
         image_tokenizer_shape=SimpleNamespace(image_size=size, grid=1),
@@ -96,11 +96,14 @@ def test_items_are_squared_as_they_are_read(name: str, tmp_path: Path) -> None:
     for start in (0, 1):
         whole = list(source.read(part, start))[:40]
         for item, other in zip(whole, source.read_squared(part, start, size=5), strict=False):
+            # What cannot be used passes as it is; the index of a part may begin anywhere.
             if not isinstance(item, Document):
                 assert item == other
                 continue
+
             assert isinstance(other, Document)
             assert (item.id, item.text, item.label) == (other.id, other.text, other.label)
+
             for image_HWC, square_HWC in zip(item.images, other.images, strict=True):
                 assert np.array_equal(square(image_HWC, 5), square_HWC)
                 assert np.array_equal(square(square_HWC, 5), square_HWC)
@@ -124,43 +127,49 @@ def test_photographs_are_not_held(corpus: Callable[[Path], dict[str, Any]], tmp_
 
 
 def test_the_stage_of_documents_holds_squares(tmp_path: Path) -> None:
+    # Beside the photographs there is a file that is no image.
     (tmp_path / "corpus").mkdir()
     (tmp_path / "made").mkdir()
     settings = folder(tmp_path / "corpus")
     (tmp_path / "corpus" / "x.jpg").write_bytes(b"no image")
     (tmp_path / "corpus" / "x.txt").write_text("words")
+
     with at_most(5 * PHOTOGRAPH):
         make_documents(run_of(settings, 8), tmp_path / "made")
+
     corpus = Corpus.load(tmp_path / "made")
     assert corpus.captions == [f"photograph {number}" for number in range(COUNT)]
+
+    # The squares are those of the whole photographs, and the broken one is noted.
     whole = SOURCES.build(settings).documents()
     for image_HWC, item in zip(corpus.images_BHWC, whole, strict=False):
         assert isinstance(item, Document)
         assert item.image is not None
         assert np.array_equal(image_HWC, square(item.image, 8))
+
     (skipped,) = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["file"] == "x.jpg"
 
 
 def test_what_a_protocol_asks_about_is_held_as_squares(tmp_path: Path) -> None:
-    listed = [
-        {
-            "filename": f"{n:02d}.jpg",
-            "imgid": n,
-            "split": "test",
-            "sentences": [{"raw": f"the {n}"}],
-        }
-        for n in range(COUNT)
-    ]
+    listed: list[dict[str, Any]] = []
+    for n in range(COUNT):
+        sentences = [{"raw": f"the {n}"}]
+        named = {"filename": f"{n:02d}.jpg", "imgid": n}
+        listed.append({**named, "split": "test", "sentences": sentences})
+
+    # A data set in Karpathy's format, whose captions are in a list beside the images.
     images = Path(folder(tmp_path)["path"])
     content = {"images": listed, "dataset": "flickr30k"}
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps(content))
+
     data = {
         "name": "karpathy",
         "path": str(tmp_path / "dataset_flickr30k.json"),
         "images": str(images),
         "split": "test",
     }
+
     protocol = PROTOCOLS.build({"name": "answers", "data": data, "measure": "captions"})
     with at_most(4 * PHOTOGRAPH):
         items = protocol.items_squared(16)

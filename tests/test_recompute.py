@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same numbers, fewer of them kept."""
+"""Activation checkpointing gives the same numbers and keeps fewer of them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ pytestmark = pytest.mark.stack
 
 def decoder() -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(
-        Transformer.Config(layers=3, width=32, head_size=16, seq_len=64, init_std=0.2),
-        vocab_size=50,
-    )
+    config = Transformer.Config(layers=3, width=32, head_size=16, seq_len=64, init_std=0.2)
+    model = Transformer(config, vocab_size=50)
     torch.nn.init.normal_(model.head.weight, std=0.2)
     return model.train()
 
 
 def step(model: Transformer) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Loss, gradients, and bytes that were kept for the backward pass, weights not counted."""
+    """Loss, gradients, and bytes kept for the backward pass beside the weights."""
     kept: dict[int, int] = {}
     own = {parameter.data_ptr() for parameter in model.parameters()}
 
@@ -35,11 +33,13 @@ def step(model: Transformer) -> tuple[Tensor, dict[str, Tensor], int]:
             kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    # Two blocks of three samples and a piece of a fourth.
     ids_BT = torch.arange(2 * 64).view(2, 64) % 50
     sample_BT = torch.arange(64).div(20, rounding_mode="floor").expand(2, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(ids_BT, sample_BT=sample_BT).logsumexp(-1).mean()
     loss.backward()
+
     gradients = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
@@ -64,8 +64,10 @@ class Products(TorchDispatchMode):
 def test_the_same_loss_and_gradients(choice: Any) -> None:
     plain_loss, plain, _ = step(decoder())
     model = decoder()
+
     recompute(model, choice)
     loss, gradients, _ = step(model)
+
     assert torch.equal(loss, plain_loss)
     assert gradients.keys() == plain.keys()
     assert all(torch.equal(gradients[name], plain[name]) for name in plain)
@@ -79,11 +81,11 @@ def test_full_keeps_less_and_selective_computes_no_product_twice() -> None:
         with Products() as counted:
             kept[choice] = step(model)[2]
         products[choice] = counted.count
+
     assert kept["full"] < 0.5 * kept["none"]
     assert products["selective"] == products["none"]
-    assert (
-        products["full"] == products["none"] + 3 * 3
-    )  # of four products in a layer, all but the last are needed
+    # Of the four products in a layer, all but the last are needed again.
+    assert products["full"] == products["none"] + 3 * 3
 
 
 def test_nothing_changes_without_it() -> None:
@@ -98,21 +100,23 @@ def test_a_cache_still_works_and_names_stay(choice: Any) -> None:
     model, ids_BT = decoder().eval(), torch.arange(12)[None]
     names, expected_BTV = list(model.state_dict()), model(ids_BT)
     recompute(model, choice)
+
+    # Eleven tokens as a prefix, then the last one in a step.
     cache = model.new_cache(groups=1, width=1, prefix=11, tail=1)
     attend: Any = cache.prefix_pass(torch.tensor([0]), torch.tensor([11]))
     parts = [model(ids_BT[:, :11], position_BT=attend.positions(11), attend=attend)]
     attend = cache.step_pass(1, 11, 1)
-    found_BTV = torch.cat(
-        [*parts, model(ids_BT[:, 11:], position_BT=attend.positions(1), attend=attend)], 1
-    )
+    parts.append(model(ids_BT[:, 11:], position_BT=attend.positions(1), attend=attend))
+    found_BTV = torch.cat(parts, 1)
     torch.testing.assert_close(found_BTV, expected_BTV, atol=1e-5, rtol=1e-5)
     assert list(model.state_dict()) == names
 
 
 def test_readout_stands_in_for_the_logits() -> None:
+    def readout(hidden_BTD: Tensor, head: Any) -> Any:
+        return head(hidden_BTD[:, -1]), hidden_BTD.shape
+
     model, ids_BT = decoder(), torch.arange(12)[None]
-    found = model(
-        ids_BT, readout=lambda hidden_BTD, head: (head(hidden_BTD[:, -1]), hidden_BTD.shape)
-    )
+    found = model(ids_BT, readout=readout)
     torch.testing.assert_close(found[0], model(ids_BT)[:, -1])
     assert found[1] == (1, 12, 32)

@@ -1,4 +1,4 @@
-"""Registries: registration, presets, checks, errors."""
+"""Registries register classes and presets, check sections, and name each mistake."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ def test_build_passes_checked_config_and_runtime_objects(engines: Registry[Engin
 def test_preset_changes_defaults_only(engines: Registry[Engine]) -> None:
     assert engines.names() == ["large", "plain"]
     assert engines.check("large").config == Engine.Config(layers=9, head=Head(count=8))
+
     over = engines.check({"name": "large", "layers": 1, "head": {"size": 32}})
     assert over.config == Engine.Config(layers=1, head=Head(count=8, size=32))
-    assert engines.describe("large")[0] == FieldDoc(
-        "layers", "a whole number, at least 1", "9", "Number of layers."
-    )
+
+    layers = FieldDoc("layers", "a whole number, at least 1", "9", "Number of layers.")
+    assert engines.describe("large")[0] == layers
     assert engines.get("large") is Engine
     assert (engines.preset_of("large"), engines.preset_of("plain")) == ("plain", None)
     assert engines.config_class("large") is Engine.Config
@@ -74,7 +75,8 @@ def test_preset_changes_defaults_only(engines: Registry[Engine]) -> None:
     [
         (
             "plan",
-            "engine.name is plan, which is not a known engine; did you mean plain? (known: large, plain)",
+            "engine.name is plan, which is not a known engine; did you mean plain? (known: large, "
+            "plain)",
         ),
         ({"layers": 2}, "engine has no name; it must name one engine (known: large, plain)"),
         (7, "engine is not a section; it must name one engine"),
@@ -98,7 +100,8 @@ def test_unknown_name(engines: Registry[Engine]) -> None:
 
 
 def test_taken_name_names_both_origins(engines: Registry[Engine]) -> None:
-    origins = rf"registered twice: the first is from module {__name__}; the second is from module {__name__}"
+    module = f"module {__name__}"
+    origins = f"registered twice: the first is from {module}; the second is from {module}"
     with pytest.raises(TypeError, match=origins):
         engines.register("plain")(Engine)
     with pytest.raises(TypeError, match=origins):
@@ -115,6 +118,7 @@ def test_unfit_classes_and_presets_are_refused(engines: Registry[Engine]) -> Non
             name: str
             """Taken by the component's name."""
 
+    # Nothing of what is refused is left in the registry.
     with pytest.raises(TypeError, match="needs a nested dataclass Config"):
         engines.register("bare")(Bare)
     with pytest.raises(TypeError, match="that key holds the component's name"):
@@ -132,7 +136,7 @@ def test_a_class_without_the_base_of_its_kind_is_refused() -> None:
     held: Registry[Engine] = Registry("engine", "engines", f"{__name__}.Engine")
 
     class Loose:
-        """Is no engine."""
+        """Derives from nothing."""
 
         @dataclass(kw_only=True)
         class Config:
@@ -141,8 +145,11 @@ def test_a_class_without_the_base_of_its_kind_is_refused() -> None:
     with pytest.raises(TypeError) as refused:
         held.register("loose")(Loose)
     assert str(refused.value) == (
-        f"{Loose.__qualname__} must derive from {__name__}.Engine to be registered as the engine loose"
+        f"{Loose.__qualname__} must derive from {__name__}.Engine to be registered as the engine "
+        "loose"
     )
+
+    # The class itself is taken.
     held.register("plain")(Engine)
 
 

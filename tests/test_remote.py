@@ -1,4 +1,4 @@
-"""No network is a sentence, wherever it fails: before, while files are listed, and in the middle of one."""
+"""A missing network is one sentence wherever it fails: before, while listing, and within a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cm3leon.types import UserError
 
 
 class ClientConnectorError(OSError):
-    """As aiohttp raises it: an OSError without a number."""
+    """aiohttp raises this error, an OSError without a number."""
 
 
 ClientConnectorError.__module__ = "aiohttp.client_exceptions"
@@ -57,7 +57,7 @@ class Broken(io.BytesIO):
 
 
 class Remote(MemoryFileSystem):
-    """A file system whose server is gone when it is asked for `fails`."""
+    """A file system whose server is gone when it is asked for what `fails` names."""
 
     protocol = "gone"
     cachable = False
@@ -97,9 +97,12 @@ def test_a_server_that_is_gone_is_a_sentence(
     monkeypatch.setattr(Remote, "error", error)
     monkeypatch.setattr(Remote, "opened", False)
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+
     done = cm3leon("validate", "data.path=gone://corpus", check=False)
     assert done.returncode == 2
     assert "gone://corpus" in done.stderr or "/corpus" in done.stderr
+
+    # The sentence tells the first line of the error, or its kind if it has no text.
     told = getattr(error, "strerror", None) or str(error)
     reason = told.partition("\n")[0] or type(error).__name__
     assert f"cannot be reached ({reason}); see that this machine has a network" in done.stderr
@@ -115,7 +118,7 @@ def test_other_errors_are_not_the_network_s(error: Exception) -> None:
 
 
 class Shaky(io.BytesIO):
-    """A file of which an action fails once, whichever copy of it is asked."""
+    """A file in which the next of the `failing` actions fails, whichever copy of it is asked."""
 
     def __init__(self, failing: list[str], tag: str) -> None:
         super().__init__(bytes(range(100)))
@@ -137,14 +140,15 @@ class Shaky(io.BytesIO):
 
 
 class Shakies:
-    """A file system of one such file, which is replaced once all its tags but the last are used."""
+    """A file system of one such file; each opening finds the next tag, and the last one stays."""
 
     def __init__(self, *tags: str) -> None:
         self.failing: list[str] = []
         self._tags = list(tags)
 
     def open(self, path: str, mode: str, **options: Any) -> Shaky:
-        return Shaky(self.failing, self._tags.pop(0) if len(self._tags) > 1 else self._tags[0])
+        tag = self._tags.pop(0) if len(self._tags) > 1 else self._tags[0]
+        return Shaky(self.failing, tag)
 
 
 def test_a_seek_that_fails_after_a_lost_connection_gives_no_wrong_bytes(
@@ -154,6 +158,7 @@ def test_a_seek_that_fails_after_a_lost_connection_gives_no_wrong_bytes(
     system = Shakies("a")
     raw = remote._Persistent(system, "there", "data.path")
     assert raw.read(40) == bytes(range(40))
+
     system.failing += ["read", "seek"]
     assert raw.read(20) == bytes(range(40, 60))
     assert not system.failing
@@ -165,6 +170,7 @@ def test_a_file_that_was_replaced_is_not_read_however_often_it_is_asked(
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
     system = Shakies("a", "b")
     raw = remote._Persistent(system, "there", "data.path")
+
     system.failing.append("read")
     for _ in range(2):
         with pytest.raises(UserError, match="the file was replaced while it was read"):
