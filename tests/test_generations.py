@@ -227,6 +227,7 @@ def test_workers_are_given_the_experiment_itself(
         def join(self) -> None: ...
         def terminate(self) -> None: ...
 
+    # No process is started: what it would be given is enough.
     monkeypatch.setattr(
         sharing.multiprocessing, "get_context", lambda method: SimpleNamespace(Process=Process)
     )
@@ -236,6 +237,7 @@ def test_workers_are_given_the_experiment_itself(
     sharing.share_out(run, tmp_path / "tokens", lambda run, folder, part: None)
     assert [args[0]["split"]["held_out"] for args in given] == [0.125, 0.125]
 
+    # What a process does with it: the same run, and its part of the work.
     made: list[Any] = []
     sharing._work(*given[1][:3], lambda run, folder, part: made.append((run, part)), (1, 2))
     ((theirs, part),) = made

@@ -72,6 +72,7 @@ def test_a_picture_is_read_as_a_source_reads_its_file(form: str, tmp_path: Path)
     expected_HWC = document.image
     assert expected_HWC is not None
 
+    # As a path, a text, bytes, and an image that Pillow has opened.
     with Image.open(file) as opened:
         mode = opened.mode
         given = [file, str(file), file.read_bytes(), opened]

@@ -166,6 +166,7 @@ def test_pythons_warnings_are_left_alone_while_a_thread_decodes(
 
     before = (warnings.filters[:], warnings.showwarning)
 
+    # Filters of this thread begin before the other decodes, and further ones while it does.
     with warnings.catch_warnings(action="ignore"):
         own = warnings.filters[:]
         thread.start()

@@ -176,6 +176,7 @@ def test_a_shortened_sample_is_the_end_of_the_whole_one(name: str, drawn: Any, l
 def test_shards_count_what_stands_beside_the_segments(name: str, tmp_path: Any) -> None:
     layout = LAYOUTS[name]
     codes = list(range(CODES))
+    # Text and image, two images in a row, a joined text, and a document without segments.
     documents = [
         made(layout, [("text", [9, 10]), ("image", codes)]),
         made(layout, [("image", codes), ("image", codes), ("text", [])]),
@@ -345,6 +346,7 @@ def test_the_engine_draws_codes_and_closes_their_rows(name: str, window: int) ->
     ((tokens,),) = Answerer(model, ids, window=window).answers([request])
     answer_T = np.array(tokens)
 
+    # The plain loop, which reads the whole sequence for each token.
     expected = prompt.ids_T.tolist()
     low, high = ids.id_range("image")
     with torch.inference_mode():

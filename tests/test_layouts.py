@@ -1,4 +1,7 @@
-"""`generate` lays images as GenEval and DPG-Bench read them: each is read here by the form that it publishes."""
+"""`generate` writes images in the folders and names that GenEval and DPG-Bench read.
+
+Each is read here in the way that the benchmark's own evaluation reads it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ SIDE = 32
 
 @pytest.fixture
 def words(tuned_model: CM3Leon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What all commands here have in common; they ask the model whose weights are not those of its folder."""
+    """The common beginning of the commands here.
+
+    They ask the tuned model itself, as its weights are not those of its folder.
+    """
     monkeypatch.setattr(CM3Leon, "load", lambda *_, **__: tuned_model)
     folder = tuned_model.run.folder
     return ["generate", f"run={folder}", "precision=float32", f"out={tmp_path / 'out'}"]
@@ -51,21 +57,23 @@ def texts(tmp_path: Path) -> Path:
 
 
 def read_geneval(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """What GenEval's evaluation goes through: folders of digits, a JSON document, and samples of digits."""
+    """What GenEval's evaluation reads, by prompt: a JSON document, and samples by their names.
+
+    Folders and samples have digits as their names.
+    """
     found = {}
     for each in folder.iterdir():
         if each.is_dir() and each.name.isdigit():
-            samples = {
-                sample.name: np.asarray(Image.open(sample))
-                for sample in (each / "samples").iterdir()
-                if re.match(r"\d+\.png", sample.name)
-            }
+            samples = {}
+            for sample in (each / "samples").iterdir():
+                if re.match(r"\d+\.png", sample.name):
+                    samples[sample.name] = np.asarray(Image.open(sample))
             found[each.name] = (json.loads((each / "metadata.jsonl").read_text()), samples)
     return found
 
 
 def read_dpg(folder: Path, side: int, count: int) -> dict[str, list[np.ndarray]]:
-    """What DPG-Bench's evaluation goes through: every file of the folder, cut by the resolution that it is told."""
+    """What DPG-Bench's evaluation reads: each file of a folder, cut into images of `side` pixels."""
     corners = [(0, 0), (side, 0), (0, side), (side, side)][:count]
     found = {}
     for file in folder.iterdir():
@@ -76,7 +84,11 @@ def read_dpg(folder: Path, side: int, count: int) -> dict[str, list[np.ndarray]]
 
 
 def drawn_alone(model: CM3Leon, prompts: list[str], n: int) -> list[list[np.ndarray]]:
-    return [[np.asarray(each.image) for each in images] for images in model.generate(prompts, n=n)]
+    """The images of each prompt, as the model draws them without any layout."""
+    found = []
+    for pictures in model.generate(prompts, n=n):
+        found.append([np.asarray(picture.image) for picture in pictures])
+    return found
 
 
 def test_geneval_finds_its_lines_and_four_samples_of_each(
@@ -89,11 +101,11 @@ def test_geneval_finds_its_lines_and_four_samples_of_each(
     asked = [*words, "layout=geneval", f"prompts={metadata}", "n=4"]
     assert main(asked) == 0
     assert f"evaluate_images.py {tmp_path}/out/images" in capsys.readouterr().out
+
     found = read_geneval(tmp_path / "out" / "images")
-    assert {name: line for name, (line, _) in found.items()} == {
-        "00000": GENEVAL[0],
-        "00001": GENEVAL[1],
-    }
+    lines = {name: line for name, (line, _) in found.items()}
+    assert lines == {"00000": GENEVAL[0], "00001": GENEVAL[1]}
+
     names = ["0000.png", "0001.png", "0002.png", "0003.png"]
     expected = drawn_alone(tuned_model, [str(line["prompt"]) for line in GENEVAL], 4)
     for (_, samples), images in zip([found["00000"], found["00001"]], expected, strict=True):
@@ -132,9 +144,12 @@ def test_dpg_bench_finds_a_grid_by_the_name_of_its_prompt(
         if count == 4:
             for name, images in zip(DPG, expected, strict=True):
                 assert all(map(np.array_equal, found[name], images))
+
+        # Four images are a grid of two by two.
         sizes = {Image.open(file).size for file in (out / "images").iterdir()}
         assert sizes == {(SIDE * (1 + (count == 4)),) * 2}
 
+    # A grid that is lost is made again, and nothing else.
     before = (tmp_path / "out4" / "images" / "0.png").read_bytes()
     (tmp_path / "out4" / "images" / "0.png").unlink()
     again = [*words[:-1], f"out={tmp_path}/out4", "layout=dpg", f"prompts={texts}", "n=4"]
@@ -150,10 +165,12 @@ def test_a_folder_has_one_layout(
     settings = tmp_path / "out" / "settings.json"
     written = json.loads(settings.read_text())
     assert written.pop("layout") == "plain"
-    # A folder of before there were layouts is plain.
+
+    # A folder from before there were layouts is plain.
     settings.write_text(json.dumps(written))
     assert main([*words, "prompt=a seven", "n=1"]) == 0
     assert "1 of 1 prompts are done already" in capsys.readouterr().out
+
     assert main([*words, "layout=geneval", f"prompts={metadata}", "n=1"]) == 2
     assert "was made with other settings (layout)" in capsys.readouterr().err
 

@@ -129,6 +129,7 @@ def test_every_one_of_several_paths_is_read(form: str, tmp_path: Path) -> None:
         "globs": [f"{tmp_path}/0*.tar", f"{tmp_path}/1*.tar", names[0]],
     }[form]
 
+    # Whatever the form, it is the corpus of the whole folder.
     source = build("webdataset", path)
     whole = build("webdataset", tmp_path)
     assert items(source) == items(whole)

@@ -72,6 +72,7 @@ def test_logits_and_gradients_are_those_of_transformers(norm: str, kv_heads: int
             logits_BTV[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten()
         ).backward()
 
+    # Under our names: transformers keeps queries, keys and values apart.
     gradients = {
         name: weight.grad for name, weight in theirs.named_parameters() if weight.grad is not None
     }

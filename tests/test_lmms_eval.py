@@ -1,4 +1,4 @@
-"""The plugin for lmms-eval: a local task, and two of its own, are measured with a finished run."""
+"""The plugin for lmms-eval measures a finished run, by a local task and two of lmms-eval's own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_an_answer_ends_before_the_first_stop() -> None:
 
 
 class Request:
-    """As lmms-eval's Instance, as far as the plugin reads it."""
+    """As much of lmms-eval's Instance as the plugin reads."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -43,7 +43,7 @@ def picture(number: int) -> Image.Image:
 
 
 def plugin_of(run: Path, items: list[dict[str, Any]], images: Path | None = None) -> CM3LeonModel:
-    """The model without lmms-eval, which its constructor needs and which may not be installed."""
+    """The plugin's model, made without its constructor, which needs lmms-eval itself."""
     model = CM3LeonModel.__new__(CM3LeonModel)
     model._model, model._rank = CM3Leon.load(run, precision="float32"), 0
     if not hasattr(CM3LeonModel, "rank"):
@@ -59,23 +59,26 @@ def test_requests_are_answered_and_scored_as_the_model_does(run: Path) -> None:
     def visual(doc: Any) -> list[Any]:
         return [doc["image"]]
 
-    asked = [
-        Request("What is it?", {"max_new_tokens": 4}, visual, n, "colours", "test")
-        for n in range(3)
-    ]
-    assert model.generate_until(asked) == [
-        _until(model._model.answer(picture(n), "What is it?", max_tokens=4), ()) for n in range(3)
-    ]
-    scored = [
-        Request("What is it?", lambda doc: " red", visual, n, "colours", "test") for n in range(2)
-    ]
+    def request(number: int, rest: Any) -> Request:
+        return Request("What is it?", rest, visual, number, "colours", "test")
+
+    asked = [request(number, {"max_new_tokens": 4}) for number in range(3)]
+    expected = []
+    for number in range(3):
+        answer = model._model.answer(picture(number), "What is it?", max_tokens=4)
+        expected.append(_until(answer, ()))
+    assert model.generate_until(asked) == expected
+
+    scored = [request(number, lambda doc: " red") for number in range(2)]
     found = model.loglikelihood(scored)
     for number, (score, greedy) in enumerate(found):
-        (expected,) = model._model.score(
+        (likelihood,) = model._model.score(
             texts=["red"], image=picture(number), question="What is it?"
         )
-        assert score == pytest.approx(expected)
+        assert score == pytest.approx(likelihood)
         assert isinstance(greedy, bool)
+
+    # Requests that the model has no answer to.
     for images, sentence in (
         (lambda doc: [], "has 0 images"),
         (lambda doc: [picture(0)] * 2, "has 2 images"),
@@ -88,6 +91,8 @@ def test_requests_are_answered_and_scored_as_the_model_does(run: Path) -> None:
 
 def test_texts_are_drawn_and_images_edited_into_files(run: Path, tmp_path: Path) -> None:
     model = plugin_of(run, [{"image": picture(n)} for n in range(3)], tmp_path / "drawn")
+
+    # Without an image one is drawn, with an image it is edited, and two are refused.
     given: list[list[Any]] = [[], [picture(1)], [picture(0)] * 2]
     asked = [
         Request("a red ring ", {}, lambda doc, n=n: given[n], n, "colours", "test")
@@ -98,10 +103,12 @@ def test_texts_are_drawn_and_images_edited_into_files(run: Path, tmp_path: Path)
         model._model.generate("a red ring", seed=3)[0].image,
         model._model.edit(picture(1), "a red ring", seed=3)[0].image,
     ]
+
     for number, (answer, image) in enumerate(zip(answers, expected, strict=True)):
         file = tmp_path / "drawn" / f"colours_{number}.png"
         assert answer == {"text": "", "images": [str(file)]}
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(image))
+
     with pytest.raises(UserError, match="has 2 images or videos; no image or one is taken"):
         model.generate_until(asked[2:])
     assert _file_name("../a/b", 1) == ".._a_b_1.png"
@@ -120,15 +127,17 @@ def test_lmms_eval_measures_a_local_task(
     assert "cm3leon" in list_available_models()
     lines = []
     for number in range(4):
-        picture(number).save(tmp_path / f"{number}.png")
-        lines.append(
-            {"image": str(tmp_path / f"{number}.png"), "question": "What is it?", "answer": "red"}
-        )
+        file = tmp_path / f"{number}.png"
+        picture(number).save(file)
+        lines.append({"image": str(file), "question": "What is it?", "answer": "red"})
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    # A task as lmms-eval's documentation has it: a YAML file and functions beside it.
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "utils.py").write_text(
-        "from PIL import Image\n\n\ndef visual(doc):\n    return [Image.open(doc['image']).convert('RGB')]\n\n\n"
+        "from PIL import Image\n\n\n"
+        "def visual(doc):\n    return [Image.open(doc['image']).convert('RGB')]\n\n\n"
         "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n"
     )
     task = {
@@ -146,6 +155,7 @@ def test_lmms_eval_measures_a_local_task(
     written = yaml.safe_dump(task, sort_keys=False).replace("FUNCTION", "!function")
     written = written.replace("'!function utils.visual'", "!function utils.visual")
     (tasks / "colours_local.yaml").write_text(written)
+
     found = simple_evaluate(
         model="cm3leon",
         model_args=f"pretrained={run}",
@@ -154,30 +164,33 @@ def test_lmms_eval_measures_a_local_task(
         batch_size=1,
         log_samples=True,
     )
+
     samples = found["samples"]["colours_local"]
     model = CM3Leon.load(run)
     answers = [_until(model.answer(picture(n), "What is it?", max_tokens=4), ()) for n in range(4)]
     assert [sample["filtered_resps"][0] for sample in samples] == answers
-    assert (
-        found["results"]["colours_local"]["exact_match,none"]
-        == sum(a == "red" for a in answers) / 4
-    )
+    matched = sum(answer == "red" for answer in answers) / 4
+    assert found["results"]["colours_local"]["exact_match,none"] == matched
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Scores the last image that it is sent, 1 or 2, as an OpenAI-compatible judge would."""
+    """An OpenAI-compatible judge, which scores the last image that it is sent with 1 or 2."""
 
     def do_POST(self) -> None:
         length = int(self.headers["Content-Length"])
         asked = json.loads(self.rfile.read(length))
+
+        # The image is a data URL among the parts of the last message.
         parts = [each for each in asked["messages"][-1]["content"] if each["type"] == "image_url"]
         content = base64.b64decode(parts[-1]["image_url"]["url"].partition(",")[2])
         score = score_of(Image.open(io.BytesIO(content)))
+
         text = f"Consistency: {score}\nRealism: {score}\nAesthetic Quality: {score}"
         choice = {"index": 0, "finish_reason": "stop"}
         choice["message"] = {"role": "assistant", "content": text}
         answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge"}
         body = json.dumps({**answer, "choices": [choice]}).encode()
+
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -189,7 +202,7 @@ class Judge(BaseHTTPRequestHandler):
 
 
 def score_of(image: Image.Image) -> int:
-    """1 or 2, by the image's pixels; what could not be judged has 0."""
+    """1 or 2, by the image's pixels; lmms-eval has 0 for what could not be judged."""
     return 1 + int(np.asarray(image.convert("L"), np.int64).sum() % 2)
 
 
@@ -210,9 +223,11 @@ def test_tasks_of_generation_and_editing_score_what_the_model_draws(
     """WISE and ImgEdit as lmms-eval has them, on local items and with a local judge."""
     lmms_eval = pytest.importorskip("lmms_eval", reason="the extra lmms is not installed")
     datasets = pytest.importorskip("datasets", reason="the extra lmms is not installed")
+
     # datasets has read the environment when it was imported, maybe by another test.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True, raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
     for task in ("WISE", "IMGEDIT"):
         monkeypatch.setenv(f"{task}_API_KEY", "none")
         monkeypatch.setenv(f"{task}_BASE_URL", judge)
@@ -221,21 +236,14 @@ def test_tasks_of_generation_and_editing_score_what_the_model_draws(
     from lmms_eval.tasks import TaskManager
 
     prompts = ["a red square", "a blue circle", "two rings"]
-    wise = [
-        {
-            "Prompt": text,
-            "prompt_id": number,
-            "Category": "x",
-            "Subcategory": "y",
-            "Explanation": "",
-        }
-        for number, text in enumerate(prompts, 1)
-    ]
+    rest = {"Category": "x", "Subcategory": "y", "Explanation": ""}
+    wise = [{"Prompt": text, "prompt_id": n, **rest} for n, text in enumerate(prompts, 1)]
     edits = [
         {"image": picture(n), "prompt": f"make it {n}", "key": str(n), "edit_type": "adjust"}
         for n in range(3)
     ]
-    # Each task is lmms-eval's own file, but for where its items lie.
+
+    # Each task is lmms-eval's own file, except for where its items lie.
     (tmp_path / "tasks").mkdir()
     published = Path(lmms_eval.__file__).parent / "tasks"
     for task, rows in (("WISE/WISE", wise), ("imgedit/imgedit", edits)):
@@ -247,8 +255,9 @@ def test_tasks_of_generation_and_editing_score_what_the_model_draws(
             "dataset_path": "parquet",
             "dataset_kwargs": {"data_files": {"test": str(file)}},
         }
-        place = tmp_path / "tasks" / f"{Path(task).name}_local.yaml"
-        place.write_text(yaml.safe_dump(local, sort_keys=False))
+        settings = tmp_path / "tasks" / f"{Path(task).name}_local.yaml"
+        settings.write_text(yaml.safe_dump(local, sort_keys=False))
+
     found = simple_evaluate(
         model="cm3leon",
         model_args=f"pretrained={run},precision=float32,images={tmp_path / 'drawn'},samples=2",
@@ -265,6 +274,7 @@ def test_tasks_of_generation_and_editing_score_what_the_model_draws(
         assert np.array_equal(np.asarray(written), np.asarray(image))
     expected = np.mean([score_of(image) for image in drawn]) / 2
     assert found["results"]["WISE_local"]["WISE_overall_wiscore,none"] == pytest.approx(expected)
+
     edited = [model.edit(picture(n), f"make it {n}", n=2)[0].image for n in range(3)]
     score = found["results"]["imgedit_local"]["imgedit_avg_score,none"]
     assert score == pytest.approx(np.mean([score_of(image) for image in edited]))

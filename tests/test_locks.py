@@ -110,6 +110,7 @@ def test_the_lock_goes_with_a_killed_process(tmp_path: Path, refused: int) -> No
     held.mkdir()
     paths = os.pathsep.join([str(tmp_path), str(Path(locks.__file__).parents[1])])
 
+    # Another process that holds the lock, on a file system that answers in the same way.
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(held), str(refused)],
         stdout=subprocess.PIPE,

@@ -119,6 +119,7 @@ def test_one_chunk_is_bit_for_bit_what_these_operations_give(z: float) -> None:
         total = nll + z * logits.logsumexp(-1).square() if z else nll
         return (total * weight_N).sum() / weight_N.sum().clamp(min=1e-8), nll.detach()
 
+    # In one chunk, without chunks, and written out.
     results = []
     for function in (
         lambda *both: linear_cross_entropy(*both, target_N, weight_N, z_loss=z),

@@ -1,4 +1,4 @@
-"""The plan's arithmetic: weights of real modules, and bytes that a training really holds."""
+"""The memory that is planned for a training is what a training of real modules holds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def shaped(config: Any, vocab_size: int) -> Model:
-    """A decoder without memory for its weights."""
+    """A model without memory for its weights."""
     with torch.device("meta"):
         if isinstance(config, Llama.Config):
             return Llama(config, vocab_size=vocab_size)
@@ -94,9 +94,10 @@ def peak(
     micro_batch: int,
     parts: int,
 ) -> int:
-    """The most bytes held in a step after the first, with so many micro-batches.
+    """The most bytes held at any time of the second step, which has `parts` micro-batches.
 
-    Tensors have sizes and no contents, as nothing is computed that the sizes depend on.
+    The optimizer's state is there from the end of the first step on. Tensors have sizes and no
+    contents, as no size depends on what is computed.
     """
     model = distributed(new, new, config, Ranks(CPU))
     with FakeTensorMode(), Live() as live:
@@ -115,18 +116,7 @@ def _peak_of_a_step(
         live.peak = live.now
         for _ in range(parts):
             ids_BT = torch.randint(model.vocab_size, (micro_batch, model.seq_len))
-            ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel())
-
-            def readout(
-                hidden_BTD: Tensor,
-                head: Any,
-                ids_N: Tensor = ids_N,
-                weight_N: Tensor = weight_N,
-            ) -> Tensor:
-                return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N)[
-                    0
-                ]
-
+            readout = loss_of(ids_BT)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = model(ids_BT, readout=readout)
             loss.backward()
@@ -134,6 +124,17 @@ def _peak_of_a_step(
         optimizer.step()
         optimizer.zero_grad()
     return live.peak
+
+
+def loss_of(ids_BT: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    """The loss of these tokens as a function of the last hidden states and the head."""
+    ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel(), device=ids_BT.device)
+
+    def readout(hidden_BTD: Tensor, head: Any) -> Tensor:
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        return linear_cross_entropy(hidden_ND, head.weight, ids_N, weight_N)[0]
+
+    return readout
 
 
 @pytest.mark.once
@@ -159,7 +160,10 @@ def test_a_training_holds_what_is_planned(
 
 
 class FusedNorm(torch.autograd.Function):
-    """What CUDA's RMS norm keeps: its input in float32, and a number a row. A CPU's keeps three times as much."""
+    """What CUDA's RMS norm keeps: its input in float32, and one number for each row.
+
+    A CPU's keeps three times as much.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ def test_a_training_of_chameleons_shape_holds_what_is_planned(
 
 
 class Fused(torch.autograd.Function):
-    """What a fused attention keeps: its inputs, its output, and a float32 number a row and head."""
+    """What a fused attention keeps: its inputs, its output, and a float32 for each row and head."""
 
     @staticmethod
     def forward(ctx: Any, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ class Fused(torch.autograd.Function):
 
 
 def in_training(layer: int, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> Tensor:
-    """As a layer calls it: with as many heads of keys and values, all in the precision of the values."""
+    """Attention as a layer calls it: equally many heads of all, in the precision of the values."""
     shared = q_BATE.shape[1] // k_BATE.shape[1]
     if shared > 1:
         k_BATE, v_BATE = (x.repeat_interleave(shared, 1) for x in (k_BATE, v_BATE))
@@ -222,13 +226,13 @@ def in_training(layer: int, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> T
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """bf16 autocast of CUDA, on a machine without a GPU too."""
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    """bf16 autocast of CUDA, also on a machine without a GPU."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     yield
-    torch.set_autocast_enabled("cuda", before[0])
-    torch.set_autocast_dtype("cuda", before[1])
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", dtype)
     torch.clear_autocast_cache()
 
 
@@ -251,7 +255,7 @@ def cuda_autocast() -> Iterator[None]:
 def test_what_autograd_keeps_on_cuda_is_counted(
     gpus: int, checkpointing: Any, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of tensors without contents, which have CUDA's precisions; under FSDP the gathered weights are bf16."""
+    """Tensors without contents have CUDA's precisions; weights that FSDP gathers are bf16."""
     monkeypatch.setattr(Model, "reset_parameters", lambda self: None)  # no contents to draw
     kept: dict[int, Any] = {}
     build = Llama if isinstance(shape, Llama.Config) else Transformer
@@ -260,14 +264,12 @@ def test_what_autograd_keeps_on_cuda_is_counted(
         if gpus > 1:
             for module in model.modules():
                 for name, weight in list(module.named_parameters(recurse=False)):
-                    setattr(
-                        module,
-                        name,
-                        torch.nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16)),
-                    )
+                    gathered = torch.empty_like(weight, dtype=torch.bfloat16)
+                    setattr(module, name, torch.nn.Parameter(gathered))
             # As FSDP does: a layer's input in the precision of its weights.
             for block in model.blocks:
                 block.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(), *args[1:]))
+
         recompute(model, checkpointing)
         own = {weight.untyped_storage()._cdata for weight in model.parameters()}
 
@@ -279,32 +281,36 @@ def test_what_autograd_keeps_on_cuda_is_counted(
 
         with cuda_autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.hidden(torch.zeros(2, 512, dtype=torch.int64), attend=in_training)
+
     config = DecoderTrainingConfig(
         precision="bf16", activation_checkpointing=checkpointing, batch_size=16
     )
     planned = training_memory(shaped(shape, 512), config, gpus=gpus, micro_batch=2)
-    copies = (
-        2 * parameters(shaped(shape, 512)).blocks if gpus == 1 and checkpointing == "none" else 0
-    )
-    assert planned.activations + copies == pytest.approx(
-        sum(each.nbytes() for each in kept.values()), rel=0.02
-    )
+
+    # On one GPU autocast's copies of the layers' weights are kept too, where nothing is recomputed.
+    copies = 0
+    if gpus == 1 and checkpointing == "none":
+        copies = 2 * parameters(shaped(shape, 512)).blocks
+    found = sum(each.nbytes() for each in kept.values())
+    assert planned.activations + copies == pytest.approx(found, rel=0.02)
 
 
 def test_shards_share_what_is_kept() -> None:
     model = shaped(Transformer.Config(layers=32, width=4096, head_size=128), 65_536)
     config = DecoderTrainingConfig(batch_size=2048, activation_checkpointing="full")
     eight, many = (training_memory(model, config, gpus=gpus, micro_batch=1) for gpus in (8, 512))
+
+    # float32 weights and gradients, and two float32 moments, shared by 8 GPUs.
     total = parameters(model).total
-    assert (eight.weights, eight.gradients, eight.optimizer) == (
-        4 * total / 8,
-        4 * total / 8,
-        8 * total / 8,
-    )
+    shares = (eight.weights, eight.gradients, eight.optimizer)
+    assert shares == (4 * total / 8, 4 * total / 8, 8 * total / 8)
     assert many.weights == eight.weights / 64
     assert many.activations == eight.activations
+
+    # Two replicas on 16 GPUs are shared by 8 GPUs each.
     two_copies = DecoderTrainingConfig(batch_size=2048, activation_checkpointing="full", replicas=2)
     assert training_memory(model, two_copies, gpus=16, micro_batch=1) == eight
+
     assert eight.fits(80e9)
     assert not eight.fits(eight.total / USABLE - 1)
 
@@ -317,6 +323,7 @@ def test_a_gpu_holds_what_is_planned(checkpointing: Any) -> None:
     config = DecoderTrainingConfig(
         precision="bf16", activation_checkpointing=checkpointing, batch_size=8
     )
+
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -324,23 +331,18 @@ def test_a_gpu_holds_what_is_planned(checkpointing: Any) -> None:
     def new() -> Transformer:
         return Transformer(shape, vocab_size=32_768)
 
+    # Two steps of two micro-batches: the optimizer's state is there in the second one.
     model = distributed(new, new, config, Ranks(torch.device("cuda")))
     optimizer = new_optimizer(model, config)
     for _ in range(2):
         for _ in range(2):
             ids_BT = torch.randint(32_768, (4, 2048), device="cuda")
-            ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel(), device="cuda")
+            readout = loss_of(ids_BT)
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = model(
-                    ids_BT,
-                    readout=lambda hidden_BTD, head, ids_N=ids_N, weight_N=weight_N: (
-                        linear_cross_entropy(
-                            hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N
-                        )[0]
-                    ),
-                )
+                loss = model(ids_BT, readout=readout)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
     planned = training_memory(shaped(shape, 32_768), config, gpus=1, micro_batch=4)
     assert planned.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
