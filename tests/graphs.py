@@ -1,4 +1,4 @@
-"""A backend of torch.compile that counts what it is given."""
+"""A backend of torch.compile that counts the graphs and the attentions in them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ ATTENTION = {
     "cm3leon.packed_attention.default",
     "flex_attention",
 }
-"""Operators of a forward pass of attention."""
+"""Operators of which each stands for one forward pass of attention."""
 
 
 class Graphs:
-    """A backend of torch.compile that counts the graphs it is given, and in them the forward passes of attention."""
+    """A backend of torch.compile that counts the graphs that it is given, and in each the forward
+    passes of attention."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""A real S3 protocol on this machine: moto's server in a process of its own, behind a gate that makes trouble."""
+"""The S3 protocol for tests: moto's server in its own process, behind a gate that causes faults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ print(server.port, flush=True)
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 server.serve_forever()
 """
-"""Ends when its standard input is closed, so that it outlives no test, however that ends."""
+"""The server ends when its standard input is closed: however a test ends, it leaves no server."""
 
 ERROR = '<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'
 ANSWERS = {
@@ -37,6 +37,7 @@ ANSWERS = {
     "403": (403, "AccessDenied", "Access Denied"),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
 }
+"""A fault's status, and S3's code and message for it."""
 
 
 @contextmanager
@@ -51,6 +52,8 @@ def moto_server() -> Iterator[int]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
+
+    # The server prints its port when it listens, and ends with its standard input.
     try:
         yield int(process.stdout.readline())
     finally:
@@ -61,17 +64,18 @@ def moto_server() -> Iterator[int]:
 
 @dataclass
 class Fault:
-    """Trouble for the next `count` requests in whose line a text stands."""
+    """Trouble for the next `count` requests whose line contains `text`."""
 
     kind: str
-    """One of `ANSWERS`; or reset = the connection is closed; cut = in the middle of the answer; hang = no answer."""
+    """One of `ANSWERS`, or reset: close the connection; cut: close it in the middle of the answer;
+    hang: never answer."""
     text: str = ""
     count: int = 1
 
 
 @dataclass
 class Asked:
-    """A request, and the bytes of its answer."""
+    """A request, and the number of bytes of its answer."""
 
     line: str
     bytes: int
@@ -79,7 +83,7 @@ class Asked:
 
 @dataclass
 class Gate:
-    """What stands between a client and the server."""
+    """Stands between a client and the server, notes each request, and causes faults."""
 
     port: int = 0
     faults: list[Fault] = field(default_factory=list)
@@ -91,6 +95,7 @@ class Gate:
         return f"http://127.0.0.1:{self.port}"
 
     def fault_for(self, line: str) -> str:
+        """Use up the first fault that meets this request, and return its kind; "" without one."""
         for fault in self.faults:
             if fault.count and fault.text in line:
                 fault.count -= 1
@@ -98,13 +103,13 @@ class Gate:
         return ""
 
     def count(self, text: str) -> int:
-        """Requests in whose line a text stands."""
+        """Number of requests whose line contains the text."""
         return sum(text in asked.line for asked in self.asked)
 
 
 @contextmanager
 def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
-    """The port of a server of this process."""
+    """Run a server in a thread of this process, and give its port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -118,7 +123,7 @@ def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Of HTTP 1.1, in silence."""
+    """HTTP 1.1, without a log."""
 
     protocol_version = "HTTP/1.1"
 
@@ -128,6 +133,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(
         self, status: int, content: bytes, headers: Any = (), sent: int | None = None
     ) -> None:
+        """Send an answer; with `sent`, only that many of its bytes."""
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
@@ -139,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def gate_to(server: int) -> Iterator[Gate]:
-    """A gate to the server on a port."""
+    """Put a gate in front of the server at this port."""
     gate = Gate()
 
     class Through(Handler):
@@ -148,6 +154,8 @@ def gate_to(server: int) -> Iterator[Gate]:
             line = f"{self.command} {self.path} {self.headers.get('Range', '')}".strip()
             asked = Asked(line, 0)
             gate.asked.append(asked)
+
+            # Of these requests the server never hears.
             kind = gate.fault_for(line)
             if kind in ("reset", "hang"):
                 if kind == "hang":
@@ -159,23 +167,31 @@ def gate_to(server: int) -> Iterator[Gate]:
                 content = ERROR.format(code=code, message=message).encode()
                 self.answer(status, content, [("Content-Type", "application/xml")])
                 return
+
+            # Anything else goes to the server, and its answer back, whole or cut off in the middle.
             connection = http.client.HTTPConnection("127.0.0.1", server)
             connection.request(self.command, self.path, body, dict(self.headers.items()))
             response = connection.getresponse()
             content = response.read()
+
             asked.bytes = len(content)
             left_out = ("connection", "transfer-encoding", "server", "date")
-            headers = [(k, v) for k, v in response.getheaders() if k.lower() not in left_out]
+            headers = []
+            for name, value in response.getheaders():
+                if name.lower() not in left_out:
+                    headers.append((name, value))
+
+            # An answer to HEAD has no content, but the length of what GET would return.
             if self.command == "HEAD":
                 self.send_response(response.status)
                 for name, value in headers:
                     self.send_header(name, value)
                 self.end_headers()
             else:
-                headers = [(k, v) for k, v in headers if k.lower() != "content-length"]
-                cut = kind == "cut"
-                self.answer(response.status, content, headers, len(content) // 2 if cut else None)
-                self.close_connection = self.close_connection or cut
+                headers = [each for each in headers if each[0].lower() != "content-length"]
+                sent = len(content) // 2 if kind == "cut" else None
+                self.answer(response.status, content, headers, sent)
+                self.close_connection = self.close_connection or kind == "cut"
             connection.close()
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
@@ -189,14 +205,15 @@ def gate_to(server: int) -> Iterator[Gate]:
 
 @contextmanager
 def surroundings(gate: Gate, folder: Path, *, tries: int = 1) -> Iterator[None]:
-    """The environment of a user whose S3 is behind the gate; nothing of this machine's own settings is seen.
+    """The environment of a user whose S3 is behind the gate, without this machine's own settings.
 
     Args:
-        tries: how often s3fs itself tries a request, with waits of its own; without the tests' it is 5 times.
+        tries: how often s3fs itself tries a request, waiting in between; by default it is 5 times.
     """
     import fsspec.config
     from s3fs import S3FileSystem
 
+    # No settings and no other credentials of this machine are seen.
     environment = {
         "AWS_ENDPOINT_URL": gate.address,
         "AWS_ACCESS_KEY_ID": KEY_ID,
@@ -206,11 +223,14 @@ def surroundings(gate: Gate, folder: Path, *, tries: int = 1) -> Iterator[None]:
         "AWS_CONFIG_FILE": str(folder / "none"),
         "AWS_SHARED_CREDENTIALS_FILE": str(folder / "none"),
     }
+
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CA_BUNDLE"):
             patch.delenv(name, raising=False)
         for name, value in environment.items():
             patch.setenv(name, value)
+
+        # s3fs keeps its clients: earlier ones must not be used here, nor these ones later.
         patch.setattr(fsspec.config, "conf", {})
         patch.setattr(S3FileSystem, "retries", tries)
         S3FileSystem.clear_instance_cache()
@@ -221,7 +241,7 @@ def surroundings(gate: Gate, folder: Path, *, tries: int = 1) -> Iterator[None]:
 
 
 def upload(folder: Path, address: str) -> None:
-    """Lay a folder's files into a bucket, which is made where it is not there."""
+    """Copy a folder's files into a bucket, which is made if it does not exist."""
     import s3fs
 
     system = s3fs.S3FileSystem(use_listings_cache=False)

@@ -1,7 +1,8 @@
-"""Compiled layers: one graph forward and one backward for all layers and packings, with every attention backend.
+"""Compiled layers: one graph forward and one backward for all layers and all packings.
 
-What is counted is what torch.compile makes, not how fast it is: graphs run as they are traced, without kernels of
-their own. `xformers` is the operator that stands around its kernels on CUDA; on the CPU it has a kernel of its own.
+With every attention backend, what is counted is what torch.compile makes, not how fast it is:
+graphs run as they are traced, without kernels of their own. `xformers` is the operator that stands
+around its kernels on CUDA; on the CPU it has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ BACKENDS = ("naive", "sdpa", "sdpa of long blocks", "flex", "xformers")
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
-    """All that is compiled, from nothing; and every backend may train on a CPU."""
+    """Counts all that is compiled, from none; meanwhile every backend may train on a CPU."""
     counted = Graphs()
+
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted.backend))
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     for name in ("xformers", "flex"):
         monkeypatch.setattr(ATTENTIONS.get(name), "missing", staticmethod(lambda device: ""))
+
     choose.cache_clear()
     torch._dynamo.reset()
     yield counted
@@ -58,10 +61,12 @@ def decoder(
     checkpointing: Checkpointing = "none",
     shape: str = "cm3leon",
 ) -> Model:
-    """A small one, not compiled yet."""
+    """A small model, not compiled yet."""
     name = backend.partition(" ")[0]
+    # Whether blocks are long is a matter of a limit, which is lowered for this backend.
     if backend != name:
         monkeypatch.setattr(attention, "LONG", T)
+
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "layers": layers,
@@ -70,6 +75,7 @@ def decoder(
         "seq_len": T,
         "attention": name,
     }
+
     model: Model
     if shape == "cm3leon":
         model = Transformer(Transformer.Config(**sizes, init_std=0.2), vocab_size=V)
@@ -81,7 +87,7 @@ def decoder(
 
 
 def packings(count: int) -> Iterator[Tensor]:
-    """sample_BT of different packings, the first of them one sample a row."""
+    """sample_BT of different packings; the first one has one sample a row."""
     generator = torch.Generator().manual_seed(0)
     for number in range(count):
         begins_BT = torch.rand(2, T, generator=generator) < 0.3 * number / count
@@ -90,13 +96,16 @@ def packings(count: int) -> Iterator[Tensor]:
 
 
 def step(model: Model, sample_BT: Tensor) -> dict[str, Tensor]:
-    """Gradients of a loss."""
+    """Gradients of a loss, by the names of the weights."""
     model.zero_grad()
     ids_BT = torch.arange(2 * T).view(2, T) % V
     model(ids_BT, sample_BT=sample_BT).logsumexp(-1).mean().backward()
-    return {
-        name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
-    }
+
+    gradients = {}
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            gradients[name] = weight.grad
+    return gradients
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -106,11 +115,13 @@ def test_one_graph_is_for_a_hundred_packings(
     model = decoder(backend, monkeypatch)
     plain = decoder(backend, monkeypatch)
     compile_blocks(model)
+
     for number, sample_BT in enumerate(packings(100)):
         found = step(model, sample_BT)
         if number % 33 == 0:
             for name, gradient in step(plain, sample_BT).items():
                 torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+
     assert graphs.count == {"forward": 1, "backward": 1}
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -120,7 +131,7 @@ def test_one_graph_is_for_a_hundred_packings(
 def test_one_graph_is_for_all_layers(
     shape: str, checkpointing: Checkpointing, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More of them than a function may have graphs."""
+    """A function may have a number of graphs; the model has one layer more than that."""
     layers = torch._dynamo.config.recompile_limit + 1
     model = decoder(
         "xformers", monkeypatch, layers=layers, checkpointing=checkpointing, shape=shape
@@ -148,7 +159,7 @@ def test_selective_checkpointing_keeps_attention_in_compiled_layers(
 def test_selective_checkpointing_computes_attention_once_a_layer(
     backend: str, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not compiled, and counted at the backend itself: once for whatever it does inside."""
+    """Not compiled; counted at the backend itself, so once for whatever it does inside."""
     calls: dict[str, int] = {}
     options: tuple[Checkpointing, ...] = ("none", "selective", "full")
     for checkpointing in options:
@@ -161,6 +172,7 @@ def test_selective_checkpointing_computes_attention_once_a_layer(
             )
             step(model, next(packings(1)))
         calls[checkpointing] = counted.calls
+
     assert calls == {"none": 2, "selective": 2, "full": 4}
 
 
@@ -178,10 +190,12 @@ class Counted:
 def test_passes_without_gradients_spend_no_graph(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Validation, and images drawn on the way: as many shapes as there are steps."""
+    """Validation and images drawn during a training have as many shapes as there are steps."""
     model = decoder("xformers", monkeypatch)
     compile_blocks(model)
     step(model, next(packings(1)))
+
+    # A whole pass, and the same tokens through the cache: a prefix and then one by one.
     before = dict(torch._dynamo.utils.counters["frames"])
     ids_BT = torch.arange(T)[None] % V
     with torch.inference_mode():
@@ -189,19 +203,20 @@ def test_passes_without_gradients_spend_no_graph(
         cache = model.new_cache(groups=1, width=1, prefix=8, tail=T - 8)
         attend: Any = cache.prefix_pass(torch.tensor([0]), torch.tensor([8]))
         parts = [model(ids_BT[:, :8], position_BT=attend.positions(8), attend=attend)]
-        for place in range(8, T):
-            attend = cache.step_pass(1, 8, place - 7)
-            ids_B1 = ids_BT[:, place : place + 1]
+        for position in range(8, T):
+            attend = cache.step_pass(1, 8, position - 7)
+            ids_B1 = ids_BT[:, position : position + 1]
             parts.append(model(ids_B1, position_BT=attend.positions(1), attend=attend))
             cache.tail_length_R += 1
         torch.testing.assert_close(torch.cat(parts, 1), expected_BTV, atol=1e-4, rtol=1e-4)
+
     step(model, next(packings(1)))
     assert graphs.count == {"forward": 1, "backward": 1}
     assert torch._dynamo.utils.counters["frames"] == before
 
 
 class Batches:
-    """An endless stream of nothing; the loss makes its own data."""
+    """An endless stream of empty batches; the loss makes its own data."""
 
     def next(self) -> int:
         return 0
@@ -220,6 +235,7 @@ def test_the_limit_being_reached_is_an_event_and_a_line(
     module = nn.Linear(1, 1)
     steps = []
 
+    # Not dynamic, the function is compiled anew for each of the twelve numbers.
     def scaled(x: Tensor, number: int) -> Tensor:
         return x * [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12][number]
 
@@ -240,9 +256,12 @@ def test_the_limit_being_reached_is_an_event_and_a_line(
         seed=0,
         title="training",
     )
+
+    # The limit is 8 graphs of a function, and the steps ask for 12.
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    (event,) = [event for event in events if event["event"] == "warning"]
-    assert "torch.compile reached its limit of 8 (recompile_limit) at 'scaled'" in event["message"]
+    (warning,) = [event for event in events if event["event"] == "warning"]
+    message = "torch.compile reached its limit of 8 (recompile_limit) at 'scaled'"
+    assert message in warning["message"]
     output = capfd.readouterr()
     assert "warning: message torch.compile reached its limit" in output.out + output.err
 

@@ -1,4 +1,7 @@
-"""Dockerfile and apptainer.def: linted, alike, small, without root and secrets, and what they install works."""
+"""Dockerfile and apptainer.def: linted, alike, small, without root and secrets.
+
+What they install works, too.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,19 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The instructions of Dockerfile in order, each with what is behind it, without comments."""
+    """The instructions of Dockerfile in order, each with its arguments, without comments."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in lines if line]
 
 
-def of(name: str) -> list[str]:
-    """What stands behind each instruction of a name."""
+def arguments_of(name: str) -> list[str]:
+    """The arguments of each instruction of this name."""
     return [words for instruction, words in instructions() if instruction == name]
 
 
 def sections() -> dict[str, list[str]]:
-    """The lines of apptainer.def by section; those of its header are under ""."""
+    """The lines of apptainer.def by section; those of its header stand under ""."""
     found: dict[str, list[str]] = {"": []}
     name = ""
     for line in (ROOT / "apptainer.def").read_text().splitlines():
@@ -50,14 +53,14 @@ def sections() -> dict[str, list[str]]:
 def copied() -> list[str]:
     """The files and folders that Dockerfile copies, in order."""
     found = []
-    for words in of("COPY"):
+    for words in arguments_of("COPY"):
         *sources, _ = shlex.split(words)
         found += sources
     return found
 
 
 def pip_words(lines: list[str]) -> list[list[str]]:
-    """The words behind `pip install` on each line; keeping no cache installs nothing else."""
+    """The arguments of `pip install` on each line, without the flag that only keeps no cache."""
     found = []
     for line in lines:
         for words in re.findall(r"-m pip install ([^&;]+)", line):
@@ -66,6 +69,7 @@ def pip_words(lines: list[str]) -> list[list[str]]:
 
 
 def hadolint(file: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the linter on a file, or on a text as `-`; skips the test where it is not installed."""
     beside = Path(sysconfig.get_path("scripts")) / "hadolint"
     program = str(beside) if beside.is_file() else shutil.which("hadolint")
     if program is None:
@@ -89,14 +93,14 @@ def test_both_install_what_make_test_cluster_installs() -> None:
     makefile = (ROOT / "Makefile").read_text()
     wanted = pip_words(re.findall(r"^\t\$\(CLUSTER_BIN\)/python (.*)", makefile, re.MULTILINE))
     assert [words[:2] for words in wanted] == [["-r", LOCK], ["--no-deps", "--no-build-isolation"]]
-    assert pip_words(of("RUN")) == wanted
+    assert pip_words(arguments_of("RUN")) == wanted
     assert pip_words(sections()["post"]) == wanted
 
 
 def test_both_begin_alike_and_take_the_same_files() -> None:
     header = dict(line.split(": ") for line in sections()[""])
     assert header["Bootstrap"] == "docker"
-    assert of("FROM") == [header["From"]]
+    assert arguments_of("FROM") == [header["From"]]
     assert re.fullmatch(r"python:3\.11[\w.-]+", header["From"])
 
     pairs = [line.split() for line in sections()["files"]]
@@ -107,29 +111,29 @@ def test_both_begin_alike_and_take_the_same_files() -> None:
 def test_a_change_of_the_code_leaves_the_stack_in_the_cache() -> None:
     steps = [words for name, words in instructions() if name in ("COPY", "RUN")]
     (install,) = [number for number, words in enumerate(steps) if f"-r {LOCK}" in words]
-    copies = [number for number, words in enumerate(steps) if words in of("COPY")]
+    copies = [number for number, words in enumerate(steps) if words in arguments_of("COPY")]
     assert steps[copies[0]].split()[0] == LOCK
     assert copies[0] < install < copies[1]
 
     # Nothing that pip or apt downloaded stays in a layer.
-    assert all("--no-cache-dir" in words for words in of("RUN") if "pip install" in words)
-    assert all("rm -rf /var/lib/apt/lists" in words for words in of("RUN") if "apt-get" in words)
+    assert all("--no-cache-dir" in words for words in arguments_of("RUN") if "pip install" in words)
+    assert all(
+        "rm -rf /var/lib/apt/lists" in words for words in arguments_of("RUN") if "apt-get" in words
+    )
 
 
 def test_nobody_is_root_and_nothing_secret_is_written() -> None:
-    user = of("USER")[-1]
+    user = arguments_of("USER")[-1]
     assert user.isdigit()
     assert int(user) > 0
-    assert [name for name, _ in instructions() if name == "USER" or name == "ENTRYPOINT"] == [
-        "USER",
-        "ENTRYPOINT",
-    ]
-    assert json.loads(of("ENTRYPOINT")[0]) == ["cm3leon"]
-    assert of("ARG") == []
-    variables = [*of("ENV"), *sections()["environment"]]
+    order = [name for name, _ in instructions() if name in ("USER", "ENTRYPOINT")]
+    assert order == ["USER", "ENTRYPOINT"]
+    assert json.loads(arguments_of("ENTRYPOINT")[0]) == ["cm3leon"]
+    assert arguments_of("ARG") == []
+    variables = [*arguments_of("ENV"), *sections()["environment"]]
     assert not [words for words in variables if SECRET.search(words)]
 
-    # The builder is given nothing but what is copied.
+    # The builder sees only what is copied.
     rules = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [rule for rule in rules if rule and not rule.startswith("#")]
     assert rules[0] == "*"
@@ -143,7 +147,10 @@ def test_a_section_is_a_shell_script(name: str) -> None:
 
 
 def test_the_files_that_are_copied_install_and_run(tmp_path: Path) -> None:
-    """The second line of pip in a fresh environment; `make test-cluster` does the first one, of 9 GB."""
+    """The second line of pip, in a fresh environment.
+
+    `make test-cluster` runs the first one, which downloads 9 GB.
+    """
     code = tmp_path / "opt"
     for source in copied():
         target = code / source
@@ -154,16 +161,19 @@ def test_the_files_that_are_copied_install_and_run(tmp_path: Path) -> None:
         else:
             shutil.copy(ROOT / source, target)
 
-    # An environment of its own that sees the packages of this one, as if the lock had been installed.
+    # An environment that sees the packages of this one, as if the lock had been installed.
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     (site,) = venv.glob("lib/python*/site-packages")
     seen = [path for path in sys.path if path.endswith("site-packages")]
     (site / "packages.pth").write_text("\n".join(seen))
+
+    # Without an index nothing is downloaded: all that the project needs has to be there.
     python = venv / "bin" / "python"
-    words = pip_words(of("RUN"))[-1]
+    words = pip_words(arguments_of("RUN"))[-1]
     environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment.pop("PYTHONPATH", None)
+
     done = subprocess.run(
         [python, "-m", "pip", "install", "--quiet", *words],
         cwd=code,
@@ -185,6 +195,8 @@ def test_the_files_that_are_copied_install_and_run(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
+
+    # A plugin is imported from the copied files, not from this repository.
     found = "import cm3leon.plugins.scenes as found; print(found.__file__)"
     done = subprocess.run(
         [python, "-c", found], cwd=runs, env=environment, capture_output=True, text=True, check=True

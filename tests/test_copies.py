@@ -1,4 +1,7 @@
-"""Tokens from tars on S3, and copies of runs there: after kills, lost connections, and on another machine."""
+"""Tokens from tars on S3, and copies of runs in a bucket.
+
+They outlive killed processes and lost connections, and a training resumes on another machine.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,14 @@ pytestmark = pytest.mark.stack
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[int]:
+    """A server for all tests of the file, which keeps buckets in its memory."""
     with moto_server() as port:
         yield port
 
 
 @pytest.fixture
 def gate(server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """A gate to the server that tries again at once, without the real waits."""
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
     with gate_to(server) as made, surroundings(made, tmp_path):
         yield made
@@ -55,7 +60,8 @@ def bucket(gate: Gate, request: pytest.FixtureRequest) -> str:
     return f"s3://{name}"
 
 
-def laid(folder: Path, **files: str) -> Path:
+def write_files(folder: Path, **files: str) -> Path:
+    """Write files into a folder; in a keyword `__` is a slash, `_json` is .json, `_log` .jsonl."""
     for name, content in files.items():
         path = folder / name.replace("__", "/").replace("_json", ".json").replace("_log", ".jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,23 +69,26 @@ def laid(folder: Path, **files: str) -> Path:
     return folder
 
 
-def held(folder: Path) -> dict[str, bytes]:
-    files = {
-        file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()
-    }
-    return {name: file.read_bytes() for name, file in files.items() if name[0] != "."}
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """Names and contents of a folder's files, but for hidden ones beside the others."""
+    contents = {}
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name[0] != ".":
+            contents[name] = file.read_bytes()
+    return contents
 
 
 def objects(address: str) -> set[str]:
+    """Names of all objects below an address."""
     import s3fs
 
     root = address.removeprefix("s3://")
-    return {
-        name[len(root) + 1 :] for name in s3fs.S3FileSystem(use_listings_cache=False).find(root)
-    }
+    names = s3fs.S3FileSystem(use_listings_cache=False).find(root)
+    return {name[len(root) + 1 :] for name in names}
 
 
-# ------------------------------------------------------------------------------------------------ tokens
+# ------------------------------------------------------------------------------------------ tokens
 
 
 def test_tokens_of_tars_on_s3_outlive_a_killed_worker_and_show_no_credentials(
@@ -89,15 +98,19 @@ def test_tokens_of_tars_on_s3_outlive_a_killed_worker_and_show_no_credentials(
     tars.mkdir()
     digit_tars(tars, 3, 30)
     upload(tars, f"{bucket}/tars")
+
     settings = ["experiment=corpus", *SETTINGS, "until=tokens"]
     local, there = tmp_path / "local", tmp_path / "there"
+
+    # The same settings over local tars and over those on S3, there up to the stage before.
     cm3leon(*settings, f"data.path={tars}/*.tar", f"run={local}")
     words = [*settings, f"data.path={bucket}/tars/*.tar", f"run={there}"]
     words += [f"shards.tokenizers={local}"]
     cm3leon(*[word.replace("until=tokens", "until=retriever") for word in words])
 
     # A worker waits for its last tar without end, and is killed.
-    gate.faults = [Fault("hang", "GET /" + bucket.removeprefix("s3://") + "/tars/00002.tar", 1)]
+    tar = f"{bucket}/tars/00002.tar".removeprefix("s3://")
+    gate.faults = [Fault("hang", f"GET /{tar}", 1)]
     part = [word for word in words if not word.startswith("until=")]
     worker = Forked("cm3leon.run", ["part", "stage=tokens", "part=0/1", *part])
     try:
@@ -110,26 +123,30 @@ def test_tokens_of_tars_on_s3_outlive_a_killed_worker_and_show_no_credentials(
     assert len(made) == 2, said[-2000:]
     times = [(there / "tokens" / name).stat().st_mtime_ns for name in made]
 
+    # A second call keeps what the worker had finished, and makes the rest.
     done = cm3leon(*words)
     assert [(there / "tokens" / name).stat().st_mtime_ns for name in made] == times
-    shards = [
-        {file.name: file.read_bytes() for file in (run / "tokens").glob("shard-*.arrow")}
-        for run in (local, there)
-    ]
+    shards = []
+    for run_folder in (local, there):
+        files = (run_folder / "tokens").glob("shard-*.arrow")
+        shards.append({file.name: file.read_bytes() for file in files})
     assert len(shards[0]) == 3
     assert shards[0] == shards[1]
-    for name, content in held(there).items():
+
+    for name, content in contents_of(there).items():
         assert SECRET.encode() not in content, name
         assert KEY_ID.encode() not in content, name
     assert SECRET not in done.stdout + done.stderr + said
 
 
-# ------------------------------------------------------------------------------------------------ copies
+# ------------------------------------------------------------------------------------------ copies
 
 
 def test_a_training_goes_on_from_its_copy_on_another_machine(bucket: str, tmp_path: Path) -> None:
     whole, log = run(tmp_path / "whole", keep_checkpoints=1)
     here = tmp_path / "here"
+
+    # Interrupted and copied twice; then this machine is gone.
     with pytest.raises(Interrupted):
         run(here / "pretraining", batches=Numbers(fails_at=7), keep_checkpoints=1)
     push_copy(here, f"{bucket}/run")
@@ -146,70 +163,86 @@ def test_a_training_goes_on_from_its_copy_on_another_machine(bucket: str, tmp_pa
     for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert without_rates(resumed_log) == without_rates(log)
+
     # The new machine owns the copy now.
     push_copy(there, f"{bucket}/run")
     assert not any("step_00000012" in name for name in objects(f"{bucket}/run"))
 
 
 def test_only_what_changed_is_pushed_and_what_is_gone_goes(bucket: str, tmp_path: Path) -> None:
-    folder = laid(tmp_path / "run", config_json="{}", tokens__a="1", tokens__log_log="1", old="x")
-    for name in (
+    folder = write_files(
+        tmp_path / "run", config_json="{}", tokens__a="1", tokens__log_log="1", old="x"
+    )
+    not_copied = (
         ".lock",
         ".x.partial",
         "superseded/x",
         "tokens/decoded/x",
         "p/step_00000004/__0_0",
-    ):
-        laid(folder, **{name: "not copied"})
+    )
+    for name in not_copied:
+        write_files(folder, **{name: "not copied"})
+
     address = f"{bucket}/run"
     assert push_copy(folder, address).files == 4
     assert objects(address) == {"config.json", "tokens/a", "tokens/log.jsonl", "old", FILES}
     assert push_copy(folder, address) == copies.Copied(0, 0, 4)
 
-    laid(folder, tokens__log_log="12")
+    # A log that has grown is pushed as an object of a new name, and a deleted file goes.
+    write_files(folder, tokens__log_log="12")
     (folder / "old").unlink()
     assert push_copy(folder, address) == copies.Copied(1, 2, 2)
     assert objects(address) == {"config.json", "tokens/a", "tokens/log.jsonl.2", FILES}
+
     moved = pull_copy(address, tmp_path / "there")
     assert moved.files == 3
-    assert held(tmp_path / "there") == {
+    assert contents_of(tmp_path / "there") == {
         "config.json": b"{}",
         "tokens/a": b"1",
         "tokens/log.jsonl": b"12",
     }
-    # It knows what it has pulled.
+
+    # The other machine knows what it has pulled, and pushes nothing of it.
     assert push_copy(tmp_path / "there", address) == copies.Copied(0, 0, 3)
 
 
 def test_a_push_or_a_pull_that_is_killed_leaves_the_copy_whole(
     bucket: str, gate: Gate, tmp_path: Path
 ) -> None:
-    folder, address = laid(tmp_path / "run", a="1", b="1", c="1"), f"{bucket}/run"
-    push_copy(folder, address)
-    laid(folder, a="22", b="22", d="22")
-    gate.faults = [Fault("403", "PUT /" + f"{address}/{FILES}".removeprefix("s3://"), 1)]
-    with pytest.raises(UserError, match="forbidden"):
-        push_copy(folder, address)
-    pull_copy(address, tmp_path / "first")
-    assert held(tmp_path / "first") == {"a": b"1", "b": b"1", "c": b"1"}
+    folder, address = write_files(tmp_path / "run", a="1", b="1", c="1"), f"{bucket}/run"
     push_copy(folder, address)
 
-    gate.faults = [Fault("403", "GET /" + f"{address}/c bytes".removeprefix("s3://"), 1)]
+    # The push fails where it would have replaced the list of files, which comes last.
+    write_files(folder, a="22", b="22", d="22")
+    listing = f"{address}/{FILES}".removeprefix("s3://")
+    gate.faults = [Fault("403", f"PUT /{listing}", 1)]
+    with pytest.raises(UserError, match="forbidden"):
+        push_copy(folder, address)
+
+    pull_copy(address, tmp_path / "first")
+    assert contents_of(tmp_path / "first") == {"a": b"1", "b": b"1", "c": b"1"}
+    push_copy(folder, address)
+
+    # The pull fails at its last file.
+    last = f"{address}/c bytes".removeprefix("s3://")
+    gate.faults = [Fault("403", f"GET /{last}", 1)]
     with pytest.raises(UserError, match="forbidden"):
         pull_copy(address, tmp_path / "second")
     assert not (tmp_path / "second").exists()
     assert pull_copy(address, tmp_path / "second").unchanged == 2
-    assert held(tmp_path / "second") == {"a": b"22", "b": b"22", "c": b"1", "d": b"22"}
+    assert contents_of(tmp_path / "second") == {"a": b"22", "b": b"22", "c": b"1", "d": b"22"}
 
 
 @pytest.mark.parametrize("kind", ["503", "reset"])
 def test_a_push_waits_passing_trouble_out(
     kind: str, gate: Gate, bucket: str, tmp_path: Path
 ) -> None:
-    # Above a part's size, so that it goes there in parts.
+    # Larger than a part of an upload, so that it is uploaded in parts.
     big = bytes(range(256)) * (2**12 * 41)
-    folder = laid(tmp_path / "run", small="1")
+    folder = write_files(tmp_path / "run", small="1")
     (folder / "big").write_bytes(big)
+
+    # Trouble at the beginning of an upload, in the middle of one in parts, and in downloads.
     gate.faults = [
         Fault(kind, "PUT /", 2),
         Fault(kind, "uploads", 1),
@@ -217,21 +250,26 @@ def test_a_push_waits_passing_trouble_out(
     ]
     push_copy(folder, f"{bucket}/run")
     assert [fault.count for fault in gate.faults] == [0, 0, 0]
+
     gate.faults = [Fault(kind, "GET /", 4)]
     pull_copy(f"{bucket}/run", tmp_path / "there")
-    assert held(tmp_path / "there") == {"small": b"1", "big": big}
+    assert contents_of(tmp_path / "there") == {"small": b"1", "big": big}
 
 
 def test_two_folders_do_not_share_a_copy(bucket: str, tmp_path: Path) -> None:
     address = f"{bucket}/run"
-    first = laid(tmp_path / "first", a="1")
+    first = write_files(tmp_path / "first", a="1")
     push_copy(first, address)
+
     with pytest.raises(ForeignCopy, match="holds a copy that was not made from"):
-        push_copy(laid(tmp_path / "second", a="2"), address)
+        push_copy(write_files(tmp_path / "second", a="2"), address)
+
+    # Whoever pulled a copy may push to it, and then the first folder may no longer.
     pull_copy(address, tmp_path / "third")
-    push_copy(laid(tmp_path / "third", b="1"), address)
+    push_copy(write_files(tmp_path / "third", b="1"), address)
     with pytest.raises(ForeignCopy, match="another machine has pushed"):
         push_copy(first, address)
+
     with pytest.raises(UserError, match="holds files; give a new or empty folder"):
         pull_copy(address, first)
     with pytest.raises(UserError, match="holds no copy that `push` has made"):
@@ -244,7 +282,8 @@ def test_a_changed_object_and_a_list_that_leads_outside_are_refused(
     import s3fs
 
     system, address = s3fs.S3FileSystem(use_listings_cache=False), f"{bucket}/run"
-    push_copy(laid(tmp_path / "run", a="1"), address)
+    push_copy(write_files(tmp_path / "run", a="1"), address)
+
     system.pipe_file(f"{address}/a", b"2")
     with pytest.raises(UserError, match="a is missing or not as it was pushed"):
         pull_copy(address, tmp_path / "there")
@@ -253,21 +292,28 @@ def test_a_changed_object_and_a_list_that_leads_outside_are_refused(
         system.pipe_file(f"{address}/{FILES}", json.dumps({"number": 1, "files": files}).encode())
         with pytest.raises(UserError, match="lies outside the copy"):
             pull_copy(address, tmp_path / "there")
+
+    # A list of files that is no JSON.
     system.pipe_file(f"{address}/{FILES}", b"[")
     with pytest.raises(UserError, match="is damaged"):
         Store(address, "address").copy()
 
 
 def test_the_commands_copy_there_and_back(bucket: str, tmp_path: Path) -> None:
-    folder = laid(tmp_path / "exported", README="1")
+    folder = write_files(tmp_path / "exported", README="1")
+
+    # A dry run only says what would be pushed.
     words = ["push", f"folder={folder}", f"to={bucket}/exported"]
     assert "nothing was uploaded" in cm3leon(*words, "dry_run=true").stdout
     assert objects(bucket) == set()
+
     assert "1 files of 1 bytes" in cm3leon(*words).stdout
     done = cm3leon("pull", f"address={bucket}/exported", f"folder={tmp_path}/back")
     assert "1 files of 1 bytes" in done.stdout
-    assert held(tmp_path / "back") == {"README": b"1"}
+    assert contents_of(tmp_path / "back") == {"README": b"1"}
     assert SECRET not in (folder / STATE).read_text() + done.stdout
+
+    # Mistakes are one sentence: a bucket that is not there, and `every` for another target.
     said = cm3leon("push", f"folder={folder}", "to=s3://nowhere/x", check=False)
     assert said.returncode == 2
     assert said.stderr.startswith("cm3leon: to: ")
@@ -281,13 +327,16 @@ def test_it_is_pushed_again_and_again_until_it_is_stopped(
 ) -> None:
     from cm3leon.commands import push
 
-    folder = laid(tmp_path / "run", a="1")
+    folder = write_files(tmp_path / "run", a="1")
+
     waits = []
 
     def wait(seconds: float) -> None:
         waits.append(seconds)
-        gate.faults = [Fault("403", "", 1)] if len(waits) == 1 else []
-        laid(folder, a="1" * (1 + len(waits)))
+        gate.faults = []
+        if len(waits) == 1:
+            gate.faults = [Fault("403", "", 1)]
+        write_files(folder, a="1" * (1 + len(waits)))
         if len(waits) == 3:
             raise KeyboardInterrupt
 
@@ -296,5 +345,7 @@ def test_it_is_pushed_again_and_again_until_it_is_stopped(
     assert done.returncode == 130
     assert waits == [7, 7, 7]
     assert "tried again in 7 s" in done.stdout
+
+    # The last change came with the interruption, after the last push.
     pull_copy(f"{bucket}/run", tmp_path / "there")
-    assert held(tmp_path / "there") == {"a": b"111"}
+    assert contents_of(tmp_path / "there") == {"a": b"111"}

@@ -1,4 +1,7 @@
-"""OpenMoji's drawings: names read from code points, what is held out, edits with known answers, and the measure."""
+"""OpenMoji's drawings: names read from code points, and what is held out of the training.
+
+Further: edits whose answers are known, the metrics of drawings, and the experiment in small.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +40,21 @@ SIDE = 24
 
 
 def number(caption: str) -> int:
+    """The number of this caption's drawing in the catalogue."""
     return by_caption()[caption.lower()]
 
 
 def task(name: str, **settings: Any) -> EmojiTask:
+    """The protocol of this task on small drawings."""
     return EmojiTask(from_mapping(EmojiTask.Config, {"task": name, "side": SIDE, **settings}))
 
 
 def figures(protocol: EmojiTask, answers: list[Answer]) -> dict[str, float]:
+    """The values of all metrics of these answers."""
     return {name: found.value for name, found in protocol.score(protocol.items(), answers).items()}
 
 
-# ------------------------------------------------------------------------------------------------ names
+# ------------------------------------------------------------------------------------------- names
 
 
 def test_every_drawing_has_a_caption_of_its_own() -> None:
@@ -61,9 +67,21 @@ def test_every_drawing_has_a_caption_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("code", "caption", "gender", "subject", "kind"),
     [
-        ("1F469-1F3FF-200D-1F692", "woman firefighter: dark skin tone", "woman", "firefighter", "person"),
+        (
+            "1F469-1F3FF-200D-1F692",
+            "woman firefighter: dark skin tone",
+            "woman",
+            "firefighter",
+            "person",
+        ),
         ("1F9D1-200D-1F692", "firefighter", "person", "firefighter", "person"),
-        ("1F469-1F3FC-200D-1F9B0", "woman with red hair: medium-light skin tone", "woman", "red hair", "person"),
+        (
+            "1F469-1F3FC-200D-1F9B0",
+            "woman with red hair: medium-light skin tone",
+            "woman",
+            "red hair",
+            "person",
+        ),
         ("1F468-1F3FD-200D-1F9B2", "bald man: medium skin tone", "man", "bald", "person"),
         ("1F44D-1F3FE", "thumbs up: medium-dark skin tone", "", "thumbs up", "gesture"),
         ("1F1F3-1F1F4", "flag of Norway", "", "Norway", "flag"),
@@ -71,17 +89,13 @@ def test_every_drawing_has_a_caption_of_its_own() -> None:
         ("1F3FF", "dark skin tone", "", "dark skin tone", "object"),
         ("1F98A", "fox", "", "fox", "object"),
     ],
-)  # fmt: skip
+)
 def test_a_name_says_what_is_drawn(
     code: str, caption: str, gender: str, subject: str, kind: str
 ) -> None:
     found = {emoji.code: emoji for emoji in catalogue()}[code]
-    assert (found.caption, found.gender, found.subject, found.kind) == (
-        caption,
-        gender,
-        subject,
-        kind,
-    )
+    assert (found.caption, found.gender) == (caption, gender)
+    assert (found.subject, found.kind) == (subject, kind)
 
 
 def test_two_tones_are_both_in_the_caption() -> None:
@@ -100,7 +114,7 @@ def test_a_missing_package_is_named_with_the_command(
         catalogue_module.folder.__wrapped__()
 
 
-# ------------------------------------------------------------------------------------------------ pixels
+# ------------------------------------------------------------------------------------------ pixels
 
 
 def test_drawings_are_kept_and_a_cut_file_is_drawn_again(
@@ -114,9 +128,11 @@ def test_drawings_are_kept_and_a_cut_file_is_drawn_again(
     assert first.min() < 100
     (file,) = (tmp_path / "cm3leon").iterdir()
 
-    # What is kept is read: another content of the file is what comes back.
+    # The stored file is what is read: with other content in it, that content comes back.
     np.save(file, first[::-1])
     assert np.array_equal(drawings_module.drawings.__wrapped__(20), first[::-1])
+
+    # A file that was cut off is drawn again.
     file.write_bytes(file.read_bytes()[:100])
     assert np.array_equal(drawings_module.drawings.__wrapped__(20), first)
 
@@ -130,19 +146,25 @@ def test_drawings_are_kept_for_nobody_where_there_is_no_room(
     assert drawings_module.drawings.__wrapped__(16).shape == (2, 16, 16, 3)
 
 
-# ------------------------------------------------------------------------------------------------ what is held out
+# -------------------------------------------------------------------------------- what is held out
 
 
 def test_what_is_held_out_is_combined_of_what_is_trained_on() -> None:
     trained = [emoji for emoji, part in zip(catalogue(), parts(), strict=True) if part == "train"]
     held_out = shown_once("compositions")
     assert len(held_out) > 200
+
+    # A held-out drawing combines a subject, a gender and a tone that are each trained on elsewhere.
     for emoji in held_out:
         same = [other for other in trained if other.subject == emoji.subject]
+
+        # Its subject and gender are trained on in other tones, but not in its own.
         own_tones = {other.tones for other in same if other.gender == emoji.gender}
         assert len(own_tones) >= 4, emoji.caption
         assert emoji.tones not in own_tones
-        genders = {other.gender for other in trained if other.subject == emoji.subject}
+
+        # Its tone occurs with its subject in another gender, and with another subject.
+        genders = {other.gender for other in same}
         if emoji.gender in ("woman", "man") and len(genders) > 1:
             assert any(o.gender != emoji.gender and o.tones == emoji.tones for o in same)
         assert any(o.subject != emoji.subject and o.tones == emoji.tones for o in trained)
@@ -150,36 +172,37 @@ def test_what_is_held_out_is_combined_of_what_is_trained_on() -> None:
 
 def test_the_rule_gives_the_same_everywhere() -> None:
     held_out = {emoji.caption for emoji in shown_once("compositions")}
-    assert {
-        "woman firefighter: medium-dark skin tone",
-        "man firefighter: light skin tone",
-    } <= held_out
-    assert {"soccer ball", "penguin", "flag of Canada"} <= {
-        e.caption for e in shown_once("objects")
-    }
+    firefighters = {"woman firefighter: medium-dark skin tone", "man firefighter: light skin tone"}
+    assert firefighters <= held_out
+    objects = {emoji.caption for emoji in shown_once("objects")}
+    assert {"soccer ball", "penguin", "flag of Canada"} <= objects
 
 
 def test_equal_drawings_are_on_one_side() -> None:
-    of_content: dict[str, set[str]] = {}
+    parts_of_content: dict[str, set[str]] = {}
     for content, part in zip(contents(), parts(), strict=True):
-        of_content.setdefault(content, set()).add(part)
-    assert len(of_content) < len(contents()) - 100
-    assert all(len(found) == 1 for found in of_content.values())
+        parts_of_content.setdefault(content, set()).add(part)
+    assert len(parts_of_content) < len(contents()) - 100
+    assert all(len(found) == 1 for found in parts_of_content.values())
+
+    # Of drawings that are equal, one is shown.
     for part in ("compositions", "objects"):
         shown = [contents()[number(emoji.caption)] for emoji in shown_once(part)]
-        assert (
-            len(shown) == len(set(shown)) == sum(found == {part} for found in of_content.values())
-        )
+        expected = sum(found == {part} for found in parts_of_content.values())
+        assert len(shown) == len(set(shown)) == expected
 
 
 def test_the_corpus_has_no_drawing_that_is_held_out() -> None:
     source = EmojiSource(EmojiSource.Config(side=SIDE))
     documents = [item for item in source.documents() if isinstance(item, Document)]
     assert len(documents) == sum(part == "train" for part in parts())
-    held_out = {
-        content for content, part in zip(contents(), parts(), strict=True) if part != "train"
-    }
+
+    held_out = set()
+    for content, part in zip(contents(), parts(), strict=True):
+        if part != "train":
+            held_out.add(content)
     assert not held_out & {document.group for document in documents}
+
     known = {emoji.code: n for n, emoji in enumerate(catalogue())}
     for document in documents[::500]:
         assert document.text == catalogue()[known[document.id]].caption
@@ -196,7 +219,7 @@ def test_kinds_and_tags_of_the_corpus() -> None:
         from_mapping(EmojiSource.Config, {"kinds": ["hand"]})
 
 
-# ------------------------------------------------------------------------------------------------ edits
+# ------------------------------------------------------------------------------------------- edits
 
 
 def test_an_edit_changes_one_thing() -> None:
@@ -238,7 +261,7 @@ def test_an_edit_is_an_instruction_of_the_paper() -> None:
         assert np.array_equal(image_HWC, drawings(SIDE)[drawn])
 
 
-# ------------------------------------------------------------------------------------------------ the measure
+# ------------------------------------------------------------------------------------- the metrics
 
 
 @pytest.mark.parametrize("name", ["text_to_image", "edit", "infill_top"])
@@ -250,18 +273,23 @@ def test_true_drawings_are_right_others_are_wrong(name: str) -> None:
         assert found[metric] == 1.0, metric
     assert found["Fréchet distance of cells"] == pytest.approx(0, abs=1e-3)
 
+    # A little noise leaves almost all right; other drawings and random pixels are wrong.
     rng = np.random.default_rng(0)
     noisy = [_noisy(answer.image_HWC, rng, 20) for answer in truths]
     assert figures(protocol, noisy)["right"] > 0.95
+
     shifted = [*truths[1:], truths[0]]
     assert figures(protocol, shifted)["right"] < 0.1
-    random = [
-        Answer(image_HWC=rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in truths
-    ]
+
+    random = []
+    for _ in truths:
+        pixels_HWC = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        random.append(Answer(image_HWC=pixels_HWC))
     assert figures(protocol, random)["right"] == 0
 
 
 def _noisy(image_HWC: Any, rng: np.random.Generator, deviation: float) -> Answer:
+    """The image with normal noise of this standard deviation, as an answer."""
     noise_HWC = rng.normal(0, deviation, image_HWC.shape)
     return Answer(image_HWC=np.clip(image_HWC + noise_HWC, 0, 255).round().astype(np.uint8))
 
@@ -270,6 +298,8 @@ def test_another_tone_and_another_gender_are_told_apart() -> None:
     protocol = task("text_to_image", kinds=["person"])
     items = protocol.items()
     asked = next(item for item in items if item.document.text.startswith("woman firefighter: "))
+
+    # One thing is another each time: its tone, gender and subject as right (1) or wrong (0).
     others = {
         "woman firefighter: dark skin tone": (0.0, 1.0, 1.0),
         "man firefighter: medium-dark skin tone": (1.0, 0.0, 1.0),
@@ -277,8 +307,10 @@ def test_another_tone_and_another_gender_are_told_apart() -> None:
     }
     for caption, expected in others.items():
         answer = Answer(image_HWC=drawings(SIDE)[number(caption)])
+
         assert not protocol.right(asked, answer)
-        found = {k: v.value for k, v in protocol.score([asked], [answer]).items()}
+        scores = protocol.score([asked], [answer])
+        found = {name: score.value for name, score in scores.items()}
         assert (found["tone"], found["gender"], found["subject"]) == expected
         assert found["right"] == found["right_by_features"] == 0
 
@@ -292,7 +324,8 @@ def test_what_a_prompt_leaves_open_may_be_anything() -> None:
     assert not met("woman firefighter: dark skin tone", "firefighter: dark skin tone")
     assert not met("woman firefighter: dark skin tone", "woman firefighter")
     assert not met("fox", "horse")
-    # An edit shows what it is about: nothing is open.
+
+    # The drawing to edit shows what the prompt is about, so nothing is left open.
     edit = task("edit", kinds=["tone"], count=1)
     (item,) = edit.items()
     default = Answer(image_HWC=drawings(SIDE)[item.truth])
@@ -301,15 +334,14 @@ def test_what_a_prompt_leaves_open_may_be_anything() -> None:
 
 def test_a_caption_is_read_by_name_and_tone() -> None:
     protocol = task("caption", kinds=["person"])
-    items = [i for i in protocol.items() if i.document.text.startswith("man firefighter: ")]
-    (item,) = items
+    (item,) = [i for i in protocol.items() if i.document.text.startswith("man firefighter: ")]
 
     def said(text: str) -> tuple[float, float, float]:
         found = protocol.score([item], [Answer(text=text)])
         return found["right"].value, found["base_name"].value, found["tone"].value
 
     assert said(" Man firefighter: light skin tone") == (1, 1, 1)
-    # Drawn as the man is, so that both names are true.
+    # The person is drawn as the man is, so both names are true.
     assert said("firefighter: light skin tone") == (1, 1, 1)
     assert said("man firefighter: dark skin tone") == (0, 1, 0)
     assert said("woman firefighter: light skin tone") == (0, 0, 1)
@@ -320,8 +352,12 @@ def test_features_see_form_and_colour() -> None:
     images = np.full((3, SIDE, SIDE, 3), 255, np.uint8)
     images[1, :, : SIDE // 2] = (255, 0, 0)
     images[2, : SIDE // 2] = (255, 0, 0)
+
+    # Edges in two directions have other gradients; a plain image has none.
     assert not gradients(images)[0].any()
     assert np.abs(gradients(images)[1] - gradients(images)[2]).sum() > 0.5
+
+    # White, and red in its left half, in CIELAB.
     cells = colours(images).reshape(3, 6, 6, 3)
     assert np.allclose(cells[0], [100, 0, 0], atol=0.1)
     assert np.allclose(cells[1, :, :3], [53.24, 80.09, 67.20], atol=0.1)
@@ -363,7 +399,7 @@ def test_a_part_without_such_drawings_is_refused() -> None:
         task("text_to_image", part="objects", kinds=["gesture"]).items()
 
 
-# ------------------------------------------------------------------------------------------------ attribution
+# ------------------------------------------------------------------------------------- attribution
 
 
 def test_pages_say_whose_the_drawings_are(tmp_path: Path) -> None:
@@ -374,7 +410,7 @@ def test_pages_say_whose_the_drawings_are(tmp_path: Path) -> None:
     assert "OpenMoji" in ATTRIBUTION
     assert "CC BY-SA 4.0" in ATTRIBUTION
 
-    # A run whose corpus is mixed into another one, and a model that is asked about drawings.
+    # A run whose corpus is mixed into another one, and a model that was trained on drawings.
     (tmp_path / "config.yaml").write_text("data: {name: emoji_edits}\nshards: {mix: {}}\n")
     assert attribution([], [], [tmp_path]) == ATTRIBUTION
     assert attribution([], [], [tmp_path / "none"]) == ""
@@ -388,7 +424,12 @@ def test_answers_of_another_size_are_a_sentence() -> None:
         all_drawings(24).nearest_by_pixels(images_BHWC)
 
 
-# ------------------------------------------------------------------------------------------------ the experiment
+# ---------------------------------------------------------------------------------- the experiment
+
+EVALUATIONS = (
+    *("compositions", "compositions_unrelated", "guidance", "caption", "edit"),
+    *("infill_top", "infill_bottom", "objects"),
+)
 
 SMALL = {
     "runs.*.image_tokenizer.codebook_size": 64,
@@ -411,13 +452,7 @@ SMALL = {
     "runs.edits.shards.sample": 40,
     "runs.pretrain.data.kinds": "[gesture]",
     "runs.tuned.data.kinds": "[gesture]",
-    **{
-        f"evaluations.{name}.protocol.count": 3
-        for name in (
-            *("compositions", "compositions_unrelated", "guidance", "caption", "edit"),
-            *("infill_top", "infill_bottom", "objects"),
-        )
-    },
+    **{f"evaluations.{name}.protocol.count": 3 for name in EVALUATIONS},
 }
 
 
@@ -430,29 +465,35 @@ def test_the_experiment_in_small(tmp_path: Path) -> None:
     compositions = results["evaluations"]["compositions"]
     assert [row["row"] for row in compositions] == [f"pretrained, documents {n}" for n in range(3)]
     assert {"right", "right_by_features", "tone"} <= compositions[0]["metrics"].keys()
+
     edit = results["evaluations"]["edit"][0]["metrics"]
     assert {"tone_edits", "gender_edits", "time_edits"} <= edit.keys()
 
     # Every aim names a figure that there is, and every page says whose the drawings are.
     for aim in study.config.aims:
-        (row,) = (r for r in results["evaluations"][aim.evaluation] if r["row"] == aim.row)
+        rows = results["evaluations"][aim.evaluation]
+        (row,) = (each for each in rows if each["row"] == aim.row)
         assert aim.metric in row["metrics"]
+
     pages = [tmp_path / "report.html", tmp_path / "pretrain" / "reconstruction" / "report.html"]
     for page in pages:
         assert html.escape(ATTRIBUTION, quote=False) in page.read_text(), page
 
 
 def test_the_larger_form_fits_a_gpu_of_24_gb_and_runs_in_small(tmp_path: Path) -> None:
-    assert plan(
-        load_experiment("emoji_gpu"), PlanOptions(experiment="emoji_gpu", gpu="rtx4090")
-    ).fits
+    options = PlanOptions(experiment="emoji_gpu", gpu="rtx4090")
+    assert plan(load_experiment("emoji_gpu"), options).fits
 
-    of_runs = {k.removeprefix("runs.*."): v for k, v in SMALL.items() if k.startswith("runs.*.")}
-    words = [f"{key}={value}" for key, value in of_runs.items()]
+    # The settings that make any run small, and those of this experiment.
+    words = []
+    for key, value in SMALL.items():
+        if key.startswith("runs.*."):
+            words.append(f"{key.removeprefix('runs.*.')}={value}")
     words += ["data={name: emoji, kinds: [gesture], side: 24}", "image_tokenizer.image_size=24"]
     words += ["image_tokenizer.channels=8"]
     words += ["split.validation=0.1", "split.held_out=0.1"]
     for name in load_experiment("emoji_gpu").evaluations:
         words += [f"evaluations.{name}.protocol.{word}" for word in ("count=2", "side=24")]
+
     run_experiment(load_experiment("emoji_gpu", words), tmp_path)
     assert html.escape(ATTRIBUTION, quote=False) in (tmp_path / "report.html").read_text()
