@@ -3,7 +3,8 @@
 Read `evaluation.py` first.
 """
 
-from cm3leon.evaluate.evaluation import Evaluation, figures_line
+from cm3leon.evaluate.evaluation import Evaluation
+from cm3leon.evaluate.figures import figures_line
 from cm3leon.evaluate.own_corpus import own_corpus
 from cm3leon.evaluate.row import Row, bank_identity
 

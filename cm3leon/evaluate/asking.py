@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -42,9 +41,12 @@ class ItemAsker:
     def prompts(self, items: Sequence[Item]) -> Prompts:
         """The items with the documents that are retrieved for them."""
         size = self.model.run.image_tokenizer.image_size
-        whole = [item.document for item in items]
-        if self.protocol.answers_in == "image":
-            whole = [_with_empty_image(document, size) for document in whole]
+        whole = []
+        for item in items:
+            document = item.document
+            if self.protocol.answers_in == "image":
+                document = _with_empty_image(document, size)
+            whole.append(document)
         documents = list(token_documents(self.model.run, whole))
         return Prompts(items, documents, self._retrieved(items, documents))
 
@@ -73,7 +75,7 @@ class ItemAsker:
                 rows_IK[index, : len(rows)] = rows
             made["rows"] = rows_IK
 
-        made["documents"] = np.array([len(rows) for rows in prompts.retrieved], np.int32)
+        made["documents"] = np.array(list(map(len, prompts.retrieved)), np.int32)
         return made
 
     # ---------------------------------------------------------------------------------------- parts
@@ -83,14 +85,18 @@ class ItemAsker:
     ) -> list[list[Completed]]:
         """For each item, the samples of its document as the model completed it."""
         drawn: list[list[Completed]] = [[] for _ in prompts.items]
-        for task in dict.fromkeys(item.task for item in prompts.items):
-            of_task = [index for index, item in enumerate(prompts.items) if item.task == task]
+        for task, of_task in _by_task(prompts.items).items():
+            documents, retrieved, first_seeds = [], [], []
+            for index in of_task:
+                documents.append(prompts.documents[index])
+                retrieved.append(prompts.retrieved[index])
+                first_seeds.append(seeds[index])
             found = self.model.ask(
                 task,
-                [prompts.documents[index] for index in of_task],
-                [prompts.retrieved[index] for index in of_task],
+                documents,
+                retrieved,
                 samples=samples,
-                seeds=[seeds[index] for index in of_task],
+                seeds=first_seeds,
                 decoder=self.setting.decoder,
                 **self._max_tokens(),
             )
@@ -106,8 +112,12 @@ class ItemAsker:
         if self.protocol.answers_in == "text":
             texts, cut = [], []
             for of_item in drawn:
-                texts.append([_answered_text(model, each.document) for each in of_item])
-                cut.append([each.truncated for each in of_item])
+                of_texts, of_cut = [], []
+                for each in of_item:
+                    of_texts.append(_answered_text(model, each.document))
+                    of_cut.append(each.truncated)
+                texts.append(of_texts)
+                cut.append(of_cut)
             return {"texts": np.array(texts), "truncated": np.array(cut)}
 
         codes, asked = [], []
@@ -149,13 +159,16 @@ class ItemAsker:
         if not self.setting.documents:
             return rows
 
-        for task in dict.fromkeys(item.task for item in items):
-            of_task = [index for index, item in enumerate(items) if item.task == task]
-            found = self._found(task, [items[index] for index in of_task])
+        for task, of_task in _by_task(items).items():
+            of_items, asked = [], []
+            for index in of_task:
+                of_items.append(items[index])
+                asked.append(documents[index])
+
+            found = self._found(task, of_items)
             if self.setting.shuffled:
                 # Each item is given the documents of the next one of its task.
                 found = [*found[1:], *found[:1]]
-            asked = [documents[index] for index in of_task]
             fitting = self.model.fitting(task, asked, found, **self._max_tokens())
             for index, kept in zip(of_task, fitting, strict=True):
                 rows[index] = kept
@@ -173,6 +186,14 @@ class ItemAsker:
     def _max_tokens(self) -> dict[str, int]:
         """The longest answer as an argument of the API; none if nothing is answered in text."""
         return {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
+
+
+def _by_task(items: Sequence[Item]) -> dict[str, list[int]]:
+    """Group the indices of items by task, in the order in which the tasks first appear."""
+    found: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        found.setdefault(item.task, []).append(index)
+    return found
 
 
 def text_asked(document: Document) -> str:
@@ -205,17 +226,17 @@ def _last_codes(model: CM3Leon, document: TokenDocument) -> np.ndarray:
 
 
 def _answered_text(model: CM3Leon, document: TokenDocument) -> str:
-    answers = [segment for segment in document.segments if segment.role == "answer"]
-    if answers:
-        return model.run.text_tokenizer.decode(answers[0].ids_T).strip()
+    for segment in document.segments:
+        if segment.role == "answer":
+            return model.run.text_tokenizer.decode(segment.ids_T).strip()
     return model.run.tokenizer.caption(document)
 
 
 def check_others(items: Sequence[Item], where: str) -> None:
     """Raise UserError for a task with a single item,
     as `shuffled` needs the documents of another."""
-    for task, count in Counter(item.task for item in items).items():
-        if count == 1:
+    for task, of_task in _by_task(items).items():
+        if len(of_task) == 1:
             raise UserError(
                 f"setting.shuffled is true, and {where} has a single item of the task {task}, so "
                 "that there are no documents of another one; ask for an item more or fewer"

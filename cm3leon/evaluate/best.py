@@ -61,10 +61,11 @@ def drawn_images(
     order_n = np.argsort(-clip_n, kind="stable")
     codes_nN = held["codes"][index, :samples][order_n].astype(np.int64)
     images_nHWC = model.run.image_tokenizer.decode(codes_nN)
-    return [
-        Answer(image_HWC=image_HWC, clip=float(clip))
-        for image_HWC, clip in zip(images_nHWC, clip_n[order_n], strict=True)
-    ]
+
+    answers = []
+    for image_HWC, clip in zip(images_nHWC, clip_n[order_n], strict=True):
+        answers.append(Answer(image_HWC=image_HWC, clip=float(clip)))
+    return answers
 
 
 class _Beside:
@@ -91,8 +92,11 @@ class _Beside:
             said["clip"] = float(held["clip"][item, sample])
         if "kept" in held:
             said["given_kept"] = bool(held["kept"][item, sample])
-            rows = map(int, held["rows"][item])
-            said["retrieved"] = [self._codes[row] for row in rows if row in self._codes]
+            said["retrieved"] = []
+            for row in map(int, held["rows"][item]):
+                # A document without an image has no codes, nor has the NONE that fills short rows.
+                if row in self._codes:
+                    said["retrieved"].append(self._codes[row])
         return said
 
 

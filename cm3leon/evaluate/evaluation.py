@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ from cm3leon.api import CM3Leon, UsedDocument
 from cm3leon.config import Component, result_settings, to_mapping
 from cm3leon.evaluate.asking import ItemAsker, check_others
 from cm3leon.evaluate.best import best_answers, drawn_images
+from cm3leon.evaluate.figures import as_figures
 from cm3leon.evaluate.files import add_answers, read_answers, sample_count, shard_file, write_arrays
 from cm3leon.evaluate.own_corpus import own_corpus
 from cm3leon.evaluate.row import Row, bank_identity
-from cm3leon.evaluation.config import shown
-from cm3leon.evaluation.metrics import Measured, proportion
+from cm3leon.evaluation.metrics import proportion
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, true_answer
 from cm3leon.evaluation.protocols.corpus import CorpusTask, OwnCorpus
 from cm3leon.evaluation.report.answers import AnsweredItem
@@ -121,9 +121,10 @@ class Evaluation:
         """
         self._check(row)
         folder, samples = self.folder_of(row), row.setting.samples
-        missing = [
-            number for number in numbers if sample_count(shard_file(folder, number)) < samples
-        ]
+        missing = []
+        for number in numbers:
+            if sample_count(shard_file(folder, number)) < samples:
+                missing.append(number)
         if missing:
             self._make_missing(row, missing)
 
@@ -154,6 +155,8 @@ class Evaluation:
             )
 
         asker = ItemAsker(model, self.protocol, row.setting, self.max_tokens(row))
+
+        # The bar counts answers, as the last file has fewer items than the others.
         asked = sum(len(self._of_shard(row, number)) for number in missing) * samples
         bar = tqdm(total=asked, desc=row.name, unit="answer", mininterval=2.0, dynamic_ncols=True)
         with bar as progress:
@@ -176,7 +179,7 @@ class Evaluation:
     def _result(self, row: Row) -> dict[str, Any]:
         items, held, answers = self.items(row), self._held(row), self.answers(row)
         result: dict[str, Any] = {
-            "metrics": _figures(self.protocol.score(items, answers)),
+            "metrics": as_figures(self.protocol.score(items, answers)),
             "items": len(items),
             "seconds": sum(float(each["seconds"].sum()) for each in held),
             "notes": self.protocol.notes(items),
@@ -188,8 +191,9 @@ class Evaluation:
             result |= {"max_tokens": max_tokens, "truncated": asdict(cut)}
 
         # Files that an older version wrote do not say how many documents stood before each item.
-        if row.setting.documents and all("documents" in each for each in held):
-            counts_I = np.concatenate([each["documents"] for each in held])
+        counts = [each["documents"] for each in held if "documents" in each]
+        if row.setting.documents and len(counts) == len(held):
+            counts_I = np.concatenate(counts)
             result["all_documents"] = asdict(proportion(counts_I >= row.setting.documents))
 
         if self.protocol.has_truth:
@@ -203,8 +207,8 @@ class Evaluation:
             items, truths = self.items(row), self._rebuilt_truths(row)
             others = [*truths[1:], truths[0]]
             self._levels[row.folder] = {
-                "ceiling": _figures(self.protocol.score(items, truths)),
-                "chance": _figures(self.protocol.score(items, others)),
+                "ceiling": as_figures(self.protocol.score(items, truths)),
+                "chance": as_figures(self.protocol.score(items, others)),
             }
         return self._levels[row.folder]
 
@@ -223,10 +227,10 @@ class Evaluation:
         clip_In = read_answers(shard_file(self.folder_of(row), number))["clip"]
         best_I = clip_In[:, : row.setting.samples].max(axis=1)
         features_ID = self._features(row, number)
-        return [
-            Answer(features_D=features_D, clip=float(clip))
-            for features_D, clip in zip(features_ID, best_I, strict=True)
-        ]
+        answers = []
+        for features_D, clip in zip(features_ID, best_I, strict=True):
+            answers.append(Answer(features_D=features_D, clip=float(clip)))
+        return answers
 
     def _features(self, row: Row, number: int) -> np.ndarray:
         """Features (items, D) of the best images of a shard, kept in a file beside the answers."""
@@ -236,9 +240,7 @@ class Evaluation:
         if file.is_file():
             return read_answers(file)["features"]
 
-        answers = self._answers_of(row, number)
-        images = [answer.image_HWC for answer in answers if answer.image_HWC is not None]
-        features_ID = self.protocol.features(np.stack(images))
+        features_ID = self.protocol.features(_images(self._answers_of(row, number)))
         folder.mkdir(exist_ok=True)
         write_arrays(file, {"features": features_ID})
         return features_ID
@@ -253,11 +255,14 @@ class Evaluation:
         """Some items of each kind with the row's answers, all their samples,
         and the documents in their prompts."""
         items = self.items(row)
-        kinds = list(dict.fromkeys(item.kind for item in items))
+
+        # Every kind shows its first items, and all kinds together about `SHOWN`.
+        of_kind: dict[str, list[int]] = {}
+        for index, item in enumerate(items):
+            of_kind.setdefault(item.kind, []).append(index)
         chosen: list[int] = []
-        for kind in kinds:
-            own = [index for index, item in enumerate(items) if item.kind == kind]
-            chosen += own[: max(1, SHOWN // len(kinds))]
+        for indices in of_kind.values():
+            chosen += indices[: max(1, SHOWN // len(of_kind))]
 
         # Answers are decoded by whole files: only those that hold a chosen item.
         of_shard = {}
@@ -311,10 +316,12 @@ class Evaluation:
         # Settings younger than answers that are still valid are left out at their defaults, so
         # that those answers keep their hash.
         left_out = {"samples", "bank", "max_tokens"}
-        left_out |= {name for name in ("checkpoint", "shuffled") if not getattr(row.setting, name)}
-        setting = {
-            name: value for name, value in to_mapping(row.setting).items() if name not in left_out
-        }
+        for name in ("checkpoint", "shuffled"):
+            if not getattr(row.setting, name):
+                left_out.add(name)
+        setting = to_mapping(row.setting)
+        for name in left_out:
+            del setting[name]
 
         # Answers that were cut at another length are other answers, even if only the protocol
         # states the length.
@@ -425,29 +432,12 @@ class Evaluation:
         tokenizer = self.model(row).run.image_tokenizer
         rebuilt: list[Answer] = []
         for first in range(0, len(truths), SHARD):
-            few = truths[first : first + SHARD]
-            images = [truth.image_HWC for truth in few if truth.image_HWC is not None]
-            codes_BN = tokenizer.encode(np.stack(images))
+            codes_BN = tokenizer.encode(_images(truths[first : first + SHARD]))
             for image_HWC, codes_N in zip(tokenizer.decode(codes_BN), codes_BN, strict=True):
                 rebuilt.append(Answer(image_HWC=image_HWC, codes_N=codes_N))
         return rebuilt
 
 
-def figures_line(row: str, result: Mapping[str, Any]) -> str:
-    """The figures of a row on the command line: `cfg 2: right 0.93`,
-    `right 0.93 ± 0.02` over several seeds."""
-    figures = dict(result["metrics"])
-    if "truncated" in result:
-        figures[f"truncated at {result['max_tokens']} tokens"] = result["truncated"]
-
-    said = []
-    for metric, found in figures.items():
-        text = f"{metric} {shown(round(found['value'], 4))}"
-        if "runs" in found:
-            text += f" ± {shown(round(found['runs']['deviation'], 4))}"
-        said.append(text)
-    return f"{row}: {', '.join(said)}"
-
-
-def _figures(measured: dict[str, Measured]) -> dict[str, Any]:
-    return {name: asdict(value) for name, value in measured.items()}
+def _images(answers: Sequence[Answer]) -> np.ndarray:
+    """The images (B, H, W, C) of some answers."""
+    return np.stack([answer.image_HWC for answer in answers if answer.image_HWC is not None])

@@ -18,7 +18,9 @@ from cm3leon.types import TokenDocument
 def own_corpus(run: RunFolder) -> OwnCorpus:
     """What a run knows of the documents that it was made from."""
     corpus, training = run.corpus, run.corpus.rows("train")
-    labels = [UNKNOWN if label is None else label for label in corpus.labels]
+    labels = []
+    for label in corpus.labels:
+        labels.append(UNKNOWN if label is None else label)
     return OwnCorpus(
         documents=lambda split: [corpus.document(row) for row in run.rows_to_ask(split)],
         training_images_BHWC=corpus.images_BHWC[training],
