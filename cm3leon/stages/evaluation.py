@@ -59,9 +59,10 @@ class Evaluator:
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.corpus: OwnCorpus = own_corpus(run)
-        self.labels_M = np.array(
-            [UNKNOWN if label is None else label for label in run.corpus.labels]
-        )
+        labels = []
+        for label in run.corpus.labels:
+            labels.append(UNKNOWN if label is None else label)
+        self.labels_M = np.array(labels)
         self._model: CM3Leon | None = None
 
     def measured(self, name: str, before: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -198,10 +199,9 @@ SECTIONS = ("evaluations", "decoder", "text_decoder", "seed")
 def evaluation_inputs(run: RunFolder) -> dict[str, Any]:
     """What the figures depend on besides the model: how it is asked,
     and what the protocols hold."""
-    protocols = {
-        name: PROTOCOLS.build(evaluation.protocol).fingerprint()
-        for name, evaluation in run.experiment.evaluations.items()
-    }
+    protocols = {}
+    for name, evaluation in run.experiment.evaluations.items():
+        protocols[name] = PROTOCOLS.build(evaluation.protocol).fingerprint()
     inputs = {**run.depends_on(*SECTIONS), "protocols": protocols}
 
     # Of a memory bank the content counts, not its folder.

@@ -43,11 +43,15 @@ def check_run_folder(folder: Path) -> None:
     check_folder(folder, "run")
     if not folder.is_dir():
         return
+
+    # Hidden files, such as those of an editor, are nobody's.
     entries = [entry for entry in os.listdir(folder) if entry == LOCK or not entry.startswith(".")]
     if not entries or any(name in entries for name in RUN_FILES) or _has_experiment(folder):
         return
-    if any((folder / name / file).is_file() for name in entries for file in (MARKER, STARTED)):
-        return
+    for name in entries:
+        for file in (MARKER, STARTED):
+            if (folder / name / file).is_file():
+                return
     raise UserError(
         f"run: {folder} holds files that are not those of a run, for example "
         f"{folder / sorted(entries)[0]}; choose a new or empty folder"
@@ -74,6 +78,8 @@ def make_result(stage: Stage[R], run: R, place: Path, wanted: StageRecord) -> St
     """Make a stage's result in its folder, and write its record last."""
     place.mkdir(parents=True, exist_ok=True)
     (place / MARKER).unlink(missing_ok=True)
+
+    # After a kill this record tells which inputs the unfinished files are of.
     write_json(place / STARTED, without_secrets(asdict(wanted)))
 
     start = time.perf_counter()
@@ -81,7 +87,9 @@ def make_result(stage: Stage[R], run: R, place: Path, wanted: StageRecord) -> St
         stage.make(run, place)
     seconds = time.perf_counter() - start
 
-    files = {file.relative_to(place).as_posix(): checksum(file) for file in _results(stage, place)}
+    files = {}
+    for file in _results(stage, place):
+        files[file.relative_to(place).as_posix()] = checksum(file)
     made = {"made_by": f"cm3leon {__version__}", "seconds": seconds, "files": files}
     record = StageRecord(**{**asdict(wanted), **made})
     write_json(place / MARKER, without_secrets(asdict(record)))
@@ -138,6 +146,8 @@ def make_room(stage: Stage[R], place: Path, fingerprint: str) -> None:
     standing = readable_record(place / MARKER) or readable_record(place / STARTED)
     if standing is not None and standing.fingerprint == fingerprint:
         return
+
+    # Finished or not, what was made of other inputs is kept, without what only later stages use.
     if standing is not None:
         old = attic(place, standing.fingerprint)
         old.parent.mkdir(exist_ok=True)

@@ -47,6 +47,7 @@ def make_image_tokenizer(run: RunFolder, folder: Path) -> None:
     if not run.ranks.first:
         return
 
+    # The sample is encoded once, here, for all stages that read its codes.
     tokenizer.to(run.device).ready()
     corpus = run.corpus
     if len(corpus):

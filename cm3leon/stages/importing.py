@@ -92,8 +92,9 @@ class Published:
     def weights(self) -> Weights:
         """Its tensors by their present names, which are read when they are asked for."""
         weights = open_weights(self.folder)
-        present = {self._form_of(weights).present(name): name for name in weights.tensors}
-        tensors = {name: weights.tensors[there] for name, there in present.items()}
+        tensors = {}
+        for name, stored in weights.tensors.items():
+            tensors[self._form_of(weights).present(name)] = stored
         return replace(weights, tensors=tensors)
 
     @property
@@ -154,6 +155,8 @@ def import_run(
     """
     published = Published(hf, family)
     vocab = published.vocab
+
+    # Everything is compared by names and sizes before anything is written.
     tokenizer = {
         "name": "emu3" if published.family.whole else "pretrained",
         "path": str((image_tokenizer or hf).absolute()),
@@ -175,6 +178,8 @@ def import_run(
         ),
         "pretraining": lambda run, folder: _make_decoder(folder, published, ours, origin),
     }
+
+    # The records say from which files the run was made.
     files = [*published.weights.files, hf / TOKENIZER]
     if image_tokenizer is not None:
         files.append(image_tokenizer)
@@ -204,6 +209,8 @@ def import_export(hf: Path, out: Path, name: str | None = None) -> None:
     hub = exported.hub
     assert hub is not None
     run = RunFolder(exported.experiment, out, torch.device("cpu"))
+
+    # Weights that were trained further keep the licence and the origin of the first ones.
     kept = Origin.from_mapping(hub.extras.get("origin") or {})
     family = None if hub.vocab is None else FAMILIES[hub.extras["family"]]
     licence = kept.licence
@@ -294,16 +301,17 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
             f"hf: the tables in {hf} have {size} rows; for the {rows} tokens of its tokenizer.json "
             f"it must be from {rows} to {ours.size}"
         )
+
+    # The decoder's own tensors by name and shape; some files hold the image tokenizer's too.
     section = MODELS.check(published.model, "model")
     with torch.device("meta"):
         model = MODELS.build(section, vocab_size=size)
     assert isinstance(model, Llama)
     wanted = dict(published.form.to_state(model.state_dict(), model.config))
-    decoder = {
-        name: torch.empty(stored.shape, device="meta")
-        for name, stored in given.items()
-        if not name.startswith(IMAGE_ENCODER)
-    }
+    decoder = {}
+    for name, stored in given.items():
+        if not name.startswith(IMAGE_ENCODER):
+            decoder[name] = torch.empty(stored.shape, device="meta")
     try:
         check_fit(hf, decoder, wanted)
     except UserError as error:
@@ -327,11 +335,12 @@ def _finish(
 ) -> None:
     """Makes a stage and writes its record: it is finished, and made of what was published alone."""
     stage = next(each for each in stages_of(run.experiment) if each.name == name)
-    made_with = {
-        file: recorded_digest((run.folder / file).parent, Path(file).name)
-        for file in (TEXT_TOKENIZER, IMAGE_TOKENIZER)
-        if name == "pretraining"
-    }
+
+    # Like one that was trained, the decoder records the tokenizers that it belongs to.
+    made_with = {}
+    if name == "pretraining":
+        for file in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
+            made_with[file] = recorded_digest((run.folder / file).parent, Path(file).name)
     record = StageRecord(
         digest_of(f"imported {name} {source}"),
         stage.version,
@@ -379,11 +388,12 @@ def _make_decoder(folder: Path, published: Published, vocab: Vocab, origin: Orig
     state: dict[str, Tensor] = {}
     layers = published.model["layers"]
     tensors = published.form.from_state(published.weights.read(), layers)
-    count = sum(
-        math.prod(stored.shape)
-        for name, stored in published.weights.tensors.items()
-        if not name.startswith(IMAGE_ENCODER)
-    )
+
+    # The bar counts weights, since tensors differ much in size.
+    count = 0
+    for name, stored in published.weights.tensors.items():
+        if not name.startswith(IMAGE_ENCODER):
+            count += math.prod(stored.shape)
     progress = tqdm(desc="weights", total=count, unit="weight", unit_scale=True, dynamic_ncols=True)
     for name, tensor in tensors:
         progress.update(tensor.numel())

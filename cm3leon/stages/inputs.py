@@ -55,11 +55,10 @@ def varied_inputs(run: RunFolder) -> dict[str, Any]:
         found = run.depends_on("augment", "seed")
         # Settings that came later are named only where they change something, so that what
         # earlier runs made of theirs stays up to date.
-        settings = {
-            name: value
-            for name, value in found["augment"].items()
-            if name not in UNCHANGED or value != UNCHANGED[name]
-        }
+        settings = {}
+        for name, value in found["augment"].items():
+            if name not in UNCHANGED or value != UNCHANGED[name]:
+                settings[name] = value
         return {**found, "augment": settings, "drawn_for": "document"}
     return {"augment": {"versions": 0}}
 

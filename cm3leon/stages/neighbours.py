@@ -152,8 +152,11 @@ def _same_label(run: RunFolder, folder: Path) -> float | None:
     for number in range(len(tokens.rows)):
         rows_MN = neighbours.shard(number)
         labels_M = tokens.shard(number).labels(np.arange(len(rows_MN)))
+
+        # A share of the other documents alone would pass for that of all.
         if (labels_M == NO_LABEL).any():
             return None
+
         known_MN = rows_MN != NONE
         labels_K = tokens.labels(rows_MN[known_MN])
         own_K = np.broadcast_to(labels_M[:, None], rows_MN.shape)[known_MN]

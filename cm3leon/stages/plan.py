@@ -86,6 +86,7 @@ def wanted_record(
         fingerprints: of the stages before it, in order, without unknown ones.
         records: of the stages before it whose files exist.
     """
+    # A stage that does not say what it needs depends on the one before it.
     needs = list(fingerprints)[-1:] if stage.needs is None else list(stage.needs)
     if any(name not in fingerprints for name in needs):
         return None
@@ -123,6 +124,7 @@ def step_for(
     Args:
         changed: stages it depends on that will change.
     """
+    # A record that cannot be read is no error yet: whether anything is lost is decided below.
     place = folder / stage.name
     record, unreadable = None, ""
     try:
@@ -208,9 +210,13 @@ def refuse_unasked(
         return
     first = anew[0]
     names = [step.stage.name for step in anew]
-    every = [step.stage for step in steps]
-    following = [name for name in names if name in depending_on(every, [first.stage.name])][1:]
-    asked = [first.stage.name, *(name for name in names[1:] if name not in following)]
+
+    # `redo` covers what depends on the stages that it names, so only the others are asked for.
+    dependent = depending_on([step.stage for step in steps], [first.stage.name])
+    asked = [first.stage.name]
+    for name in names[1:]:
+        if name not in dependent:
+            asked.append(name)
     also = f"; {_and(names[1:])} would follow" if names[1:] else ""
     raise UserError(
         f"run: {first.stage.name} in {folder} is finished, and these settings would make it anew "

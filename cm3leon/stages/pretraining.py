@@ -222,6 +222,7 @@ def load_checkpoint(
         load_weights_at(folder / "pretraining", step, model, averaged=averaged, verify=verify)
         return
 
+    # The first weights lie in the folder of the run that the training started from.
     assert config.start is not None
     if not (config.start / "pretraining" / WEIGHTS).is_file():
         raise UserError(

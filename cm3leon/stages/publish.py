@@ -64,6 +64,8 @@ def closing(run: RunFolder, metrics: Entry) -> list[str]:
     psnr = metrics["reconstruction_psnr"]
     lines.append(f"  {'images from their codes':<28} {psnr:>5.1f} dB   PSNR of held-out images")
     lines.append(f"report: {(run.folder / 'report.html').resolve().as_uri()}")
+
+    # The example works as it is written: a caption of this corpus that the model has not seen.
     held_out = run.corpus.rows("held_out")
     if len(held_out):
         prompt = f"prompt={run.corpus.captions[held_out[0]]}"
@@ -174,8 +176,11 @@ class _Page:
                 title = evaluations[config.best_of].title
                 if best:
                     text = f"With {', '.join(named(best))}, the best row of “{title}”."
-            chosen = name in chosen_from
-            marked = [found[name].index(self._best(evaluator, name))] if chosen else []
+
+            # The row whose values other evaluations take over is marked in the table.
+            marked = []
+            if name in chosen_from:
+                marked = [found[name].index(self._best(evaluator, name))]
             examples = evaluator.shown(name, found)
             sections.append(
                 evaluation_section(config, found[name], examples, text=text, best=marked)
@@ -191,9 +196,9 @@ class _Page:
         facts = [aim_fact(aim, self.results["evaluations"]) for aim in self.run.experiment.aims]
         psnr = self.metrics["reconstruction_psnr"]
         judged = self.metrics["judge_accuracy_reconstructed"]
-        note = (
-            "" if judged is None else f"of held-out images; {_percent(judged)} of them read right"
-        )
+        note = ""
+        if judged is not None:
+            note = f"of held-out images; {_percent(judged)} of them read right"
         return [
             *facts,
             Fact("reconstruction from codes", f"{psnr:.1f} dB", note),
@@ -240,18 +245,21 @@ class _Page:
             logged("Retriever", self.run.log("retriever"), {"loss": "loss"}, "nats"),
         ]
 
+        # The losses stand open, the other curves are folded; what was not logged is left out.
+        shown = [block for block in blocks[:2] if block.series]
+        folded = [block for block in blocks[2:] if block.series]
+
+        # A corpus without texts, or without images, has no loss of them.
         loss = self.metrics["validation_loss"]
-        said = [
-            f"{modality} {loss[name]:.3f}" for modality, name in by_modality.items() if name in loss
-        ]
+        said = []
+        for modality, name in by_modality.items():
+            if name in loss:
+                said.append(f"{modality} {loss[name]:.3f}")
         return Section(
             "Training",
             "Validation loss after training, without documents, in nats a token: "
             f"{', '.join(said)}.",
-            [
-                *(block for block in blocks[:2] if block.series),
-                Folded("More curves", [block for block in blocks[2:] if block.series]),
-            ],
+            [*shown, Folded("More curves", folded)],
         )
 
     def _validation(self) -> list[dict[str, float]]:
@@ -278,10 +286,12 @@ class _Page:
         )
 
     def again(self) -> Section:
-        seconds = self.metrics["wall_seconds"]
-        table = Table(
-            ("stage", "seconds"), [(name, f"{value:.1f}") for name, value in seconds.items()]
-        )
+        rows = []
+        for name, seconds in self.metrics["wall_seconds"].items():
+            rows.append((name, f"{seconds:.1f}"))
+        table = Table(("stage", "seconds"), rows)
+
+        # The configuration is long, so it is folded away by itself.
         provenance = self._provenance()
         lines = {key: value for key, value in provenance.items() if key != "config"}
         return Section(
@@ -309,8 +319,10 @@ class _Page:
 
     def _held_out(self, count: int) -> list[int]:
         rows = self.run.corpus.rows("held_out")
-        indices = [shuffled(0, index, len(rows)) for index in range(min(count, len(rows)))]
-        return [int(rows[index]) for index in indices]
+        chosen = []
+        for index in range(min(count, len(rows))):
+            chosen.append(int(rows[shuffled(0, index, len(rows))]))
+        return chosen
 
 
 FEW_CODES = 0.1

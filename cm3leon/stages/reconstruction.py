@@ -73,10 +73,13 @@ def _report(run: RunFolder, figures: dict[str, Any]) -> Report:
     originals = [Picture(pixels, height=HEIGHT) for pixels in run.corpus.images_BHWC[rows]]
     rebuilt = [Picture(pixels, height=HEIGHT) for pixels in rebuilt_BHWC]
     tokenizer, log = run.image_tokenizer, run.log("image_tokenizer")
-    curves = [
-        logged(label, log, {"batch": name}, label, is_noisy=True) for name, label in CURVES.items()
-    ]
-    drawn = [each for each in curves if each.series]
+
+    # A tokenizer that was not trained here has no log, and some losses have no discriminator.
+    drawn = []
+    for name, label in CURVES.items():
+        curve = logged(label, log, {"batch": name}, label, is_noisy=True)
+        if curve.series:
+            drawn.append(curve)
     return Report(
         title=f"Image tokenizer on {run.experiment.data.name}",
         subtitle=(

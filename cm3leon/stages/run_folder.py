@@ -141,6 +141,8 @@ class RunFolder(TokenizedRun):
             with_added=with_added,
             verify=self.verify,
         )
+
+        # An index of pairs has no documents of one modality, which this run retrieves too.
         if bank.pairs_only and not self.retrieves_pairs_only:
             raise UserError(
                 f"shards.bank: the index of {self.bank_folder} holds only documents with text and "
@@ -223,6 +225,7 @@ class RunFolder(TokenizedRun):
         if not with_bank:
             return parts
 
+        # Added documents belong to the bank too, whether they lie in a file or were given here.
         stages = ("tokens", "vectors", "index")
         files = [read_stage(self.bank_folder / stage)["fingerprint"] for stage in stages]
         added = self.added_tokens_file

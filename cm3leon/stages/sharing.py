@@ -63,6 +63,8 @@ def share_out(run: RunFolder, folder: Path, make_part: MakePart) -> None:
         arguments = (settings, run.folder, folder, make_part, (k, workers))
         running.append(context.Process(target=_work, args=arguments, daemon=True))
         running[-1].start()
+
+    # An interruption must not leave any of them running.
     try:
         for process in running:
             process.join()

@@ -74,12 +74,14 @@ def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
                 shutil.copyfile(run.reused_file(f"text_tokenizer/{name}"), folder / name)
         return
 
+    # The sample is counted while the tokenizer reads it, so its figures are complete afterwards.
     sample = TextSample()
     reads_captions = run.experiment.text_data is None
     texts = _captions(run, sample) if reads_captions else _corpus_texts(run, sample)
     tokenizer = TextTokenizer.train(config, texts)
     check_lengths(run, tokenizer)
     tokenizer.save(folder)
+
     print(
         f"      {tokenizer.pieces:,} of {config.vocab_size:,} pieces learned from {sample.bytes:,} "
         f"bytes of text in {sample.documents:,} documents ({sample.skipped:,} items skipped)"

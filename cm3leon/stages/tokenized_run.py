@@ -85,7 +85,8 @@ class TokenizedRun:
         """The training images of the sample, then their varied versions one after the other:
         ((1 + versions) * B, H, W, C)."""
         rows = self.corpus.rows("train")
-        images_BHWC, ids = self.corpus.images_BHWC[rows], [self.corpus.ids[row] for row in rows]
+        images_BHWC = self.corpus.images_BHWC[rows]
+        ids = [self.corpus.ids[row] for row in rows]
         versions = varied(images_BHWC, ids, self.experiment.augment, self.experiment.seed)
         return np.concatenate([images_BHWC, *versions])
 
@@ -241,15 +242,18 @@ class TokenizedRun:
         """Codes (N,) and grid of each image, whose sides are those of a grid;
         images of one size in one batch."""
         scale = self.image_tokenizer.downsampling
-        grids = [(image.shape[0] // scale, image.shape[1] // scale) for image in images]
-        found: list[tuple[np.ndarray, Grid]] = [(np.empty(0, np.int64), grid) for grid in grids]
-        for grid in dict.fromkeys(grids):
-            indices = [index for index, other in enumerate(grids) if other == grid]
+        of_grid: dict[Grid, list[int]] = {}
+        for index, image in enumerate(images):
+            grid = image.shape[0] // scale, image.shape[1] // scale
+            of_grid.setdefault(grid, []).append(index)
+
+        found: dict[int, tuple[np.ndarray, Grid]] = {}
+        for grid, indices in of_grid.items():
             images_BHWC = np.stack([images[index] for index in indices])
             codes_BN = self.image_tokenizer.encode(images_BHWC, grid=grid)
             for index, codes_N in zip(indices, codes_BN, strict=True):
                 found[index] = codes_N, grid
-        return found
+        return [found[index] for index in range(len(images))]
 
     @cached_property
     def tokenizer(self) -> DocumentTokenizer:

@@ -187,6 +187,8 @@ def make_tokens(run: RunFolder, folder: Path) -> None:
     """
     share_out(run, folder, make_tokens_part)
     finish_tokens(folder, len(run.source.parts()), run.vocab.layout)
+
+    # The first item that was left out often says why all of them were.
     if not len(TokenShards(folder)):
         first = None
         for file in sorted((folder / "skipped").glob("*.jsonl")):

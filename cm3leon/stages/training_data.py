@@ -57,7 +57,10 @@ def training_samples(run: RunFolder) -> TrainingSamples:
 
 def mixed_fingerprints(run: RunFolder) -> list[Any]:
     """Fingerprints of the runs whose samples are mixed in, with their shares."""
-    return [[share, *_fingerprints(Path(name))] for name, share in run.shards.mix.items()]
+    found: list[Any] = []
+    for name, share in run.shards.mix.items():
+        found.append([share, *_fingerprints(Path(name))])
+    return found
 
 
 def start_digest(run: RunFolder) -> str | None:
@@ -76,9 +79,9 @@ def start_digest(run: RunFolder) -> str | None:
     except (OSError, UserError) as error:
         # What `export to=hf` wrote has its settings where no run has them.
         is_export = (config.start / "config.json").is_file()
-        hint = (
-            f"; make one of it: import from=export hf={config.start} out=DIR" if is_export else ""
-        )
+        hint = ""
+        if is_export:
+            hint = f"; make one of it: import from=export hf={config.start} out=DIR"
         raise UserError(
             f"training.start: {config.start} is no run with a finished pretraining{hint}"
         ) from error

@@ -46,10 +46,12 @@ def validation_loss(
     sources = validation_documents(run)
     batches = []
     for name, documents in sources.items():
-        batches += [(name, batch) for batch in _batches(run, documents)]
+        for batch in _batches(run, documents):
+            batches.append((name, batch))
 
     ranks, meter = run.ranks, Meter(run.ranks)
     for first in range(0, len(batches), ranks.count):
+        # Ranks for which no batch is left take one from the beginning again.
         number = first + ranks.rank
         source, batch = batches[number % len(batches)]
         batch = batch.to(run.device)
@@ -59,7 +61,9 @@ def validation_loss(
         # Sums with their weights, which the meter averages; a repeated batch counts nothing.
         weight = batch.weight_BT.sum()
         pairs = {"loss": (value * weight, weight)}
-        pairs |= {name: figure for name, figure in figures.items() if isinstance(figure, tuple)}
+        for name, figure in figures.items():
+            if isinstance(figure, tuple):
+                pairs[name] = figure
         nothing = {name: (value * 0, value * 0) for name in pairs}
         counts = number < len(batches)
         meter.add(pairs if counts else nothing)
@@ -101,7 +105,8 @@ def _batches(run: RunFolder, documents: Sequence[tuple[int, TokenDocument]]) -> 
         rng = np.random.default_rng([run.experiment.seed, 2, row])
         laid_out = lay_out(fit(Sample(document), run.seq_len, run.vocab.layout), run.vocab)
         sample = run.objective.corrupt(laid_out, rng, run.seq_len)
-        if sum(len(other.ids_T) for other in blocks[-1]) + len(sample.ids_T) > run.seq_len:
+        filled = sum(len(other.ids_T) for other in blocks[-1])
+        if filled + len(sample.ids_T) > run.seq_len:
             blocks.append([])
         blocks[-1].append(sample)
 
@@ -110,9 +115,9 @@ def _batches(run: RunFolder, documents: Sequence[tuple[int, TokenDocument]]) -> 
     share = max(1, config.blocks(run.seq_len) // run.ranks.count)
     size = config.blocks_at_once(run.seq_len, share)
     for start in range(0, len(blocks), size):
-        packed = [
-            pack(samples, run.seq_len, run.vocab.pad) for samples in blocks[start : start + size]
-        ]
+        packed = []
+        for samples in blocks[start : start + size]:
+            packed.append(pack(samples, run.seq_len, run.vocab.pad))
         yield collate(packed, torch.device("cpu"))
 
 
@@ -157,16 +162,22 @@ class ValidationImages:
         run, retrieved = self._run, self._retrieved
         captions = [run.corpus.captions[row] for row in self._rows]
         none: list[list[int]] = [[] for _ in self._rows]
+        columns = [none]
+        if any(retrieved):
+            columns.append(retrieved)
         with gathered(model):
-            codes = self._draw(model, [none, retrieved] if any(retrieved) else [none])
+            codes = self._draw(model, columns)
         if loggers is None:
             return
 
         # All images, drawn and retrieved, are decoded at once.
         drawn = len(codes)
-        beside = [self._documents_with_images(found) for found in retrieved]
-        for found in beside:
-            codes += [run.tokenizer.codes(document) for document in found]
+        beside = []
+        for rows_of_bank in retrieved:
+            documents = self._documents_with_images(rows_of_bank)
+            beside.append(documents)
+            for document in documents:
+                codes.append(run.tokenizer.codes(document))
         images_BHWC = run.image_tokenizer.decode(np.stack(codes))
         count = len(self._rows)
         loggers.images(step, "generated", images_BHWC[:count])
@@ -174,6 +185,7 @@ class ValidationImages:
         if not any(retrieved):
             return
 
+        # The codes stand in this order: drawn without documents, drawn with them, retrieved.
         pictures_BHWC = _in_rows(
             images_BHWC[drawn:],
             list(map(len, beside)),
@@ -199,29 +211,37 @@ class ValidationImages:
 
         # Each rank draws every n-th image; an image's seed is the index of its document.
         mine = asked[ranks.rank :: ranks.count]
-        documents = [run.token_documents[self._rows[index]] for index, _ in mine]
-        prompts = []
-        for document, (_, rows) in zip(documents, mine, strict=True):
+        documents, prompts, seeds = [], [], []
+        for index, rows in mine:
+            document = run.token_documents[self._rows[index]]
             retrieved = [run.bank_document(row) for row in rows]
+            documents.append(document)
             prompts.append(self._task.prompt(document, retrieved))
+            seeds.append(index)
         with autocast(run.device, self._precision):
             answers = generate(
                 model,
                 prompts,
                 DECODERS.build(run.experiment.decoder),
                 vocab=run.vocab,
-                seeds=[index for index, _ in mine],
+                seeds=seeds,
             )
 
         codes = []
         for document, answer_T in zip(documents, answers, strict=True):
             codes.append(run.tokenizer.codes(self._task.complete(document, answer_T)))
+
+        # Image n is number n // count of rank n % count.
         shares = ranks.gather(codes)
         return [shares[n % ranks.count][n // ranks.count] for n in range(len(asked))]
 
     def _documents_with_images(self, rows: Sequence[int]) -> list[TokenDocument]:
-        documents = [self._run.bank_document(row) for row in rows]
-        return [document for document in documents if document.segment("image")]
+        documents = []
+        for row in rows:
+            document = self._run.bank_document(row)
+            if document.segment("image"):
+                documents.append(document)
+        return documents
 
     def _captions(self, rows: Sequence[int]) -> list[str]:
         return [self._run.tokenizer.caption(self._run.bank_document(row)) for row in rows]
@@ -240,6 +260,8 @@ def _in_rows(
     B, H, W, C = images_BHWC.shape
     pictures_BHWC = np.full((B, H, most * (W + 2) + W, C), 255, np.uint8)
     parts = np.split(beside_NHWC, np.cumsum(counts)[:-1])
+
+    # The image itself stands last; fewer documents leave white columns at the left.
     for picture_HWC, part_NHWC, image_HWC in zip(pictures_BHWC, parts, images_BHWC, strict=True):
         for column, shown_HWC in enumerate([*part_NHWC, image_HWC], start=most - len(part_NHWC)):
             left = column * (W + 2)
