@@ -247,9 +247,8 @@ class AskedRun(Documents):
                 check_ids("options", ids_T, self.run.vocab.size)
             given = [np.append(ids_T, end) for ids_T in candidates]
             with self._computing():
-                result.append(
-                    np.array(log_likelihoods(self.run.model, [prompt.ids_T] * len(given), given))
-                )
+                found = log_likelihoods(self.run.model, [prompt.ids_T] * len(given), given)
+            result.append(np.array(found))
         return result
 
     @contextmanager
@@ -286,9 +285,8 @@ class AskedRun(Documents):
         )
 
     def _decoder(self, choice: DecoderChoice, modality: Modality) -> Decoder:
-        usual = (
-            self.run.experiment.decoder if modality == "image" else self.run.experiment.text_decoder
-        )
+        experiment = self.run.experiment
+        usual = experiment.decoder if modality == "image" else experiment.text_decoder
         chosen = usual if choice is None else choice
         component = chosen if isinstance(chosen, Component) else DECODERS.check(chosen)
 

@@ -44,7 +44,7 @@ def check_run_folder(folder: Path) -> None:
     if not folder.is_dir():
         return
 
-    # Hidden files, such as those of an editor, are nobody's.
+    # Hidden files, such as an editor's, do not count; the lock of a run does.
     entries = [entry for entry in os.listdir(folder) if entry == LOCK or not entry.startswith(".")]
     if not entries or any(name in entries for name in RUN_FILES) or _has_experiment(folder):
         return
