@@ -1,6 +1,6 @@
 """One training sample as training draws it, printed and as a page with its images.
 
-How it is drawn again, cm3leon/commands/traced_sample.py says.
+cm3leon/commands/traced_sample.py draws it again.
 """
 
 from __future__ import annotations
