@@ -1,4 +1,4 @@
-"""The report is one inert, self-contained and reproducible file, whatever the strings and numbers in it."""
+"""The report is one inert, self-contained and reproducible file, whatever strings it holds."""
 
 import base64
 import io
@@ -46,7 +46,10 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """Elements with their attributes and the text of a page; a tag closed out of order is an error."""
+    """The elements of a page with their attributes, and its text.
+
+    A tag that is closed out of order is an error.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -84,20 +87,18 @@ def curves(*series: Series, **settings) -> Curves:
 
 
 def example(text: str = "a handwritten seven") -> Report:
-    """Every kind of block, `text` wherever a string can stand."""
+    """A report with every kind of block, and `text` wherever a string can stand."""
     picture = Picture(noise(), text)
     ramp = np.linspace(1, 2, 1500)
     lines = (Series(text, ramp, ramp, ramp - 0.1, ramp + 0.1), Series(text, ramp, 3 - ramp))
-    chart = Curves(
-        lines, text, text, text, log_y=True, smooth=9, references=[ReferenceLine(1.5, text)]
-    )
+    aim = ReferenceLine(1.5, text)
+    chart = Curves(lines, text, text, text, log_y=True, smooth=9, references=[aim])
+    cards = [Card([picture, picture], text, text, [picture], "bad"), Card([Picture(noise(1))])]
+
+    # All kinds, some of them twice with other settings.
     blocks = [
         Table([text, "n"], [[text, 1000], ["none", None]], text, frozenset({1})),
-        Gallery(
-            [Card([picture, picture], text, text, [picture], "bad"), Card([Picture(noise(1))])],
-            3,
-            text,
-        ),
+        Gallery(cards, 3, text),
         Strip([(text, [picture]), ("reconstruction", [picture, picture])], text),
         chart,
         replace(chart, log_y=False, smooth=0),
@@ -119,8 +120,11 @@ def test_page_is_well_formed_and_asks_for_nothing(text):
         image["src"].startswith("data:image/png;base64,") and image["alt"]
         for image in page.all("img")
     )
+
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
+
+    # No element runs code or loads anything: links lead into the page, and images are inside it.
     for tag, attributes in page.elements:
         assert tag not in {"script", "link", "iframe", "object", "base"}
         assert not any(name.startswith("on") for name in attributes)
@@ -131,9 +135,8 @@ def test_page_is_well_formed_and_asks_for_nothing(text):
                 if tag == "img" and name == "src"
                 else value == "#" or value[1:] in ids
             )
-        for target in re.findall(
-            r"url\((.*?)\)", " ".join(value or "" for value in attributes.values())
-        ):
+        values = " ".join(value or "" for value in attributes.values())
+        for target in re.findall(r"url\((.*?)\)", values):
             assert target.startswith("#")
             assert target[1:] in ids
 
@@ -252,9 +255,10 @@ def test_curves_without_series_and_below_zero():
 
 
 def test_rates_stand_apart_by_their_factor():
-    """On a logarithmic axis three rates, each ten times the one before, have the same distance."""
+    """On a logarithmic axis, three rates that each are ten times the last one are equally far."""
     rates = Series("run", [1e-4, 1e-3, 1e-2, 0.0], [1, 2, 3, 9])
     html = render(Report("title", sections=[Section("s", blocks=[curves(rates, log_x=True)])]))
+
     places = [float(x) for x in re.findall(r'<use xlink:href="#[^"]+" x="([\d.]+)" y=', html)]
     marks = sorted(set(places[-3:]))
     assert len(marks) == 3
@@ -293,9 +297,8 @@ def test_moving_mean():
 
 
 def test_charts_take_their_colours_from_the_page():
-    html = render(
-        Report("title", sections=[Section("s", blocks=[curves(Series("run", [0, 1], [1, 2]))])])
-    )
+    blocks = [curves(Series("run", [0, 1], [1, 2]))]
+    html = render(Report("title", sections=[Section("s", blocks=blocks)]))
     chart = html[html.index("<svg") : html.index("</svg>")]
     assert "var(--series-1)" in chart
     assert "currentColor" in chart
@@ -342,15 +345,12 @@ def test_same_report_same_bytes():
 
 
 def test_what_is_looked_up_is_folded_under_its_title():
-    html = render(
-        Report(
-            "title", sections=[Section("s", blocks=[Folded("<long>", [Code("a: 1"), Text("t")])])]
-        )
-    )
-    folded = html[html.index("<details>") : html.index("</details>")]
-    assert folded.startswith("<details><summary>&lt;long&gt;</summary>")
-    assert "a: 1" in folded
-    assert "<p>t</p>" in folded
+    folded = Folded("<long>", [Code("a: 1"), Text("t")])
+    html = render(Report("title", sections=[Section("s", blocks=[folded])]))
+    details = html[html.index("<details>") : html.index("</details>")]
+    assert details.startswith("<details><summary>&lt;long&gt;</summary>")
+    assert "a: 1" in details
+    assert "<p>t</p>" in details
 
 
 def test_captions_stand_above_what_they_name():
@@ -362,10 +362,8 @@ def test_captions_stand_above_what_they_name():
 
 def test_many_pictures_stay_small():
     cards = [Card([Picture(noise(seed))], caption="a seven") for seed in range(300)]
-    assert (
-        len(render(Report("title", sections=[Section("samples", blocks=[Gallery(cards)])])))
-        < 1_500_000
-    )
+    report = Report("title", sections=[Section("samples", blocks=[Gallery(cards)])])
+    assert len(render(report)) < 1_500_000
 
 
 def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
@@ -374,6 +372,7 @@ def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
     before = path.read_bytes()
     assert b"first" in before
 
+    # The second write fails before it replaces the first report.
     def fail(*_):
         raise OSError("disk full")
 
@@ -386,7 +385,7 @@ def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
 
 def test_import_is_light():
     code = "import sys, cm3leon.evaluation.report; print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    modules = done.stdout.split()
     assert not {"matplotlib", "PIL", "torch"} & set(modules)

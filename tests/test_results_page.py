@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/ are what the result files give, and the files are what a run writes."""
+"""The tables of README.md and docs/ follow from the result files, which a run writes."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ def figures(found: Any) -> Iterator[dict[str, Any]]:
     if isinstance(found, dict) and "value" in found:
         yield found
     elif isinstance(found, dict | list):
-        for part in found.values() if isinstance(found, dict) else found:
+        parts = found.values() if isinstance(found, dict) else found
+        for part in parts:
             yield from figures(part)
 
 
 def test_every_page_is_what_the_result_files_give(script: Any) -> None:
     for page in script.pages():
-        assert script.filled(page) == page.read_text(), (
-            f"{page.relative_to(ROOT)} is not what docs/results/ gives: python benchmarks/results.py"
-        )
+        name = page.relative_to(ROOT)
+        hint = f"{name} is not what docs/results/ gives: python benchmarks/results.py"
+        assert script.filled(page) == page.read_text(), hint
 
 
 def test_every_table_stands_on_a_page(script: Any) -> None:
-    marked = {
-        mark
-        for page in script.pages()
-        for mark in re.findall(r"<!-- table (\w+) -->", page.read_text())
-    }
+    marked: set[str] = set()
+    for page in script.pages():
+        marked |= set(re.findall(r"<!-- table (\w+) -->", page.read_text()))
     assert marked == set(script.tables())
 
 
@@ -55,10 +54,10 @@ def test_another_figure_makes_another_page(script: Any, monkeypatch: pytest.Monk
     files = script.result_files()
     (row, *_) = files["digits"].content["evaluations"]["caption"]
     row["metrics"]["accuracy"] = {"value": 0.5, "low": 0.25, "high": 1.0, "n": 1234}
+
     monkeypatch.setattr(script, "result_files", lambda: files)
-    assert "| captions that name the right digit | 50.0 % | 25.0 to 100 | 93 % | 1,234 |" in (
-        script.filled(page)
-    )
+    line = "| captions that name the right digit | 50.0 % | 25.0 to 100 | 93 % | 1,234 |"
+    assert line in script.filled(page)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_a_result_file_says_what_made_it_and_its_intervals_are_possible(file: Pa
     for figure in found:
         assert 0 <= figure["value"] <= 1
         if "n" in figure and "low" in figure:
-            # Wilson's interval of as many hits, to the rounding of a transcribed table.
+            # Wilson's interval of as many hits, up to the rounding of the tables.
             hits_N = np.arange(figure["n"]) < round(figure["value"] * figure["n"])
             wilson = proportion(hits_N)
             assert abs(wilson.low - figure["low"]) < 0.0006
@@ -86,6 +85,7 @@ def test_a_result_file_says_what_made_it_and_its_intervals_are_possible(file: Pa
 def test_figures_are_taken_from_a_finished_run(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What a finished run leaves: its evaluation, and what made it.
     run = tmp_path / "run"
     (run / "evaluation").mkdir(parents=True)
     accuracy = {"value": 0.75, "low": 0.3, "high": 0.95, "n": 4}
@@ -98,6 +98,8 @@ def test_figures_are_taken_from_a_finished_run(
 
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     script.take("digits", run, "one core")
+
+    # The file that was taken gives the cells of tables and a line on what made them.
     file = script.ResultFile(tmp_path / "digits.json")
     assert f"{file['caption/documents 0/metrics/accuracy']:share}" == "75.0 %"
     assert f"{file['judge/real']:interval}" == "30.0 to 95.0"

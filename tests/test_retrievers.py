@@ -1,4 +1,4 @@
-"""Memory bank, strategy, query dropout, neighbours, and the CLIP encoder."""
+"""Memory bank, retrieval strategy, query dropout, neighbours, and the CLIP encoder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.stack
 
 discover()
 
-# ------------------------------------------------------------------------------------------------ parts, bank
+# -------------------------------------------------------------------------------------- parts, bank
 
 
 def unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
 
 
 def random_parts(seed: int, rows: int, dim: int = 4, missing: float = 0.0) -> Parts:
-    """Unit vectors; each part is missing with that probability."""
+    """Unit vectors of texts and images; each is missing with the given probability."""
     rng = np.random.default_rng(seed)
     text_BD, image_BD = unit(rng, rows, dim), unit(rng, rows, dim)
     text_BD[rng.random(rows) < missing] = 0
@@ -55,6 +55,8 @@ def test_mean_is_that_of_the_parts_a_document_has(seed: int, rows: int) -> None:
         np.testing.assert_allclose(mean_D, expected, atol=1e-6)
         assert parts.has("text")[row] == bool(parts.text_BD[row].any())
         assert parts.has("image")[row] == bool(parts.image_BD[row].any())
+
+    # Rows keep their order.
     some = parts.rows(np.array([rows - 1, 0]))
     assert np.array_equal(some.text_BD, parts.text_BD[[rows - 1, 0]])
     assert np.array_equal(some.image_BD, parts.image_BD[[rows - 1, 0]])
@@ -67,17 +69,18 @@ def test_search_is_the_largest_inner_product_by_brute_force(
 ) -> None:
     parts = random_parts(seed, rows, 5, missing=0.2)
     query_QD = np.random.default_rng(seed + 1).normal(size=(3, 5))
+
     found_QK = bank_of(parts).search(query_QD, count)
     assert found_QK.shape == (3, count)
     assert (found_QK[:, rows:] == NONE).all()
+
     found_QK = found_QK[:, :rows]
     scores_QB = query_QD @ parts.mean().astype(np.float64).T
     for q in range(3):
         assert len(set(found_QK[q].tolist())) == found_QK.shape[1]
+        # The scores are compared and not the rows, since ties may come in any order.
         best = np.sort(scores_QB[q])[::-1][: found_QK.shape[1]]
-        np.testing.assert_allclose(
-            scores_QB[q][found_QK[q]], best, atol=1e-5
-        )  # ties may come in any order
+        np.testing.assert_allclose(scores_QB[q][found_QK[q]], best, atol=1e-5)
 
 
 def test_missing_faiss_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,16 +90,16 @@ def test_missing_faiss_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
         Bank(*folders)
 
 
-# ------------------------------------------------------------------------------------------------ strategy
+# ----------------------------------------------------------------------------------------- strategy
 
 
 def slow_select(
     candidates: list[int], parts: Parts, query: Parts, exclude: int | None, count: int, rules: Rules
 ) -> tuple[list[int], collections.Counter[str]]:
-    """The strategy as the paper tells it, one candidate after the other."""
+    """The strategy as the paper tells it: one candidate after the other."""
 
     def similar(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> bool:
-        """By the images where both have one, otherwise by the texts."""
+        """Compare the images where both documents have one, otherwise the texts."""
         if a[1].any() and b[1].any():
             return float(a[1] @ b[1]) > rules.threshold
         return float(a[0] @ b[0]) > rules.threshold
@@ -104,10 +107,13 @@ def slow_select(
     queried = (query.text_BD[0], query.image_BD[0])
     taken: list[int] = []
     verdicts: collections.Counter[str] = collections.Counter()
+
     for place, row in enumerate(candidates):
         if len(taken) == count:
             return [candidates[t] for t in taken], verdicts
         verdicts["seen"] += 1
+
+        # The candidate is skipped for the first reason that holds.
         own = (parts.text_BD[place], parts.image_BD[place])
         others = [(parts.text_BD[t], parts.image_BD[t]) for t in taken]
         if row == exclude:
@@ -149,14 +155,17 @@ def test_strategy_against_a_slow_reference(
     candidates_QK[2] = NONE
     parts, queries = random_parts(seed, 3 * rows, 2, missing), random_parts(seed + 1, 3, 2, missing)
     of_each = Parts(parts.text_BD.reshape(3, rows, 2), parts.image_BD.reshape(3, rows, 2))
+
     rules = Rules(threshold, both)
-    exclude_Q = np.array(
-        [NONE if excluded is None else candidates_QK[0, excluded % rows], NONE, NONE]
-    )
+    own = NONE if excluded is None else candidates_QK[0, excluded % rows]
+    exclude_Q = np.array([own, NONE, NONE])
+
     got_QR, verdicts = select(
         candidates_QK, of_each, queries, exclude_Q=exclude_Q, count=count, rules=rules
     )
     assert got_QR.shape == (3, count)
+
+    # Each query by itself, without the candidates that are missing.
     counted: collections.Counter[str] = collections.Counter()
     for q in range(3):
         known = candidates_QK[q] != NONE
@@ -174,17 +183,18 @@ def test_strategy_against_a_slow_reference(
 
 
 def test_strategy_by_hand() -> None:
-    """Copies of the query and of what is already taken are skipped, one without a text too, and relevance decides."""
-    x, y, z, near_y = (
-        np.eye(4)[0],
-        np.eye(4)[1],
-        np.eye(4)[2],
-        np.array([0.2, 0.98, 0, 0]) / np.hypot(0.2, 0.98),
-    )
+    """Copies of the query and of what is taken are skipped, and so is a document without a text.
+
+    Among the others, relevance decides.
+    """
+    x, y, z = np.eye(4)[:3]
+    near_y = np.array([0.2, 0.98, 0, 0]) / np.hypot(0.2, 0.98)
     images_KD = np.stack([z, x, y, near_y, y, -x, -y]).astype(np.float32)
+    # Every document has the same text, except the one without any.
     texts_KD = np.tile(np.eye(4)[3], (7, 1)).astype(np.float32)
     texts_KD[2] = 0
     query = Parts(texts_KD[:1], np.stack([x]).astype(np.float32))
+
     rows_QR, verdicts = select(
         np.array([[70, 71, 72, 73, 74, 75, 76]]),
         Parts(texts_KD[None], images_KD[None]),
@@ -193,9 +203,10 @@ def test_strategy_by_hand() -> None:
         count=2,
         rules=Rules(0.9, True),
     )
-    assert rows_QR.tolist() == [
-        [73, 75]
-    ]  # not itself, a copy of the query, without a text, (73), a copy of 73, (75), enough
+
+    # 70 is the query itself, 71 a copy of it, and 72 has no text. 73 is taken, 74 is a copy of 73,
+    # and 75 is taken, which is enough.
+    assert rows_QR.tolist() == [[73, 75]]
     assert total(verdicts, np.array([0])) == {
         "seen": 6,
         "itself": 1,
@@ -205,7 +216,7 @@ def test_strategy_by_hand() -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------------ encoder
+# ------------------------------------------------------------------------------------------ encoder
 
 TINY = {
     "architecture": None,
@@ -216,10 +227,8 @@ TINY = {
     "embed_dim": 8,
 }
 DOCUMENTS = 12
-TEXTS = [
-    f"{word} {thing}"
-    for word, thing in itertools.product(("red", "blue", "tiny", "old"), ("dog", "cat", "ox"))
-]
+ADJECTIVES, NOUNS = ("red", "blue", "tiny", "old"), ("dog", "cat", "ox")
+TEXTS = [f"{adjective} {noun}" for adjective, noun in itertools.product(ADJECTIVES, NOUNS)]
 
 
 def pictures(count: int = DOCUMENTS, side: int = 16, seed: int = 0) -> np.ndarray:
@@ -255,17 +264,14 @@ def test_vectors_are_of_length_one_and_do_not_depend_on_the_batch(encoder: ClipE
         assert vectors_BD.dtype == np.float32
         assert vectors_BD.shape[1] == 8
         np.testing.assert_allclose(np.linalg.norm(vectors_BD, axis=1), 1, atol=1e-5)
-    for start, end in (
-        (0, 1),
-        (255, 258),
-        (290, 300),
-    ):  # across the border of the encoder's own batches
-        np.testing.assert_allclose(
-            encoder.encode_texts(texts[start:end]), text_BD[start:end], atol=1e-5
-        )
-        np.testing.assert_allclose(
-            encoder.encode_images(images_BHWC[start:end]), image_BD[start:end], atol=1e-5
-        )
+
+    # Parts of a batch, one of them across the border of the encoder's own batches.
+    for start, end in ((0, 1), (255, 258), (290, 300)):
+        texts_again_BD = encoder.encode_texts(texts[start:end])
+        images_again_BD = encoder.encode_images(images_BHWC[start:end])
+        np.testing.assert_allclose(texts_again_BD, text_BD[start:end], atol=1e-5)
+        np.testing.assert_allclose(images_again_BD, image_BD[start:end], atol=1e-5)
+
     assert np.array_equal(encoder.encode_texts(TEXTS), encoder.encode_texts(TEXTS))
     assert len({tuple(np.round(row, 5)) for row in text_BD}) == DOCUMENTS
 
@@ -273,13 +279,12 @@ def test_vectors_are_of_length_one_and_do_not_depend_on_the_batch(encoder: ClipE
 def test_pixels_are_normalised_as_clip_expects(encoder: ClipEncoder) -> None:
     images_BHWC = pictures(2)
     got = encoder._pixels(torch.from_numpy(images_BHWC)).numpy()
-    mean, std = (
-        np.array([0.48145466, 0.4578275, 0.40821073]),
-        np.array([0.26862954, 0.26130258, 0.27577711]),
-    )
-    np.testing.assert_allclose(
-        got, ((images_BHWC / 255 - mean) / std).transpose(0, 3, 1, 2), atol=1e-5
-    )
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    expected = ((images_BHWC / 255 - mean) / std).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+    # Other sizes are resized, which leaves the inside of a white image white.
     assert encoder._pixels(torch.from_numpy(pictures(2, 40))).shape == (2, 3, 16, 16)
     flat = encoder._pixels(torch.full((1, 50, 50, 3), 255, dtype=torch.uint8))
     np.testing.assert_allclose(flat[0, :, 3, 3].numpy(), (1 - mean) / std, atol=1e-4)
@@ -288,6 +293,8 @@ def test_pixels_are_normalised_as_clip_expects(encoder: ClipEncoder) -> None:
 def test_loss_is_the_symmetric_contrastive_one(encoder: ClipEncoder) -> None:
     images_BHWC = pictures()
     loss, figures = encoder.loss(TEXTS, torch.from_numpy(images_BHWC))
+
+    # The same from the vectors, in float64: each image picks its text, and each text its image.
     text_BD = encoder.encode_texts(TEXTS).astype(np.float64)
     image_BD = encoder.encode_images(images_BHWC).astype(np.float64)
     scale = float(encoder.clip.logit_scale.detach().double().exp())
@@ -299,9 +306,8 @@ def test_loss_is_the_symmetric_contrastive_one(encoder: ClipEncoder) -> None:
 
     expected = (cross_entropy(scores_BB) + cross_entropy(scores_BB.T)) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-    assert figures["pair_accuracy"].item() == pytest.approx(
-        np.mean(scores_BB.argmax(1) == np.arange(DOCUMENTS))
-    )
+    accuracy = np.mean(scores_BB.argmax(1) == np.arange(DOCUMENTS))
+    assert figures["pair_accuracy"].item() == pytest.approx(accuracy)
     assert figures["logit_scale"].item() == pytest.approx(scale, rel=1e-5)
     assert scale == pytest.approx(1 / 0.07, rel=1e-4)
     assert figures["images"] == DOCUMENTS
@@ -311,6 +317,7 @@ def test_the_loss_falls_when_trained() -> None:
     trained = build_encoder()
     trained.train()
     optimizer = torch.optim.Adam(trained.parameters(), 1e-3)
+
     losses = []
     for _ in range(12):
         loss, _ = trained.loss(TEXTS, torch.from_numpy(pictures()))
@@ -318,6 +325,7 @@ def test_the_loss_falls_when_trained() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+
     assert losses[-1] < 0.6 * losses[0]
     assert all(parameter.grad is not None for parameter in trained.parameters())
 
@@ -338,7 +346,7 @@ def test_unfit_encoders_are_refused(fields: dict[str, Any], sentence: str) -> No
         build_encoder(**fields)
 
 
-# ------------------------------------------------------------------------------------------------ other CLIPs
+# -------------------------------------------------------------------------------------- other CLIPs
 
 LARGE = "ViT-S-32-alt"
 """The smallest ViT among open_clip's architectures."""
@@ -369,6 +377,8 @@ def test_weights_are_read_from_a_file(tmp_path: Path, format_: str) -> None:
         from safetensors.torch import save_file
 
         save_file(original.clip.state_dict(), path)
+
+    # Another seed, so that the vectors agree only if the file was read.
     torch.manual_seed(2)
     loaded = large(pretrained=str(path))
     images_BHWC = pictures(2, 40)
@@ -412,25 +422,26 @@ def test_weights_that_cannot_be_read_are_one_sentence(tmp_path: Path, name: str)
     assert "\n" not in str(refusal.value)
 
 
-# ------------------------------------------------------------------------------------------------ query dropout
+# ------------------------------------------------------------------------------------ query dropout
 
 
 def text_tokens(
     encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch, texts: list[str], **options: Any
 ) -> list[Any]:
-    """The BPE tokens (without padding) that the text tower gets for each text."""
+    """The BPE tokens that the text tower gets for each text, without padding."""
     seen = []
+
+    def encode_text(tokens_BT: torch.Tensor) -> torch.Tensor:
+        seen.append(tokens_BT)
+        return torch.ones(1, 2)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            encoder.clip,
-            "encode_text",
-            lambda tokens_BT: (seen.append(tokens_BT), torch.ones(1, 2))[1],
-        )
+        patch.setattr(encoder.clip, "encode_text", encode_text)
         encoder.encode_texts(texts, **options)
+
+    # The end token has the largest id.
     (tokens_BT,) = seen
-    return [
-        row[: int(row.argmax()) + 1].tolist() for row in tokens_BT
-    ]  # the end token has the largest id
+    return [row[: int(row.argmax()) + 1].tolist() for row in tokens_BT]
 
 
 LONG = "the quick brown fox jumps over a lazy dog and then sleeps under an old oak"
@@ -443,11 +454,13 @@ def test_that_share_of_the_text_is_dropped(
     texts = [" ".join(LONG.split()[:count]) for count in range(1, 17)] + [""]
     before = text_tokens(encoder, monkeypatch, texts)
     after = text_tokens(encoder, monkeypatch, texts, dropout=share, seed=3)
+
     for whole, kept in zip(before, after, strict=True):
         assert (kept[0], kept[-1]) == (whole[0], whole[-1])
         assert len(whole) - len(kept) == round(share * (len(whole) - 2))
+        # The tokens that are left keep their order.
         left = iter(whole)
-        assert all(token in left for token in kept)  # in their order
+        assert all(token in left for token in kept)
 
 
 def test_every_inner_token_is_dropped_at_times(
@@ -455,10 +468,13 @@ def test_every_inner_token_is_dropped_at_times(
 ) -> None:
     whole = text_tokens(encoder, monkeypatch, [LONG])[0]
     assert len(set(whole)) == len(whole)
+
     dropped: collections.Counter[int] = collections.Counter()
     for seed in range(300):
         kept = text_tokens(encoder, monkeypatch, [LONG], dropout=0.2, seed=seed)[0]
         dropped.update(set(whole) - set(kept))
+
+    # The two ends are never dropped.
     share = round(0.2 * (len(whole) - 2)) / (len(whole) - 2)
     for token in whole[1:-1]:
         assert abs(dropped[token] - 300 * share) < 4 * (300 * share * (1 - share)) ** 0.5
@@ -467,7 +483,7 @@ def test_every_inner_token_is_dropped_at_times(
 def test_a_text_with_token_zero_keeps_its_end(
     encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CLIP's piece "!" inside a word, as in "wow!%", has the id 0 of the padding."""
+    """CLIP's piece "!" inside a word, as in "wow!%", has id 0, as the padding has."""
     text = "wow!% " + LONG
     whole = encoder._tokens([text])[0].tolist()
     assert 0 in whole[: whole.index(max(whole))]
@@ -492,14 +508,18 @@ def test_dropout_changes_the_vectors_by_its_seed_alone(encoder: ClipEncoder) -> 
         plain_BD = encode(items)
         torch.manual_seed(7)
         state = torch.get_rng_state()
+
+        # The seed decides, and torch's own generator is neither used nor moved.
         first_BD = encode(items, dropout=0.3, seed=1)
         assert torch.equal(torch.get_rng_state(), state)
         torch.manual_seed(8)
         assert np.array_equal(encode(items, dropout=0.3, seed=1), first_BD)
+
         assert (np.abs(encode(items, dropout=0.3, seed=2) - first_BD).max(1) > 1e-4).all()
         assert (np.abs(plain_BD - first_BD).max(1) > 1e-4).all()
         np.testing.assert_allclose(np.linalg.norm(first_BD, axis=1), 1, atol=1e-5)
-        assert np.array_equal(encode(items), plain_BD)  # and it is off again
+        # Without the argument, dropout is off again.
+        assert np.array_equal(encode(items), plain_BD)
 
 
 def test_that_share_of_the_patches_is_dropped(encoder: ClipEncoder) -> None:
@@ -511,11 +531,9 @@ def test_that_share_of_the_patches_is_dropped(encoder: ClipEncoder) -> None:
             encoder.encode_images(pictures(3), dropout=share)
     finally:
         handle.remove()
-    assert [max(shape[:2]) for shape in lengths] == [
-        1 + 16,
-        1 + 12,
-        1 + 8,
-    ]  # a class token and 4 x 4 patches
+
+    # A class token, and what is left of 4 x 4 patches.
+    assert [max(shape[:2]) for shape in lengths] == [1 + 16, 1 + 12, 1 + 8]
     assert not encoder.training
     assert not encoder.clip.visual.training
 
@@ -538,7 +556,7 @@ def test_an_image_tower_without_patches_is_one_sentence(encoder: ClipEncoder) ->
         whole.encode_images(pictures(1), dropout=0.2)
 
 
-# ------------------------------------------------------------------------------------------------ retrieval
+# ---------------------------------------------------------------------------------------- retrieval
 
 
 def filled(retriever: Any, ids: list[str], texts: list[str], images_BHWC: np.ndarray) -> Bank:
@@ -548,9 +566,11 @@ def filled(retriever: Any, ids: list[str], texts: list[str], images_BHWC: np.nda
 
 
 def test_parts_that_are_not_asked_for_are_zero(retriever: Any) -> None:
-    texts_only, images_only = retriever.parts(TEXTS, None), retriever.parts(None, pictures())
+    texts_only = retriever.parts(TEXTS, None)
+    images_only = retriever.parts(None, pictures())
     assert not texts_only.image_BD.any()
     assert not images_only.text_BD.any()
+
     both = retriever.parts(TEXTS, pictures())
     assert np.array_equal(both.text_BD, texts_only.text_BD)
     assert np.array_equal(both.image_BD, images_only.image_BD)
@@ -561,18 +581,22 @@ def test_parts_that_are_not_asked_for_are_zero(retriever: Any) -> None:
 @pytest.mark.parametrize("by", ["text", "image"])
 @pytest.mark.parametrize("threshold", [0.3, 0.9, 2.0])
 def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) -> None:
-    """Of two candidates at first, which are more and more until all documents were looked at."""
+    """It begins with two candidates, whose number grows until all documents were looked at."""
     retriever = build_retriever(threshold=threshold, candidates=2)
     ids = [f"document {n}" for n in range(DOCUMENTS)]
     bank = filled(retriever, ids, TEXTS, pictures())
     parts = bank.parts_of(np.arange(DOCUMENTS))
     queries = retriever.parts([f"a {text}" for text in TEXTS], pictures(seed=1))
-    # Every second query stands for its own document, the others come from outside.
+
+    # Every second query stands for its own document; the others come from outside.
     own_Q = np.array([n if n % 2 else NONE for n in range(DOCUMENTS)])
     found, verdicts = retriever.retrieve(bank, queries, by, exclude_Q=own_Q, count=3)
+
+    # By brute force: all documents in the order of their inner products, and the slow strategy.
     expected_verdicts: collections.Counter[str] = collections.Counter()
+    searched_QD = queries.text_BD if by == "text" else queries.image_BD
     for q in range(DOCUMENTS):
-        vector_D = (queries.text_BD if by == "text" else queries.image_BD)[q]
+        vector_D = searched_QD[q]
         order = np.argsort(-(parts.mean() @ vector_D), kind="stable")
         rows, seen = slow_select(
             order.tolist(),
@@ -584,16 +608,19 @@ def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) ->
         )
         assert found[q].tolist() == rows + [NONE] * (3 - len(rows))
         expected_verdicts += seen
+
     assert verdicts == expected_verdicts
 
 
 def test_a_query_never_finds_itself_nor_its_exact_copy() -> None:
     retriever = build_retriever(threshold=0.999)
+    # Documents 0 and 5 have the same image.
     images_BHWC = pictures()
     images_BHWC[5] = images_BHWC[0]
     ids = [str(n) for n in range(DOCUMENTS)]
     bank = filled(retriever, ids, TEXTS, images_BHWC)
     parts = bank.parts_of(np.arange(DOCUMENTS))
+
     for by in ("text", "image"):
         found, _ = retriever.retrieve(
             bank, parts, by, exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS
@@ -601,6 +628,8 @@ def test_a_query_never_finds_itself_nor_its_exact_copy() -> None:
         assert all(n not in rows for n, rows in enumerate(found))
         assert 5 not in found[0]
         assert 0 not in found[5]
+
+    # A query from outside has no document of its own, so nothing is left out.
     outside, _ = build_retriever(threshold=2.0).retrieve(bank, parts, "image", count=12)
     assert all(n in rows for n, rows in enumerate(outside))
 
@@ -612,33 +641,35 @@ def test_a_query_without_the_part_that_is_searched_by_finds_nothing(retriever: A
     found, verdicts = retriever.retrieve(bank, queries, "text", count=2)
     assert (found[1] == NONE).all()
     assert (found[[0, 2]] != NONE).any()
-    assert (
-        verdicts["seen"]
-        == retriever.retrieve(bank, queries.rows(np.array([0, 2])), "text", count=2)[1]["seen"]
-    )
+
+    # It is not counted, either.
+    others = queries.rows(np.array([0, 2]))
+    _, of_others = retriever.retrieve(bank, others, "text", count=2)
+    assert verdicts["seen"] == of_others["seen"]
 
 
 def test_held_out_documents_are_not_in_a_bank_of_the_training_documents(retriever: Any) -> None:
     ids = [f"document {n}" for n in range(DOCUMENTS)]
     splits = [split_of_key(id_, validation=0.2, held_out=0.3) for id_ in ids]
     train = [n for n, split in enumerate(splits) if split == "train"]
+
     bank = filled(retriever, [ids[n] for n in train], [TEXTS[n] for n in train], pictures()[train])
     held_out = {ids[n] for n in range(DOCUMENTS)} - {ids[n] for n in train}
     assert len(held_out) >= 4
     assert not held_out & {bank.id(row) for row in range(len(bank))}
-    found, _ = retriever.retrieve(
-        bank, retriever.parts(TEXTS, pictures()), "image", count=DOCUMENTS
-    )
+
+    queries = retriever.parts(TEXTS, pictures())
+    found, _ = retriever.retrieve(bank, queries, "image", count=DOCUMENTS)
     assert not held_out & {bank.id(row) for row in found.ravel() if row != NONE}
 
 
-# ------------------------------------------------------------------------------------------------ neighbours
+# --------------------------------------------------------------------------------------- neighbours
 
 
 def neighbours_in(
     retriever: Any, bank: Bank, texts: list[str], images_BHWC: np.ndarray, seed: int
 ) -> tuple[np.ndarray, collections.Counter[str]]:
-    """Neighbours (V, B, K) of the documents of the bank under every variant of dropout, and the verdicts."""
+    """Neighbours (V, B, K) of the bank's documents under every variant of dropout, and verdicts."""
     config, own_B = retriever.config, np.arange(len(texts))
     variants = (
         retriever.parts(texts, images_BHWC, dropout=config.query_dropout, seed=seed + variant)
@@ -653,6 +684,8 @@ def test_neighbours_are_those_of_every_variant_and_modality() -> None:
     bank = filled(retriever, ids, TEXTS, pictures())
     found_VBK, verdicts = neighbours_in(retriever, bank, TEXTS, pictures(), 5)
     assert found_VBK.shape == (3, DOCUMENTS, 4)
+
+    # The first half is found by text; the second half by image, with the first half taken.
     seen = 0
     for variant in range(3):
         queries = retriever.parts(TEXTS, pictures(), dropout=0.25, seed=5 + variant)
@@ -664,9 +697,13 @@ def test_neighbours_are_those_of_every_variant_and_modality() -> None:
             )
             assert np.array_equal(found_VBK[variant, :, 2 * half : 2 * half + 2], expected)
             seen += counted["seen"]
+
+    # No document is its own neighbour, and dropout makes the variants differ.
     assert verdicts["seen"] == seen
+
     assert (found_VBK != np.arange(DOCUMENTS)[None, :, None]).all()
     assert not np.array_equal(found_VBK[0], found_VBK[1])
+
     again_VBK, _ = neighbours_in(retriever, bank, TEXTS, pictures(), 5)
     assert np.array_equal(again_VBK, found_VBK)
 
@@ -682,22 +719,24 @@ def simulated_bank(seed: int, rows: int, text_only: float, noise: float = 0.8) -
 
 
 def all_of(parts: Parts, rows: np.ndarray, query_D: np.ndarray) -> list[int]:
-    """Some rows in order of the inner products, by brute force."""
+    """The given rows in the order of their inner products with the query, by brute force."""
     return rows[np.argsort(-(parts.mean()[rows] @ query_D), kind="stable")].tolist()
 
 
 @pytest.mark.parametrize("pairs_only", [True, False])
 def test_prompts_get_pairs_from_a_bank_that_is_half_text(pairs_only: bool) -> None:
-    """Whether others are left out of the index, or stand before the pairs and candidates grow beyond them."""
+    """Documents without images are left out of the index, or candidates grow beyond them."""
     parts = simulated_bank(0, 2000, text_only=0.5)
     bank = bank_of(parts, pairs_only=pairs_only)
     pairs = np.flatnonzero(parts.has("image"))
     queries = Parts(unit(np.random.default_rng(1), 10, 32), np.zeros((10, 32), np.float32))
+
     found, verdicts = build_retriever(candidates=4).retrieve(bank, queries, "text", count=3)
     for q in range(10):
         assert found[q].tolist() == all_of(parts, pairs, queries.text_BD[q])[:3]
     assert ("modality" in verdicts) is not pairs_only
-    # Without growing, some queries found none at all among four candidates of a whole index.
+
+    # Four candidates of a whole index held no pair at all for some queries, so they had to grow.
     if not pairs_only:
         first_QK = bank.search(queries.text_BD, 4)
         assert not np.isin(first_QK, pairs).any(axis=1).all()
@@ -705,12 +744,14 @@ def test_prompts_get_pairs_from_a_bank_that_is_half_text(pairs_only: bool) -> No
 
 def test_candidates_grow_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The only pair is the last of 300 candidates."""
+    # The query is far from all texts, and the document that is the farthest gets the only image.
     parts = simulated_bank(0, 300, text_only=1.0)
     query_1D = -parts.text_BD.mean(axis=0, keepdims=True)
     last = all_of(parts, np.arange(300), query_1D[0])[-1]
     parts.image_BD[last] = parts.text_BD[last]
     bank = bank_of(parts)
     assert all_of(parts, np.arange(300), query_1D[0])[-1] == last
+
     asked: list[int] = []
     search = Bank.search
 
@@ -719,10 +760,14 @@ def test_candidates_grow_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> Non
         return search(self, query_QD, count)
 
     monkeypatch.setattr(Bank, "search", counted)
+
     retriever, query = build_retriever(), Parts(query_1D, np.zeros_like(query_1D))
     found, verdicts = retriever.retrieve(bank, query, "text", count=1)
     assert (found.tolist(), asked) == ([[last]], [64, 128, 256, 300])
-    assert verdicts == {"seen": 300, "modality": 299}  # each candidate is counted once
+    # Each candidate is counted once, though it was found several times.
+    assert verdicts == {"seen": 300, "modality": 299}
+
+    # A limit ends the search.
     asked.clear()
     monkeypatch.setattr("cm3leon.retrievers.base.MOST_CANDIDATES", 100)
     assert retriever.retrieve(bank, query, "text", count=1)[0].tolist() == [[NONE]]
@@ -737,25 +782,27 @@ def test_a_bank_of_pairs_knows_its_rows() -> None:
     found_QK = bank.search(queries_QD, len(pairs))
     assert bank.searchable == len(pairs)
     assert found_QK.tolist() == [all_of(parts, pairs, query_D) for query_D in queries_QD]
+
+    # A bank without any pair finds nothing.
     none = bank_of(random_parts(0, 1, missing=1.0), pairs_only=True)
     assert (none.search(queries_QD[:, :4], 3) == NONE).all()
 
 
 def test_both_halves_of_the_neighbours_together_are_diverse() -> None:
-    """Every document has two copies; by text and by image the same ones are the nearest."""
+    """Every document has two copies; by text and by image, the same documents are the nearest."""
     once = simulated_bank(0, 60, text_only=0.0, noise=0.1)
     parts = Parts.concatenate([once, once, once])
     bank = bank_of(parts, pairs_only=True)
     queries = simulated_bank(1, 20, text_only=0.0, noise=0.1)
     retriever = build_retriever(threshold=0.95, per_modality=2)
     rows_VBK, _ = neighbours_of(retriever, bank, [queries], np.full(20, NONE), like=queries)
+
+    # The documents by number, each once, although three copies of it are in the bank.
+    def nearest(query_D: np.ndarray) -> list[int]:
+        return list(dict.fromkeys(row % 60 for row in all_of(parts, np.arange(180), query_D)))
+
     for q in range(20):
-        by_text = list(
-            dict.fromkeys(row % 60 for row in all_of(parts, np.arange(180), queries.text_BD[q]))
-        )
-        by_image = list(
-            dict.fromkeys(row % 60 for row in all_of(parts, np.arange(180), queries.image_BD[q]))
-        )
+        by_text, by_image = nearest(queries.text_BD[q]), nearest(queries.image_BD[q])
         expected = by_text[:2] + [row for row in by_image if row not in by_text[:2]][:2]
         assert [row % 60 for row in rows_VBK[0, q].tolist()] == expected
 
@@ -765,18 +812,22 @@ def test_copies_are_told_by_the_document_not_by_what_dropout_left_of_it() -> Non
     retriever = build_retriever(
         threshold=0.999, query_dropout=0.5, per_modality=DOCUMENTS, dropout_variants=2
     )
+
     images_BHWC = pictures()
     images_BHWC[1] = images_BHWC[0]
     ids = [str(n) for n in range(DOCUMENTS)]
     bank = filled(retriever, ids, TEXTS, images_BHWC)
+
     found_VBK, _ = neighbours_in(retriever, bank, TEXTS, images_BHWC, 0)
     assert 1 not in found_VBK[:, 0]
     assert 0 not in found_VBK[:, 1]
+
+    # Without `like`, the copy would be found by what dropout left of the query.
     dropped = retriever.parts(TEXTS, images_BHWC, dropout=0.5, seed=0)
     unaware, _ = retriever.retrieve(
         bank, dropped, "image", exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS
     )
-    assert 1 in unaware[0]  # which is what `like` is for
+    assert 1 in unaware[0]
 
 
 def test_missing_neighbours_are_marked() -> None:
@@ -784,6 +835,7 @@ def test_missing_neighbours_are_marked() -> None:
     bank = filled(retriever, ["a", "b"], TEXTS[:2], pictures(2))
     found_VBK, _ = neighbours_in(retriever, bank, TEXTS[:2], pictures(2), 0)
     assert (found_VBK == NONE).all()
+
     rng = np.random.default_rng(0)
     assert draw(found_VBK[:, 0], most=3, random_count=False, rng=rng) == []
 
@@ -802,7 +854,7 @@ def test_a_draw_is_distinct_and_most_relevant_last(
     assert len(drawn) == len(set(drawn)) <= most
     assert NONE not in drawn
     orders = [list(dict.fromkeys(row for row in variant if row != NONE)) for variant in rows]
-    # All come from one variant, the closest last.
+    # All drawn documents come from one variant, the closest last.
     fitting = [order for order in orders if [row for row in order if row in drawn] == drawn[::-1]]
     assert fitting
     if not random_count:
@@ -810,22 +862,26 @@ def test_a_draw_is_distinct_and_most_relevant_last(
 
 
 def test_count_choice_and_variant_are_drawn_evenly() -> None:
-    rows_VK = np.array([[1, 2, 3, 4], [5, 6, 7, 5]])  # the second has three distinct ones
+    # The second variant has three distinct neighbours.
+    rows_VK = np.array([[1, 2, 3, 4], [5, 6, 7, 5]])
     rng, draws = np.random.default_rng(0), 6000
     drawn = [draw(rows_VK, most=3, random_count=True, rng=rng) for _ in range(draws)]
+
+    # Each number of documents from 0 to 3.
     counts = collections.Counter(len(rows) for rows in drawn)
     for count in range(4):
         assert abs(counts[count] - draws / 4) < 4 * (draws * 3 / 16) ** 0.5
+
+    # Each pair of one variant, half of them from either variant.
     pairs = collections.Counter(tuple(sorted(rows)) for rows in drawn if len(rows) == 2)
     assert set(pairs) == {
         *itertools.combinations((1, 2, 3, 4), 2),
         *itertools.combinations((5, 6, 7), 2),
     }
-    first, second = (
-        sum(pairs[p] for p in pairs if p[0] < 5),
-        sum(pairs[p] for p in pairs if p[0] >= 5),
-    )
+    first = sum(pairs[p] for p in pairs if p[0] < 5)
+    second = sum(pairs[p] for p in pairs if p[0] >= 5)
     assert abs(first - second) < 4 * (first + second) ** 0.5
     assert min(pairs.values()) > first / 6 * 0.7
+
     fixed = [draw(rows_VK, most=3, random_count=False, rng=rng) for _ in range(100)]
     assert {len(rows) for rows in fixed} == {3}

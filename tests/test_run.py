@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and its one-line messages."""
+"""The command line: what it prints, its exit codes, and its messages of one line."""
 
 from __future__ import annotations
 
@@ -58,11 +58,13 @@ def test_waiting_threads_soon_give_their_cores_away_unless_the_user_says_otherwi
 ) -> None:
     monkeypatch.setattr(run, "main", lambda: 0)
     monkeypatch.setattr(run, "guard", lambda: None)
+    # Each is set first, so that monkeypatch puts it back as it was.
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # so that it is put back as it was
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
+
     with pytest.raises(SystemExit):
         run.script()
     assert os.environ.get("GOMP_SPINCOUNT") == spins
@@ -143,16 +145,19 @@ def test_a_run_a_sweep_and_a_study_need_a_folder_each(
 def test_a_sweep_on_the_command_line_has_a_folder_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Readme's line, after `make demo`."""
+    """The line of the README, after `make demo`."""
     folders: list[Path] = []
     monkeypatch.setattr(
         "cm3leon.studies.run_study", lambda sweep, **options: folders.append(sweep.folder)
     )
     monkeypatch.chdir(tmp_path)
+
+    # A folder of its own by default, the one that is given, and that of a sweep's file.
     words = ["experiment=digits", "sweep.training.learning_rate=1e-3,3e-3"]
     assert run.main(words) == 0
     assert run.main([*words, "run=mine"]) == 0
     assert run.main(["experiment=sweep_digits"]) == 0
+
     assert folders == [
         tmp_path / "runs" / "digits-sweep",
         tmp_path / "mine",
@@ -213,14 +218,10 @@ def test_a_command_gets_its_options_and_says_the_exit_code(monkeypatch: pytest.M
 def test_a_command_takes_the_settings_of_its_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     main = Mock(return_value=None)
     monkeypatch.setattr("cm3leon.commands.run.main", main)
-    words = [
-        "training.steps=2",
-        "experiment=digits",
-        "redo=tokens, vectors",
-        "until=",
-        "decoder=cfg",
-    ]
+    words = ["training.steps=2", "experiment=digits", "redo=tokens, vectors"]
+    words += ["until=", "decoder=cfg"]
     assert run.main(words) == 0
+
     (options,) = main.call_args.args
     assert (options.experiment, options.until) == ("digits", None)
     assert options.folder == Path("runs/digits")
@@ -228,7 +229,7 @@ def test_a_command_takes_the_settings_of_its_experiment(monkeypatch: pytest.Monk
     assert options.overrides == ("training.steps=2", "decoder=cfg")
 
 
-# ------------------------------------------------------------------------------------------------ every command
+# ------------------------------------------------------------------------------------ every command
 
 
 NOT_COMMANDS = {
@@ -244,7 +245,7 @@ NOT_COMMANDS = {
     "traced_sample",
     "words",
 }
-"""Modules that commands have in common."""
+"""Modules of the folder that are no commands, but that commands share."""
 
 
 def test_every_file_is_a_command_that_is_listed() -> None:
@@ -256,13 +257,15 @@ def test_every_file_is_a_command_that_is_listed() -> None:
 def test_a_new_command_is_a_file_and_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """That of docs/architecture.md."""
+    """The new command is the example of docs/architecture.md."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     example = re.search(r'```python\n(""".+?\n)```', page, re.S)
     assert example
+
     (tmp_path / "count.py").write_text(example[1])
     monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
     monkeypatch.setattr(commands, "COMMANDS", (*COMMANDS, "count"))
+
     assert run.main(["count", "--help"]) == 0
     assert "  run: a path, required\n      A run folder whose" in capsys.readouterr().out
     assert run.main(["count"]) == 2
@@ -282,30 +285,33 @@ def test_the_words_for_jobs_stand_apart(capsys: pytest.CaptureFixture[str]) -> N
 def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main([name, "--help"]) == 0
     text = capsys.readouterr().out
+
     command = load_command(name)
     assert text.startswith(f"usage: python -m cm3leon.run {name} ")
     assert command.summary in text
     assert command.summary.endswith(".")
     assert f"python -m cm3leon.run {name} {' '.join(command.example[:1])}" in text
+
     for doc in describe(command.options):
         default = ", required" if doc.default == "required" else f" = {doc.default}"
         assert f"\n  {doc.name}: {doc.type}{default}"[:70] in text
         assert doc.sentence[:40] in text
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])  # needs none
+# The command doctor has no option that it needs.
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])
 def test_an_option_that_is_missing_is_answered_with_an_example(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each in turn, of those without which the command cannot begin; the others as the example has them."""
+    """Each required option is missing once, while the others are as in the example."""
     command = load_command(name)
     required = [doc.name for doc in describe(command.options) if doc.default == "required"]
     assert required
     monkeypatch.setattr("cm3leon.data.formats.told_source", lambda path: ("folder", []))
+
     for missing in required:
-        given = [
-            word for word in command.example if not word.startswith((f"{missing}=", f"{missing}."))
-        ]
+        names = (f"{missing}=", f"{missing}.")
+        given = [word for word in command.example if not word.startswith(names)]
         assert run.main([name, *given]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         key = rf"{missing}(\.path)?="
@@ -332,7 +338,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest(
     assert "trainin is not a known key; did you mean training?" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ --list
+# ------------------------------------------------------------------------------------------- --list
 
 
 @pytest.mark.parametrize(
@@ -382,14 +388,13 @@ def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture
 
     assert run.main(["--list"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "\n  min_p  (plugins/example)\n    Samples among the tokens that are not much less likely"
-        in text
-    )
-    assert (
-        "\n      min_p: a number from 0 to 1 = 0.1\n          A token stays if its probability"
-        in text
-    )
+
+    # A plugin's component with its sentence, and one of its settings.
+    name = "min_p  (plugins/example)"
+    assert f"\n  {name}\n    Samples among the tokens that are not much less likely" in text
+    setting = "min_p: a number from 0 to 1 = 0.1"
+    assert f"\n      {setting}\n          A token stays if its probability" in text
+
     for registry in REGISTRIES:
         assert all(f"\n  {name}  ({registry.origin(name)})\n" in text for name in registry.names())
     for name, entry in list_experiments().items():

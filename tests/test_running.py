@@ -1,4 +1,4 @@
-"""What a run on several ranks refuses, and when."""
+"""What a run on several ranks refuses, and before which of its stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAINED = ("image_tokenizer", "retriever", "pretraining")
 
 
 def trained_stages(made: list[str]) -> list[Stage[Any]]:
-    """Stages made in no time, those that train from their number of steps."""
+    """Stages that take no time to make; those that train depend on their number of steps."""
 
     def stage(name: str, section: str) -> Stage[Any]:
         def make(run: Any, place: Path) -> None:
@@ -26,12 +26,14 @@ def trained_stages(made: list[str]) -> list[Stage[Any]]:
             (place / "weights").write_text("trained")
 
         def inputs(run: Any) -> Any:
-            return {section: {"steps": getattr(getattr(run.experiment, section), "steps", None)}}
+            settings = getattr(run.experiment, section)
+            return {section: {"steps": getattr(settings, "steps", None)}}
 
         return Stage(
             name, 1, inputs, make, needs=(), expensive=True, trains=lambda run: name in TRAINED
         )
 
+    # In the order of a run; what comes between them does not matter here.
     return [
         stage("documents", "data"),
         stage("image_tokenizer", "image_tokenizer_training"),
@@ -42,16 +44,17 @@ def trained_stages(made: list[str]) -> list[Stage[Any]]:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """All files of a folder but the remembered checksums."""
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != running.DIGESTS
-    }
+    """All files of a folder except the remembered checksums."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != running.DIGESTS:
+            found[file.relative_to(folder).as_posix()] = file.read_bytes()
+    return found
 
 
 @pytest.fixture
 def first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the only rank, with a port that is free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,12 +74,12 @@ def test_ranks_refuse_a_later_stage_before_an_earlier_one_is_trained(
     assert made == ["documents", "image_tokenizer", "retriever"]
     before = everything(folder)
 
+    # Both trainings would be made anew, but only the first one was asked for.
     changed = ["image_tokenizer_training.steps=3", "retriever_training.steps=3"]
     other = load_experiment("digits_smoke", changed)
     accepted: list[str] = []
-    with pytest.raises(
-        UserError, match=r"retriever in .* would make it anew .* say redo=retriever"
-    ):
+    refusal = r"retriever in .* would make it anew .* say redo=retriever"
+    with pytest.raises(UserError, match=refusal):
         run_experiment(
             other,
             folder,
@@ -87,6 +90,6 @@ def test_ranks_refuse_a_later_stage_before_an_earlier_one_is_trained(
     assert (made, accepted) == (["documents", "image_tokenizer", "retriever"], [])
     assert everything(folder) == before
 
-    # What is not reached is not refused.
+    # What the run does not reach is not refused.
     run_experiment(other, folder, until="image_tokenizer", redo=["image_tokenizer"])
     assert made == ["documents", "image_tokenizer", "retriever", "image_tokenizer"]

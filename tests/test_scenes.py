@@ -1,4 +1,4 @@
-"""The world where the truth is known: the same by seed, pictures as described, read back by the parser."""
+"""The world whose truth is known: scenes follow from seeds, and pictures are read back."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ENTITIES = World(entities=3000, entity_share=1.0)
 
 
 def what(thing: Thing) -> tuple[Any, ...]:
-    """All that a parser reads of a thing: its place, not the pixel it stands on."""
+    """All that a parser reads of a thing: the place that it is in, not the pixel it stands on."""
     looks = (
         thing.kind,
         thing.shape,
@@ -69,7 +69,7 @@ def one(shape: str = "circle", colour: str = "red", **fields: Any) -> Thing:
     return Thing(kind="shape", colour=colour, shape=shape, **(usual | fields))
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 @given(seed=st.integers(0, 10**6))
@@ -99,6 +99,8 @@ def test_every_kind_of_thing_occurs_about_as_often_as_asked() -> None:
     kinds = Counter(thing.kind for thing in things)
     assert 0.08 < kinds["word"] / len(things) < 0.12
     assert 0.08 < kinds["figure"] / len(things) < 0.12
+
+    # Every value of every attribute occurs, none much more seldom than the others.
     shapes = [thing for thing in things if thing.kind == "shape"]
     for values, attribute in (
         (SHAPES, "shape"),
@@ -109,6 +111,7 @@ def test_every_kind_of_thing_occurs_about_as_often_as_asked() -> None:
         counts = Counter(getattr(thing, attribute) for thing in shapes)
         assert set(counts) == set(values)
         assert min(counts.values()) > 0.8 * len(shapes) / len(values)
+
     assert Counter(len(scene.things) for scene in scenes).keys() == {1, 2, 3, 4}
     assert sum(touches(*scene.things[:2]) for scene in scenes if len(scene.things) > 1) > 150
 
@@ -121,48 +124,59 @@ def test_entities_are_long_tailed_and_look_different() -> None:
     assert len({entity_name(number) for number in range(5000)}) == 5000
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 @pytest.mark.parametrize("side", [24, 48, 64, 100, 256])
 def test_a_shape_covers_what_its_formula_says(side: int) -> None:
-    """Areas of shapes as shares of their squares, from geometry, at every resolution."""
-    areas = {"circle": np.pi / 4, "square": 0.88**2, "diamond": 0.5, "cross": 0.34 * 2 - 0.34**2,
-             "ring": np.pi / 4 * (1 - 0.52**2), "triangle": 0.95 * 0.95 / 2}  # fmt: skip
+    """Geometry gives the shares that shapes have of their squares, at every resolution."""
+    areas = {
+        "circle": np.pi / 4,
+        "square": 0.88**2,
+        "diamond": 0.5,
+        "cross": 0.34 * 2 - 0.34**2,
+        "ring": np.pi / 4 * (1 - 0.52**2),
+        "triangle": 0.95 * 0.95 / 2,
+    }
+    ground, tone = np.array(BACKGROUNDS["black"]), np.array(COLOURS["red"])
     for shape, area in areas.items():
         pixels_HWC = render.picture(Scene("black", (one(shape),)), side).astype(float)
-        ground, tone = (
-            np.array(table[name]) for table, name in ((BACKGROUNDS, "black"), (COLOURS, "red"))
-        )
+        # A pixel at the rim counts as far as its tone is that of the shape.
         cover = ((pixels_HWC - ground) @ (tone - ground) / ((tone - ground) ** 2).sum()).sum()
         assert cover == pytest.approx(area * round(SIZES["large"] * side) ** 2, rel=0.08), shape
 
 
 def test_what_is_seen_agrees_with_the_picture() -> None:
-    """Owners, boxes, depth, normals and edges, of two things of which one hides a part of the other."""
+    """Owners, boxes, depth, normals and edges of two things, one partly hidden by the other."""
     scene = Scene("white", (one("square"), one("circle", "blue", x=0.65, y=0.5)))
     side = 96
     pixels_HWC, owner_HW = render.picture(scene, side), render.owners(scene, side)
-    for point, tone, owner in (((48, 44), COLOURS["red"], 0), ((48, 60), COLOURS["blue"], 1),
-                               ((5, 5), BACKGROUNDS["white"], -1)):  # fmt: skip
+    for point, tone, owner in (
+        ((48, 44), COLOURS["red"], 0),
+        ((48, 60), COLOURS["blue"], 1),
+        ((5, 5), BACKGROUNDS["white"], -1),
+    ):
         assert (pixels_HWC[point] == tone).all()
         assert owner_HW[point] == owner
+
+    # A box is that of the whole thing, hidden or not.
     for number, (left, top, right, bottom) in enumerate(render.boxes(scene, side)):
         alone_HW = render.owners(Scene("white", scene.things[number : number + 1]), side) == 0
         ys, xs = np.nonzero(alone_HW)
         assert (left, top, right, bottom) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+
+    # The circle is in front of the square, and the background is the farthest.
     depth_HW = render.depth(scene, side)
     assert depth_HW[owner_HW == -1].max() == 0
-    assert (
-        depth_HW[owner_HW == 1].min()
-        > depth_HW[owner_HW == 0].max()
-        > depth_HW[owner_HW == 0].min()
-        > 0
-    )
+    circle_N, square_N = depth_HW[owner_HW == 1], depth_HW[owner_HW == 0]
+    assert circle_N.min() > square_N.max() > square_N.min() > 0
+
     normal_HWC = render.normals(scene, side)
     np.testing.assert_allclose(np.linalg.norm(normal_HWC, axis=-1), 1, atol=1e-5)
     assert (normal_HWC[owner_HW == -1] == (0, 0, 1)).all()
-    assert normal_HWC[48, 72, 0] > 0.5 > -0.2 > normal_HWC[48, 54, 0]  # outwards on both sides
+    # The circle bulges: its normals lean outwards on both sides.
+    assert normal_HWC[48, 72, 0] > 0.5 > -0.2 > normal_HWC[48, 54, 0]
+
     edge_HW = render.edges(scene, side)
     assert not edge_HW[:10].any()
     assert 60 < edge_HW.sum() < 0.1 * edge_HW.size
@@ -170,7 +184,8 @@ def test_what_is_seen_agrees_with_the_picture() -> None:
 
 def test_a_figures_limbs_are_where_its_pose_says() -> None:
     low, high = render.joints((20, 20, 20, 20)), render.joints((155, 20, 155, 20))
-    assert high["left arm"][1] < low["left arm"][1]  # raised
+    # One arm is raised, the other one hangs.
+    assert high["left arm"][1] < low["left arm"][1]
     assert high["right arm"] == low["right arm"]
     assert high["left leg"][0] < low["left leg"][0] < 0 < low["right leg"][0]
 
@@ -178,15 +193,12 @@ def test_a_figures_limbs_are_where_its_pose_says() -> None:
 def test_things_at_the_rim_are_cut_off() -> None:
     whole = render.picture(Scene("black", (one(x=0.5, y=0.5),)), 64)
     cut = render.picture(Scene("black", (one(x=0.0, y=1.0),)), 64)
-    assert (
-        0.2
-        < (cut != BACKGROUNDS["black"]).any(-1).sum()
-        / (whole != BACKGROUNDS["black"]).any(-1).sum()
-        < 0.3
-    )
+    seen = (cut != BACKGROUNDS["black"]).any(-1).sum()
+    of_all = (whole != BACKGROUNDS["black"]).any(-1).sum()
+    assert 0.2 < seen / of_all < 0.3
 
 
-# ------------------------------------------------------------------------------------------------ the parser
+# --------------------------------------------------------------------------------------- the parser
 
 
 @pytest.mark.parametrize(
@@ -199,9 +211,8 @@ def test_true_pictures_are_read_back(world: World, side: int, scenes: int, at_le
     for seed in range(scenes):
         scene = draw_scene(world, seed)
         found = parse(render.picture(scene, side), world)
-        right += found.background == scene.background and Counter(
-            map(what, found.things)
-        ) == Counter(map(what, scene.things))
+        things_are_right = Counter(map(what, found.things)) == Counter(map(what, scene.things))
+        right += found.background == scene.background and things_are_right
     assert right >= at_least * scenes
 
 
@@ -213,12 +224,9 @@ def test_noise_and_blur_are_borne(noise: int) -> None:
     for seed in range(100):
         scene = draw_scene(SMALL, seed)
         pixels_HWC = gaussian_filter(render.picture(scene, 48).astype(float), (0.7, 0.7, 0))
-        noisy_HWC = np.clip(pixels_HWC + rng.normal(0, noise, pixels_HWC.shape), 0, 255).astype(
-            np.uint8
-        )
-        right += Counter(map(what, parse(noisy_HWC, SMALL).things)) == Counter(
-            map(what, scene.things)
-        )
+        pixels_HWC += rng.normal(0, noise, pixels_HWC.shape)
+        found = parse(np.clip(pixels_HWC, 0, 255).astype(np.uint8), SMALL)
+        right += Counter(map(what, found.things)) == Counter(map(what, scene.things))
     assert right >= 95
 
 
@@ -237,8 +245,11 @@ def test_who_stands_in_front_is_read() -> None:
 
 def test_anything_at_all_is_read_as_something() -> None:
     rng = np.random.default_rng(0)
-    images = [np.zeros((48, 48, 3), np.uint8), np.full((48, 48, 3), 255, np.uint8),
-              rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)]  # fmt: skip
+    images = [
+        np.zeros((48, 48, 3), np.uint8),
+        np.full((48, 48, 3), 255, np.uint8),
+        rng.integers(0, 256, (48, 48, 3), dtype=np.uint8),
+    ]
     for image_HWC in images:
         for world in (SMALL, ENTITIES):
             assert parse(image_HWC, world).background in world.backgrounds
@@ -252,7 +263,7 @@ def test_cells_of_an_entity_are_its_look() -> None:
     assert tuple(colours[number] for number in found) == entity_look(scene.things[0].entity)
 
 
-# ------------------------------------------------------------------------------------------------ language
+# ----------------------------------------------------------------------------------------- language
 
 
 @given(seed=st.integers(0, 10**6))
@@ -260,12 +271,15 @@ def test_cells_of_an_entity_are_its_look() -> None:
 def test_captions_name_what_is_there(seed: int) -> None:
     scene, rng = draw_scene(ALL, seed), Random(seed)
     short, long = language.caption(scene, rng), language.long_caption(scene)
+
     for text in (short, long):
         for thing in scene.things:
             assert thing.colour in text
             assert (thing.shape or thing.word or "figure") in text
     assert scene.background in long
     assert all(language.place_name(thing) in long for thing in scene.things)
+
+    # No other colour is named, and the article fits the next word.
     named = set(re.findall(r"\w+", f"{short} {long}")) & set(COLOURS)
     assert named == {thing.colour for thing in scene.things}
     assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", f"{short} {long}")
@@ -274,49 +288,51 @@ def test_captions_name_what_is_there(seed: int) -> None:
 @given(seed=st.integers(0, 10**6), world=st.sampled_from([ALL, SMALL]))
 @settings(max_examples=100)
 def test_answers_are_true(seed: int, world: World) -> None:
-    """By a second look at the scene, kind of question by kind of question."""
+    """A second look at the scene answers each kind of question."""
     scene = draw_scene(world, seed)
     shapes = {(thing.colour, thing.shape) for thing in scene.things if thing.kind == "shape"}
     for question in language.questions(scene, world, Random(seed)):
         text, answer = question.text, question.answer
         if question.kind == "exists":
+            # The question ends in a colour and a shape.
             colour, shape = text.rstrip("?").split()[-2:]
             assert ((colour, shape) in shapes) == (answer == "yes")
         elif question.kind == "count":
+            # It may name one colour, or ask about all things.
             asked = [colour for colour in world.colours if f" {colour} " in text]
             number = sum(not asked or thing.colour == asked[0] for thing in scene.things)
             assert answer == language.NUMBERS[number]
         elif question.kind == "relation":
             match = re.fullmatch(r"is the (.+) (left of|right of|above|below) the (.+)\?", text)
             assert match
-            one_, other = (
-                next(t for t in scene.things if language.short_name(t) == match[n]) for n in (1, 3)
-            )
-            holds = {"left of": one_.x < other.x, "right of": one_.x > other.x, "above": one_.y < other.y,
-                     "below": one_.y > other.y}[match[2]]  # fmt: skip
-            assert holds == (answer == "yes")
+            first = next(t for t in scene.things if language.short_name(t) == match[1])
+            second = next(t for t in scene.things if language.short_name(t) == match[3])
+            holds = {
+                "left of": first.x < second.x,
+                "right of": first.x > second.x,
+                "above": first.y < second.y,
+                "below": first.y > second.y,
+            }
+            assert holds[match[2]] == (answer == "yes")
         elif question.kind == "background":
             assert answer == scene.background
         elif question.kind == "depth":
+            # Things further in front come later in the scene.
             names = [language.short_name(thing) for thing in scene.things]
             behind = text.removeprefix("what is in front of the ").rstrip("?")
             assert names.index(behind) < names.index(answer)
         else:
-            asked = [thing for thing in scene.things
-                     if re.search(rf"\b({thing.colour}|{re.escape(language.noun(thing))})\b", text)]  # fmt: skip
-            values = {
-                "color": "colour",
-                "shape": "shape",
-                "size": "size",
-                "texture": "texture",
-                "word": "word",
-            }
-            found = {
-                language.place_name(thing)
-                if question.kind == "place"
-                else getattr(thing, values[question.kind])
-                for thing in asked
-            }
+            # What is asked about an attribute must be right of a thing that the text names.
+            described = []
+            for thing in scene.things:
+                words = rf"\b({thing.colour}|{re.escape(language.noun(thing))})\b"
+                if re.search(words, text):
+                    described.append(thing)
+            attribute = {"color": "colour"}.get(question.kind, question.kind)
+            if question.kind == "place":
+                found = {language.place_name(thing) for thing in described}
+            else:
+                found = {getattr(thing, attribute) for thing in described}
             assert answer in found
 
 
@@ -324,14 +340,27 @@ def test_every_kind_of_question_and_edit_occurs() -> None:
     kinds: Counter[str] = Counter()
     edits: Counter[str] = Counter()
     reasons = 0
+
+    # Three hundred scenes are enough to meet even the rare kinds.
     for seed in range(300):
         scene, rng = draw_scene(ALL, seed), Random(seed)
         kinds.update(question.kind for question in language.questions(scene, ALL, rng))
         edits.update(edit.kind for edit in language.edits(scene, ALL, rng))
         reasons += language.reasoning(scene, rng) is not None
+
     assert kinds.keys() == {
-        "color", "shape", "word", "place", "size", "texture", "background", "count", "exists", "relation", "depth"
-    }  # fmt: skip
+        "color",
+        "shape",
+        "word",
+        "place",
+        "size",
+        "texture",
+        "background",
+        "count",
+        "exists",
+        "relation",
+        "depth",
+    }
     assert edits.keys() == {"background", "add", "recolour", "move", "replace", "remove"}
     assert reasons > 100
 
@@ -343,17 +372,18 @@ def test_an_edit_changes_what_it_says_and_nothing_else(seed: int, world: World) 
     for edit in language.edits(scene, world, Random(seed)):
         gone = Counter(map(what, scene.things)) - Counter(map(what, edit.after.things))
         new = Counter(map(what, edit.after.things)) - Counter(map(what, scene.things))
+
+        # Only an edit of the background changes it; the others remove, add or change a thing.
         assert (edit.after.background != scene.background) == (edit.kind == "background")
         counts = {"background": (0, 0), "add": (0, 1), "remove": (1, 0)}.get(edit.kind, (1, 1))
         assert (sum(gone.values()), sum(new.values())) == counts, edit
+
+        # A changed thing differs in one attribute, by its index in `what`.
         before, after = [*gone], [*new]
         if edit.kind in ("recolour", "replace", "move"):
             names = {"recolour": 2, "replace": 1, "move": 8}
-            differing = [
-                place
-                for place, (a, b) in enumerate(zip(before[0], after[0], strict=True))
-                if a != b
-            ]
+            pairs = enumerate(zip(before[0], after[0], strict=True))
+            differing = [index for index, (a, b) in pairs if a != b]
             assert differing == [names[edit.kind]]
         if edit.kind == "move":
             assert language.place_of(edit.instruction.split(" to the ")[1]) == after[0][8]
@@ -366,10 +396,14 @@ def test_reasoning_has_one_right_option(seed: int) -> None:
     asked = language.reasoning(scene, Random(seed))
     if asked is None:
         return
-    right, wrong = (
-        next(thing for thing in scene.things if language.short_name(thing) == asked.options[number])
-        for number in (asked.answer, 1 - asked.answer)
-    )
+
+    def thing_of(option: str) -> Thing:
+        return next(thing for thing in scene.things if language.short_name(thing) == option)
+
+    right = thing_of(asked.options[asked.answer])
+    wrong = thing_of(asked.options[1 - asked.answer])
+
+    # What is asked holds of the right option and not of the other one.
     holds = {
         "Which is larger?": SIZES[right.size] > SIZES[wrong.size],
         "Which is higher?": right.y < wrong.y,
@@ -382,16 +416,14 @@ def test_reasoning_has_one_right_option(seed: int) -> None:
 def test_names_of_places_are_read_back() -> None:
     for row in ROWS:
         for column in COLUMNS:
-            x, y = (
-                (("left", "center", "right").index(column) + 0.5) / 3,
-                (("top", "middle", "bottom").index(row) + 0.5) / 3,
-            )
+            x = (("left", "center", "right").index(column) + 0.5) / 3
+            y = (("top", "middle", "bottom").index(row) + 0.5) / 3
             assert language.place_of(language.place_name(one(x=x, y=y))) == (row, column)
     for wrong in ("", "top bottom", "nowhere", "left right"):
         assert language.place_of(wrong) is None
 
 
-# ------------------------------------------------------------------------------------------------ the source
+# --------------------------------------------------------------------------------------- the source
 
 
 def source(**fields: Any) -> ScenesSource:
@@ -399,22 +431,22 @@ def source(**fields: Any) -> ScenesSource:
 
 
 def test_as_many_captions_are_wrong_as_asked_and_no_picture_changes() -> None:
-    true, noisy = (
-        ScenesSource(ScenesSource.Config(count=1000, side=24, wrong=wrong)) for wrong in (0.0, 0.3)
-    )
-    pairs = [
-        (one, other)
-        for part in true.parts()
-        for one, other in zip(true.read(part), noisy.read(part), strict=True)
-        if isinstance(one, Document) and isinstance(other, Document)
-    ]
+    true = ScenesSource(ScenesSource.Config(count=1000, side=24, wrong=0.0))
+    noisy = ScenesSource(ScenesSource.Config(count=1000, side=24, wrong=0.3))
+    pairs = []
+    for part in true.parts():
+        for one, other in zip(true.read(part), noisy.read(part), strict=True):
+            if isinstance(one, Document) and isinstance(other, Document):
+                pairs.append((one, other))
     assert len(pairs) == 1000
     assert all(np.array_equal(one.image, other.image) for one, other in pairs)
-    # Of 1,000 draws with 0.3 four standard deviations are 58; another scene may have the same caption.
+
+    # Four standard deviations of 1,000 draws with 0.3 are 58, and the caption of another scene may
+    # be the same.
     assert 0.24 < np.mean([one.text != other.text for one, other in pairs]) < 0.36
-    assert (
-        ScenesSource(ScenesSource.Config(count=1000, side=24)).fingerprint() == true.fingerprint()
-    )
+
+    unset = ScenesSource(ScenesSource.Config(count=1000, side=24))
+    assert unset.fingerprint() == true.fingerprint()
     assert noisy.fingerprint() != true.fingerprint()
 
 
@@ -423,10 +455,13 @@ def test_a_corpus_has_its_scenes_in_parts_that_can_be_read_apart() -> None:
     assert scenes.parts() == ["0", "1000", "2000"]
     documents = [document for document in scenes.documents() if isinstance(document, Document)]
     assert len({document.id for document in documents}) == 2010
+
+    # The second part can be read from its middle.
     later = next(scenes.read("1000", 17))
     assert isinstance(later, Document)
     assert (later.id, later.text) == (documents[1017].id, documents[1017].text)
     assert np.array_equal(later.images[0], documents[1017].images[0])
+
     assert {document.images[0].shape for document in documents} == {(32, 32, 3)}
     assert scenes.fingerprint() != source(count=2010, side=32).fingerprint()
 

@@ -1,4 +1,4 @@
-"""The JSON Schema for editors: takes every shipped file, and refuses what our own check refuses."""
+"""The JSON Schema for editors takes every shipped file and refuses what our own check refuses."""
 
 from __future__ import annotations
 
@@ -23,12 +23,8 @@ jsonschema = pytest.importorskip("jsonschema", reason="the package jsonschema is
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "experiments/schema.json"
-FILES = sorted(
-    file
-    for folder in ("experiments", "plugins")
-    for file in (ROOT / folder).rglob("*.yaml")
-    if "overrides" not in file.parts
-)
+YAML_FILES = [*(ROOT / "experiments").rglob("*.yaml"), *(ROOT / "plugins").rglob("*.yaml")]
+FILES = sorted(file for file in YAML_FILES if "overrides" not in file.parts)
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +49,24 @@ def mistakes(validator: Any, content: Any) -> list[str]:
 
 
 def test_the_shipped_schema_is_todays() -> None:
-    """To make it again: python -m cm3leon.run --schema > experiments/schema.json."""
+    """The command python -m cm3leon.run --schema > experiments/schema.json makes it again."""
     assert cm3leon("--schema").stdout == SCHEMA.read_text()
 
 
 def test_every_shipped_file_names_its_schema() -> None:
-    # Those of docs/ are tables of its pages, and no experiments.
-    tracked = subprocess.run(
-        ["git", "ls-files", "*.yaml", ":!docs"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    # The files of docs/ are tables of its pages, and no experiments.
+    words = ["git", "ls-files", "*.yaml", ":!docs"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = done.stdout.split()
     assert {Path(file) for file in tracked} >= {file.relative_to(ROOT) for file in FILES}
+
     for file in (ROOT / name for name in tracked):
         found = re.match(r"# yaml-language-server: \$schema=(\S+)\n", file.read_text())
         assert found, file
         named = Path(os.path.normpath(file.parent / found[1]))
         assert named.parent == SCHEMA.parent, file
+
+        # A schema of another kind of file refers into the same file of definitions.
         content = json.loads(named.read_text())
         if named != SCHEMA:
             place, _, name = content["$ref"].rpartition("/")
@@ -92,7 +87,7 @@ def test_lists_and_overrides_are_taken(schema: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["digits", "pretrain_7b", "fill_in_the_middle"])
 def test_what_is_filled_in_is_taken_too(validator: Any, name: str) -> None:
-    """The whole experiment with every default, as `--show` prints it and a run's folder keeps it."""
+    """The experiment with every default, as `--show` prints it and a run's folder keeps it."""
     resolved = json.loads(json.dumps(to_mapping(load_experiment(name))))
     assert not mistakes(validator, resolved)
 
@@ -129,15 +124,18 @@ WRONG = [
 def test_what_is_wrong_is_refused_as_by_our_own_check(validator: Any, key: str, value: Any) -> None:
     mapping = load_mapping("digits")
     assert not mistakes(validator, mapping)
+
     from_mapping(Experiment, mapping)
     *parents, last = key.split(".")
     section: Any = mapping
     for parent in parents:
         section = section[parent]
     section[last] = value
+
     with pytest.raises(UserError):
         from_mapping(Experiment, copy.deepcopy(mapping))
-    # What is missing may be given on the command line, so that the schema asks for nothing.
+
+    # What is missing may be given on the command line, so the schema requires nothing.
     if key != "aims":
         assert mistakes(validator, mapping)
 
