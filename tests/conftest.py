@@ -24,31 +24,37 @@ settings.load_profile("quiet")
 
 
 SURROUNDINGS = {"COLUMNS": "80", "LINES": "24", "TZ": "UTC", "LC_ALL": "C.UTF-8", "TERM": "dumb"}
-"""What the tests depend on, whoever starts them and in whichever terminal, background job or allocation."""
+"""The same environment for the tests in every terminal, background job and allocation."""
 LEFT_OUT = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
     *("SLURM_STEP_ID", "SLURM_STEP_NODELIST", "LANGUAGE", "FORCE_COLOR", "NO_COLOR"),
     *("PYTHONWARNINGS", "PYTHONOPTIMIZE", "PYTHONUTF8", "PYTHONIOENCODING"),
 )
+"""Variables that are unset: they would make a process a rank, color its output, change its
+warnings, and so on."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the surroundings of the tests, and so those of the processes that they start.
 
-    A shell's background job ignores Ctrl-C, and programs that it starts inherit that. SIGHUP stays ignored where nohup
-    has said so: the tests go on when their terminal closes.
+    A shell's background job ignores Ctrl-C, and programs that it starts inherit that. SIGHUP stays
+    ignored where nohup has said so: the tests go on when their terminal closes.
     """
     os.environ.update(SURROUNDINGS)
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        # What is kept for a user is kept for all processes of these tests, and gone with them.
+        # The user's cache is one folder for all processes of these tests, deleted at their end.
         kept = tempfile.mkdtemp(prefix="cm3leon-cache-")
         os.environ["XDG_CACHE_HOME"] = kept
         config.add_cleanup(lambda: shutil.rmtree(kept, ignore_errors=True))
+
     for name in LEFT_OUT:
         os.environ.pop(name, None)
+
     time.tzset()
     os.umask(0o022)
+
+    # What a background job ignores is again as a program in a terminal finds it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -60,7 +66,10 @@ WHOLE_RUNS = ("test_end_to_end.py", "test_wheel.py", "test_digits.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first in one process; among several the longest files, so none is left at the end."""
+    """Run the long files last in one process, so that a failure shows early.
+
+    Among several processes they come first, so that no single one is still busy at the end.
+    """
     among_several = "PYTEST_XDIST_WORKER" in os.environ
     items.sort(key=lambda item: (item.path.name in WHOLE_RUNS) != among_several)
 
@@ -69,7 +78,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where the stack of the cluster was installed for its tests, one that is skipped has failed."""
+    """Count a skipped test of the cluster's stack as failed where that stack was installed for it.
+
+    The tests that need a GPU as well may still be skipped.
+    """
     report = yield
     must_run = item.get_closest_marker("cluster") and not item.get_closest_marker("gpu")
     if (
@@ -84,11 +96,12 @@ def pytest_runtest_makereport(
 
 @pytest.fixture
 def registries() -> Iterator[None]:
-    """Lets a test register components and load plugins: afterwards the registries are as they were."""
+    """Let a test register components and load plugins, and restore the registries afterwards."""
     registry.discover()
     entries = [(each, dict(each._entries)) for each in registry.REGISTRIES]
     origins = dict(registry._origins)
     modules = set(sys.modules)
+
     yield
     for each, before in entries:
         each._entries = before
@@ -112,32 +125,41 @@ def tuned_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     run = tmp_path_factory.mktemp("tuned") / "run"
     words = ["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "retriever.threshold=2"]
+
     assert main([*words, "objective=instruct"]) == 0
     loaded = CM3Leon.load(run, precision="float32")
+
+    # Trained for a few steps, the model would draw almost the same whatever it is given.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in loaded.run.model.named_parameters():
-            weight.normal_(
-                std=0.5 if name.startswith(("embedding", "positions")) else 0.2, generator=generator
-            )
+            std = 0.2
+            if name.startswith(("embedding", "positions")):
+                std = 0.5
+            weight.normal_(std=std, generator=generator)
+
     return loaded
 
 
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
-    """A folder whose files' modes hold for the test: root may read everything, so root becomes nobody meanwhile.
+    """Folder whose file modes hold for the test even if root runs it.
 
-    pytest's own folders are closed to others, so this one is elsewhere.
+    Root may read everything, so the test runs as the user nobody meanwhile. pytest's own folders
+    are closed to others, so this one is elsewhere.
     """
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         if os.geteuid() != 0:
             yield folder
             return
+
         nobody = 65534
         os.chown(folder, nobody, nobody)
         os.setegid(nobody)
         os.seteuid(nobody)
+
+        # However the test ends, the others need root's rights again.
         try:
             yield folder
         finally:

@@ -23,7 +23,8 @@ READS = (
 
 
 class HostReads(TorchFunctionMode):
-    """Counts, by name, what waits for a device where the tensor is on one; in this thread alone."""
+    """Counts, by name, the calls that would wait for a device to hand over a value; in this
+    thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,8 @@ class HostReads(TorchFunctionMode):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives by name, and the bytes of what they make, in this thread and its backward passes."""
+    """Counts collectives by name and the bytes that they move, in this thread and its backward
+    passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class Collectives(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.namespace == "c10d":
             self.counts[name] += 1
-            # Of what is scattered the whole, as of what is gathered.
+            # A scatter is counted by its whole input, as a gather is by its whole output.
             counted = args[1] if "scatter" in name else args[0]
             self.bytes[name] += sum(each.nbytes for each in _tensors(counted))
         elif func.namespace == "_c10d_functional" and name != "wait_tensor":
@@ -66,7 +68,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def difference(after: Counter[str], before: Counter[str]) -> dict[str, int]:
-    """What was counted in between, without what was not."""
+    """What was counted in between; names whose count stayed the same are left out."""
     return {name: after[name] - before[name] for name in after if after[name] != before[name]}
 
 

@@ -1,6 +1,6 @@
-"""Image tokenizers and an encoder in a small training, alone or as one of several ranks; run by test_module_ranks.py.
+"""Train image tokenizers and an encoder for a few steps, alone or as one of several ranks.
 
-Its word is the folder.
+A process of test_module_ranks.py, whose one argument is the folder to write to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from cm3leon.training.trainer import train
 
 SIDE, COUNT, BATCH, STEPS, CODES = 16, 24, 8, 4, 12
 TOKENIZERS = {
-    # Averages of the codes, dead ones moved onto vectors of any rank, and a discriminator with its adaptive weight.
+    # Codes are moving averages, unused ones are moved onto vectors of any rank, and a discriminator
+    # has its adaptive weight.
     "adversarial": {
         "name": "vqgan",
         "quantizer": "ema",
@@ -37,7 +38,7 @@ TOKENIZERS = {
         "discriminator_channels": 32,
         "discriminator_layers": 2,
     },
-    # Dead codes are moved onto vectors that are drawn by their distance, of all ranks' together.
+    # Unused codes are moved onto vectors drawn by their distance among those of all ranks.
     "far": {
         "name": "vq",
         "revive_far": True,
@@ -50,7 +51,7 @@ CLIP = {"architecture": None, "image_size": SIDE, "patch_size": 8, "width": 32, 
 
 
 def modules() -> Iterator[tuple[str, nn.Module]]:
-    """What is trained, by name, with weights that the seed decides."""
+    """What is trained, by name; the seed decides the first weights."""
     for name, section in TOKENIZERS.items():
         torch.manual_seed(1)
         size = {"image_size": SIDE, "codebook_size": CODES, "decay": 0.3, "code_dim": 4}
@@ -61,7 +62,7 @@ def modules() -> Iterator[tuple[str, nn.Module]]:
 
 
 def train_all(folder: Path, ranks: Ranks) -> None:
-    """Trains each module for a few steps; the first rank keeps its weights."""
+    """Train each module for a few steps; the first rank keeps its weights."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (COUNT, SIDE, SIDE, 3), np.uint8)
     texts = [f"number {number}" for number in range(COUNT)]
@@ -77,6 +78,8 @@ def train_all(folder: Path, ranks: Ranks) -> None:
                 return module.loss([texts[row] for row in rows], pixels)
             return module.loss(pixels)
 
+        # Each rank takes its share of the same rows, so that together they see what one process
+        # sees.
         stream = RowStream(
             COUNT,
             lambda rows: rows,
@@ -97,6 +100,8 @@ def train_all(folder: Path, ranks: Ranks) -> None:
             clipped=getattr(module, "networks", ()),
             ranks=ranks,
         )
+
+        # The others wait, so that none begins the next module before these weights are written.
         if ranks.first:
             save_weights(folder / name / "model.safetensors", module)
         ranks.barrier()

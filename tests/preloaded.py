@@ -1,4 +1,4 @@
-"""What the processes of tests/processes.py have imported when they begin."""
+"""Imports everything that the processes of tests/processes.py need before they begin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import cm3leon.training.trainer  # noqa: F401
 from cm3leon.registry import discover
 
 discover()
-# Not everybody has installed these. The server that imports this file would keep silent.
+# These are optional. An error here would not be seen: the server that imports this file drops it.
 for _name in ("open_clip", "sklearn.svm"):
     with suppress(ImportError):
         importlib.import_module(_name)

@@ -163,6 +163,8 @@ def _call(words: Sequence[str], environment: Mapping[str, str], paths: Sequence[
     time.tzset()
     os.chdir(ROOT)
     np.random.seed()  # what nobody seeds differs between processes
+
+    # Standard output and error go to the files, also for programs that this process starts.
     for stream, path in enumerate(paths, 1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(file, stream)
@@ -170,6 +172,8 @@ def _call(words: Sequence[str], environment: Mapping[str, str], paths: Sequence[
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
     guard()  # as `python -m cm3leon.run` does
+
+    # An error ends the process as it would end an interpreter: with a traceback and the code 1.
     module, *rest = words
     sys.argv = [module, *rest]
     try:

@@ -1,6 +1,7 @@
 """One rank of a small training, run as a process by tests/test_distributed.py.
 
-Its word is a JSON object: {"folder": ..., "fields": {...}, "pause": 0.1}.
+Its one argument is a JSON object: {"folder": ..., "fields": {...}, "pause": 0.1}. Other keys choose
+the model, its first weights, and what is written down; `main` reads each of them once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def draw(position: int, rng: np.random.Generator) -> Sample:
 
 
 def not_called() -> Any:
-    """In the place of what builds a model whole."""
+    """Stand in for the function that builds a whole model, where no rank may need it."""
     raise AssertionError("ranks make their own shards")
 
 
@@ -53,6 +54,7 @@ def main(words: list[str]) -> int:
     options: dict[str, Any] = json.loads(words[0])
     torch.set_num_threads(1)
     discover()
+
     folder = Path(options["folder"])
     fields = {"steps": 8, "batch_size": 4, "warmup_steps": 2, "learning_rate": 0.01, "log_every": 1}
     fields |= {"checkpoint_every": 2, "precision": "float32", "timeout_seconds": 60}
@@ -65,6 +67,7 @@ def main(words: list[str]) -> int:
             {"name": options.get("model", "cm3leon"), **SHAPE}, vocab_size=VOCAB.size
         )
 
+    # Each micro-batch notes what was read and sent until it began.
     reads, collectives = HostReads(), Collectives()
     counted: list[Any] = []
 
@@ -92,8 +95,12 @@ def main(words: list[str]) -> int:
             rank=ranks.rank,
             ranks=ranks.count,
         )
-        state = torch.Generator().manual_seed(1).get_state() if options.get("drawn", True) else None
-        drawn = state is not None and "model" not in options  # others do not say how they begin
+
+        # Only the default model says how its weights begin, so that each rank can draw its shards.
+        state = None
+        if options.get("drawn", True):
+            state = torch.Generator().manual_seed(1).get_state()
+        drawn = state is not None and "model" not in options
         model = distributed(
             not_called if drawn else new_model,
             new_model,
@@ -102,11 +109,14 @@ def main(words: list[str]) -> int:
             random_state=state,
             weights=Path(options["weights"]) if "weights" in options else None,
         )
+
+        # Asked only for the first weights: stop before any training.
         if options.get("only_first"):
             first_weights = whole_state(model)
             if ranks.first:
                 save_weights(folder / "model.safetensors", first_weights)
             return 0
+
         split = BatchSplit(
             parts=lambda batch: batch.split(config.micro_batch or len(batch.ids_BT)),
             weight=lambda part: float(part.weight_BT.sum()),
@@ -118,12 +128,15 @@ def main(words: list[str]) -> int:
             "seed": 0,
             "title": "tiny",
         }
+
         try:
             with reads, collectives:
                 train(model, loss, stream, config, **where, split=split, ranks=ranks)
         except Again as again:
             print(again)
             return 75
+
+        # One entry per micro-batch: what this rank had read and sent when it began.
         if options.get("counts"):
             write_json(folder / f"counts_{ranks.rank}.json", counted)
         weights = whole_state(model)

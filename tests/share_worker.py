@@ -1,4 +1,7 @@
-"""One of three ranks that share models, as a process of tests/test_model_contracts.py: answers and log-likelihoods."""
+"""One of three ranks that share models: their answers and log-likelihoods.
+
+A process of tests/test_model_contracts.py, whose arguments are names of registered models.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,15 @@ discover()
 
 
 def new_model(name: str) -> Any:
-    """A small one of a registered name that three ranks can share: six heads, half as many of keys and values."""
+    """A small model of a registered name that three ranks can share.
+
+    It has six heads, and three of keys and values; each is divisible by the number of ranks.
+    """
     shape = {"layers": 2, "width": 48, "head_size": 8, "kv_heads": 3, "mlp_width": 36}
     shape |= {"seq_len": SEQ_LEN, "init_std": 1}
     section = {key: value for key, value in shape.items() if MODELS.has_setting(name, key)}
     model = MODELS.build({"name": name, **section}, vocab_size=VOCAB.size).eval()
+
     generator = torch.Generator().manual_seed(5)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3, generator=generator)
@@ -31,7 +38,7 @@ def new_model(name: str) -> Any:
 
 
 def results(module: Any) -> dict[str, Any]:
-    """What a decoder answers, alone or shared."""
+    """What a decoder and the scoring answer, whether the model is shared or not."""
     asked = prompts(2)
     answers = generate(
         module,
@@ -58,7 +65,7 @@ def main(names: list[str]) -> int:
 
 
 def held(module: Any) -> dict[str, int]:
-    """Numbers that a rank keeps: weights of matrices, and bytes of a small cache."""
+    """How much this rank keeps: weights of matrices, and the bytes of a small cache."""
     matrices = [getattr(block, name) for block in module.blocks for name in module.matrices]
     return {
         "weights": sum(matrix.weight.numel() for matrix in matrices),

@@ -1,7 +1,8 @@
 """The demo as it is shipped, about ten minutes on two cores: `python -m pytest -m slow`.
 
-The floors lie below the figures in docs/results.md by more than their intervals: another processor rounds otherwise.
-Those of captions and of infilled bottom halves lie below what that page says of several runs.
+The floors lie below the figures in docs/results.md by more than their intervals, as another
+processor rounds otherwise. Those of captions and of infilled bottom halves lie below what that page
+says of several runs.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ def test_the_demo_learns(tmp_path: Path) -> None:
         rows = {row["row"]: row for row in metrics["evaluations"][evaluation]}
         return rows["documents 0"]["metrics"]["accuracy"]["value"]
 
+    # The judge, a classifier of digits, has to be right before it can judge.
     assert metrics["judge_accuracy_real"] > 0.97
     assert metrics["judge_accuracy_reconstructed"] > 0.96
     assert accuracy("text_to_image") > 0.95
     assert accuracy("caption") > 0.8
     assert accuracy("infill_top") > 0.85
     assert accuracy("infill_bottom") > 0.65
+
+    # Almost none of the images is a copy of one that was trained on.
     drawn = metrics["evaluations"]["text_to_image"]
     assert all(row["metrics"]["copies"]["value"] < 0.05 for row in drawn)

@@ -1,4 +1,7 @@
-"""Several processes train as one does; checkpoints fit any number of them; a lost one ends the job."""
+"""Several processes train as one does.
+
+Checkpoints fit any number of processes, and a lost process ends the job.
+"""
 
 from __future__ import annotations
 
@@ -32,32 +35,34 @@ NAMES = ("loss", "loss_text", "loss_image", "gradient_norm")
 
 
 def start(folder: Path, ranks: int | None, **options: Any) -> list[Forked]:
-    """Processes of a training; `ranks` None is one without a process group."""
+    """Start the processes of a training; `ranks` None is one without a process group."""
     return group("rank_worker", [json.dumps({"folder": str(folder), **options})], ranks)
 
 
 def trained(folder: Path, ranks: int | None, **options: Any) -> dict[str, torch.Tensor]:
-    """The weights in the end."""
+    """Train, and return the weights at the end."""
     assert set(finish(start(folder, ranks, **options))) == {0}
     return load_file(folder / "model.safetensors")
 
 
 def figures(folder: Path) -> dict[int, list[float]]:
     """Loss of each step, also by modality, and the gradient's norm."""
-    with (folder / "log.jsonl").open() as lines:
-        return {
-            record["step"]: [record[name] for name in NAMES] for record in map(json.loads, lines)
-        }
+    found = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found[record["step"]] = [record[name] for name in NAMES]
+    return found
 
 
 def assert_alike(found: dict[int, list[float]], expected: dict[int, list[float]]) -> None:
-    """To the rounding of float32."""
+    """The figures of all eight steps agree to the rounding of float32."""
     assert found.keys() == expected.keys() == set(range(1, 9))
     for step, numbers in found.items():
         assert numbers == pytest.approx(expected[step], rel=2e-5), step
 
 
 def wait_for(folder: Path, count: int) -> None:
+    """Wait for so many checkpoints."""
     limit = time.monotonic() + 120
     while len(checkpoints(folder)) < count:
         assert time.monotonic() < limit
@@ -98,12 +103,13 @@ def test_any_number_of_ranks_and_parts_gives_the_same_losses(
 def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(
     tmp_path: Path, alone: Path, ranks: int
 ) -> None:
-    """One of two ranks is asked to stop; what follows is what would have followed."""
+    """One of two ranks is asked to stop; the steps after it are as if nothing had happened."""
     processes = start(tmp_path, 2, pause=0.2)
     wait_for(tmp_path, 1)
     processes[1].send_signal(signal.SIGUSR1)
     assert finish(processes) == [75, 75]
     assert 2 <= int(checkpoints(tmp_path)[-1].name[5:]) < 8
+
     trained(tmp_path, ranks)
     assert_alike(figures(tmp_path), figures(alone))
 
@@ -114,6 +120,7 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     wait_for(tmp_path / "stopped", 1)
     processes[0].send_signal(signal.SIGTERM)
     assert finish(processes) == [75, 75]
+
     again = trained(tmp_path / "stopped", 2)
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
@@ -123,10 +130,11 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
 def test_first_weights_are_those_of_one_process_that_builds_the_model(
     tmp_path: Path, ranks: int | None, fields: dict[str, Any]
 ) -> None:
-    """Bit for bit, though each rank draws its own shards alone; three ranks share no matrix evenly."""
+    """Bit for bit, though each rank draws its own shards; three ranks share no matrix evenly."""
     torch.manual_seed(1)
     expected = Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size).state_dict()
     fields = {"batch_size": 12, **fields}
+
     found = trained(tmp_path, ranks, fields=fields, only_first=True)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
@@ -141,13 +149,14 @@ def test_first_weights_that_are_a_file_are_read_by_each_rank(
     file = tmp_path / "start.safetensors"
     save_weights(file, expected)
     fields = {"batch_size": 12}
+
     found = trained(tmp_path, ranks, fields=fields, only_first=True, weights=str(file))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_all_ranks_end_with_the_fault_of_a_shard_that_one_reads(tmp_path: Path) -> None:
-    """The last rows of one matrix, which only the second rank looks at."""
+    """A number that is NaN in the last rows of a matrix, which only the second rank reads."""
     state = Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size).state_dict()
     state["blocks.1.up.weight"][-1, 0] = torch.nan
     save_weights(file := tmp_path / "start.safetensors", state)
@@ -159,16 +168,19 @@ def test_all_ranks_end_with_the_fault_of_a_shard_that_one_reads(tmp_path: Path) 
 
 
 def test_a_step_reduces_once_and_reads_once(tmp_path: Path) -> None:
-    """Of two ranks, in two micro-batches: one sum over the ranks, and the loss of the step before is read."""
+    """Two ranks and two micro-batches: one sum over the ranks, and one read, of the last loss."""
     fields = {"micro_batch": 1, "log_every": 8, "checkpoint_every": 8}
     trained(tmp_path, 2, fields=fields, counts=True)
+
     for rank in range(2):
         counts = json.loads((tmp_path / f"counts_{rank}.json").read_text())[::2]
         for number, (before, after) in enumerate(pairwise(counts[:-1])):
             reads = difference(Counter(after["reads"]), Counter(before["reads"]))
             assert reads == ({"tolist": 1} if number else {})
             sent = difference(Counter(after["collectives"]), Counter(before["collectives"]))
-            # FSDP gathers three groups forward and two backward, and scatters three, in each micro-batch.
+
+            # In each micro-batch FSDP gathers three groups forward and two backward, and scatters
+            # three.
             expected = {"allreduce_": 1, "_allgather_base_": 10, "_reduce_scatter_base_": 6}
             assert sent == expected
 
@@ -180,12 +192,16 @@ def test_a_step_reduces_once_and_reads_once(tmp_path: Path) -> None:
 def test_bytes_of_a_step_are_those_that_a_plan_counts(
     tmp_path: Path, ranks: int, replicas: int, nodes: int, optimizer: Any
 ) -> None:
-    """In two micro-batches, of which replicas add up their gradients in the last one alone."""
+    """In two micro-batches; replicas add up their gradients only in the last one."""
     fields = {"micro_batch": 1, "batch_size": 2 * ranks, "replicas": replicas, "steps": 3}
     fields |= {"log_every": 3, "checkpoint_every": 3, "optimizer": optimizer}
     trained(tmp_path, ranks, fields=fields, counts=True)
+
     counts = json.loads((tmp_path / "counts_0.json").read_text())[::2]
-    counted = difference(*(Counter(counts[step]["bytes"]) for step in (2, 1)))
+
+    # The bytes from the beginning of the second step to that of the third.
+    second, third = (Counter(counts[step]["bytes"]) for step in (1, 2))
+    counted = difference(third, second)
     planned = traffic(
         Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size),
         DecoderTrainingConfig(replicas=replicas, optimizer=optimizer),
@@ -194,29 +210,34 @@ def test_bytes_of_a_step_are_those_that_a_plan_counts(
         micro_batches=2,
         weight_bytes=4,
     )
+
     whole: Counter[str] = Counter()
     for each in planned.everything():
         whole[each.kind] += int(each.size * each.times)
-    # FSDP gathers weights, and the optimizer matrices, by operators of other names.
+
+    # FSDP gathers weights by one operator, and the optimizer gathers matrices by another.
     gathered = counted["_allgather_base_"], counted.get("all_gather_into_tensor", 0)
     assert sum(gathered) == whole["gather"] > 0
     assert counted.get("broadcast_", 0) == whole["broadcast"]
     assert (gathered[1] > 0) == (whole["broadcast"] > 0) == (optimizer == "muon")
+
     assert counted["_reduce_scatter_base_"] == whole["scatter"] > 0
-    told = 4 * 8  # the step's own reduction: four numbers in float64
-    assert counted["allreduce_"] - told == whole["sum"]
+    own_sum = 4 * 8  # the step's own reduction: four numbers in float64
+    assert counted["allreduce_"] - own_sum == whole["sum"]
     assert (whole["sum"] > 0) == (replicas > 1)
 
 
 def test_muon_does_the_same_on_any_number_of_ranks_and_when_it_goes_on(tmp_path: Path) -> None:
-    """Its matrices are orthogonalised in bf16, so that rounding shows more than elsewhere."""
+    """Muon makes matrices orthogonal in bf16, so rounding shows more than elsewhere."""
     fields = {"optimizer": "muon", "learning_rate": 0.003}
     trained(tmp_path / "alone", None, fields=fields)
+
     processes = start(tmp_path / "shared", 2, pause=0.2, fields=fields)
     wait_for(tmp_path / "shared", 1)
     processes[1].send_signal(signal.SIGUSR1)
     assert finish(processes) == [75, 75]
     trained(tmp_path / "shared", 2, fields=fields)
+
     alone, shared = figures(tmp_path / "alone"), figures(tmp_path / "shared")
     assert alone.keys() == shared.keys() == set(range(1, 9))
     for step, numbers in shared.items():
@@ -224,8 +245,9 @@ def test_muon_does_the_same_on_any_number_of_ranks_and_when_it_goes_on(tmp_path:
 
 
 def test_kills_at_any_instant_change_nothing(tmp_path: Path, alone: Path) -> None:
-    """kill -9 again and again, each time a little after another checkpoint, or while it is written."""
+    """kill -9 again and again, a little after another checkpoint or while it is written."""
     for delay in (0.0, 0.05, 0.1, 0.0):
+        # Wait for a checkpoint that was not there before, unless the training has ended.
         before = {path.name for path in checkpoints(tmp_path)}
         processes = start(tmp_path, None, pause=0.05)
         limit = time.monotonic() + 60
@@ -233,15 +255,15 @@ def test_kills_at_any_instant_change_nothing(tmp_path: Path, alone: Path) -> Non
             if processes[0].poll() is not None:
                 break
             time.sleep(0.002)
+
         time.sleep(delay)
         processes[0].kill()
         finish(processes)
+
     weights = trained(tmp_path, None)
     assert figures(tmp_path) == figures(alone)
-    assert all(
-        torch.equal(weights[name], weight)
-        for name, weight in load_file(alone / "model.safetensors").items()
-    )
+    expected = load_file(alone / "model.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
     assert not list(tmp_path.glob(".partial_*"))
 
 
@@ -257,8 +279,9 @@ def test_a_dead_rank_ends_the_job(tmp_path: Path) -> None:
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     processes = start(tmp_path, 2, fields={"batch_size": 3})
     said = [process.communicate(timeout=120)[1] for process in processes]
-    # The rank that comes to it first says so; the other may find it gone before that.
-    assert any("training.batch_size is 3; it must be a multiple of the 2 ranks" in s for s in said)
+    # The rank that finds it first says so; the other may find that rank gone before.
+    sentence = "training.batch_size is 3; it must be a multiple of the 2 ranks"
+    assert any(sentence in each for each in said)
     assert 0 not in [process.returncode for process in processes]
 
 
@@ -289,22 +312,24 @@ TORCHRUN = {
     ],
 )
 def test_ranks_by_the_environment(environment: dict[str, str], rank: Rank | None) -> None:
-    """torchrun's, a SLURM step's; a batch script of SLURM is one process."""
+    """Ranks of torchrun and of a SLURM step; a batch script of SLURM is one process."""
     assert current_rank(environment) == rank
 
 
 def test_ranks_on_the_same_processors_share_them_for_decoding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two of four ranks may use the processors of this one: one is on another node, one has its own."""
+    """Two of four ranks share this one's processors: one is on another node, one has its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+
     ours = frozenset(range(24))
     monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _: set(ours), raising=False)
     monkeypatch.setattr(socket, "gethostname", lambda: "gpu03")
-    places = [("gpu03", ours), ("gpu03", ours), ("gpu04", ours), ("gpu03", frozenset({24, 25}))]
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: places)
+    hosts = [("gpu03", ours), ("gpu03", ours), ("gpu04", ours), ("gpu03", frozenset({24, 25}))]
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: hosts)
+
     counts: list[int] = []
 
     def count() -> None:
@@ -312,6 +337,6 @@ def test_ranks_on_the_same_processors_share_them_for_decoding(
 
     with joined(Rank(0, 1, 0, "127.0.0.1", port), 60, before=count):
         count()
-    # Alone before and after, when the others wait or have ended.
+    # The rank is alone before and after: the others wait for it or have ended.
     count()
     assert counts == [24, 12, 24]
