@@ -1,4 +1,7 @@
-"""The whole path in small: `experiment=digits_smoke`, killed at every stage and run again, and a folder of images."""
+"""The whole path in small: `experiment=digits_smoke`, and a folder of images.
+
+The first is killed at every stage and run again, shared by two ranks, and changed.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ STAGES = (
     "evaluation",
 )
 KILLED = tuple(stage for stage in STAGES if stage not in ("text_tokenizer", "vectors", "index"))
-"""Stages that a run is killed in; those left out are like one beside them."""
+"""Stages in which a run is killed; each of the others is like one beside it."""
 TINY = (
     "evaluations.guidance.sweep={decoder.cfg: [1, 2]}",
     "evaluations.guidance.protocol.at_least=1",
@@ -49,45 +52,46 @@ TINY = (
     "model.layers=1",
     "model.width=64",
 )
-SHORT = tuple(
-    f"{section}.{key}={value}"
-    for section in ("image_tokenizer_training", "retriever_training", "training")
-    for key, value in (
-        ("steps", 4),
-        ("warmup_steps", 1),
-        ("log_every", 2),
-        ("checkpoint_every", 2),
-        ("batch_size", 4),
-    )
-)
+TRAININGS = ("image_tokenizer", "retriever", "pretraining")
+"""Stages that train."""
+SECTIONS = ("image_tokenizer_training", "retriever_training", "training")
+EACH = ("steps=4", "warmup_steps=1", "log_every=2", "checkpoint_every=2", "batch_size=4")
+SHORT = tuple(f"{section}.{setting}" for section in SECTIONS for setting in EACH)
 
 
 def run(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process."""
     done = processes.run("cm3leon.run", arguments)
     assert not check or done.returncode == 0, done.stderr[-2000:]
     return done
 
 
 def results(folder: Path) -> dict[str, object]:
-    """All that has to be the same in two runs: losses, generations, weights, figures."""
+    """All that has to be the same in two runs: losses, answers, weights and figures.
+
+    Times are left out, and how to run it again, which names the folder.
+    """
+    # Times and paths differ between runs.
     metrics = json.loads((folder / "metrics.json").read_text())
     for key in ("wall_seconds", "to_run_again"):
         del metrics[key]
     for rows in metrics["evaluations"].values():
         for row in rows:
             del row["seconds"]
-    losses = {
-        stage: [
-            {k: v for k, v in json.loads(line).items() if not k.endswith("per_second")}
-            for line in (folder / stage / "log.jsonl").read_text().splitlines()
-        ]
-        for stage in ("image_tokenizer", "retriever", "pretraining")
-    }
-    files = {
-        str(file.relative_to(folder)): file.read_bytes()
-        for pattern in ("*/model.safetensors", "*/codes.npy", "*/*.arrow")
-        for file in sorted(folder.glob(pattern))
-    }
+
+    losses = {}
+    for stage in TRAININGS:
+        records = []
+        for line in (folder / stage / "log.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            records.append({k: v for k, v in record.items() if not k.endswith("per_second")})
+        losses[stage] = records
+
+    files = {}
+    for pattern in ("*/model.safetensors", "*/codes.npy", "*/*.arrow"):
+        for file in sorted(folder.glob(pattern)):
+            files[str(file.relative_to(folder))] = file.read_bytes()
+
     answers = {}
     for file in sorted(folder.glob("answers/*/*.npz")):
         with np.load(file) as held:
@@ -98,7 +102,7 @@ def results(folder: Path) -> dict[str, object]:
 
 
 def answers(folder: Path) -> list[dict[str, np.ndarray]]:
-    """What the files of answers of a run hold."""
+    """The content of each of a run's files of answers."""
     found = []
     for file in sorted(folder.glob("answers/*/*.npz")):
         with np.load(file) as held:
@@ -109,8 +113,10 @@ def answers(folder: Path) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run made as a user makes it, by an interpreter of its own, which shares no state with the
-    processes that are compared with it."""
+    """A run made as a user makes it, by a new interpreter.
+
+    It shares no state with the processes that are compared with it.
+    """
     folder = tmp_path_factory.mktemp("finished") / "digits_smoke"
     words = ["-m", "cm3leon.run", "experiment=digits_smoke", f"run={folder}"]
     done = subprocess.run(
@@ -137,16 +143,21 @@ def test_metrics_and_report_are_complete(finished: Path) -> None:
     assert names["guidance"] == ["cfg 1", "cfg 2"]
     assert [names[name] for name in asked] == [["documents 0", "documents 1"]] * 4
     assert {*names} == {"guidance", *asked, "text_to_image_unrelated", "caption_unrelated"}
+
     held_out = metrics["documents"]["held_out"]
     assert sum(metrics["documents"].values()) == 1797
-    for row in (row for name in asked for row in metrics["evaluations"][name]):
+    rows = [row for name in asked for row in metrics["evaluations"][name]]
+    for row in rows:
         assert row["items"] == held_out
         accuracy = row["metrics"]["accuracy"]
         assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
         assert row["metrics"]["given_kept"]["value"] == 1
         assert {"ceiling", "chance"} <= row.keys()
+
     assert set(metrics["wall_seconds"]) == {*STAGES, "total"}
     assert metrics["to_run_again"]["config"]["training"]["steps"] == 20
+
+    # A report is one file: whatever it shows is part of it.
     page = (finished / "report.html").read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page), (
         "the report must not fetch anything"
@@ -169,12 +180,13 @@ def test_held_out_documents_are_never_in_the_bank_nor_retrieved(finished: Path) 
         for line in (finished / "documents" / "documents.jsonl").read_text().splitlines()
     ]
     training = {document["id"] for document in documents if document["split"] == "train"}
+
     ids = open_shard(shard_path(finished / "vectors", 0, 1)).strings("id")
     assert set(ids) == training
     rows_BN = NeighbourShards(finished / "neighbours").shard(0)
     assert not (rows_BN == np.arange(len(ids))[:, None]).any(), "a query never retrieves itself"
     for held in answers(finished):
-        # They are rows of the bank, whose documents are those of training alone; -1 where there is none.
+        # The rows are the bank's, so of training documents alone; -1 stands for no document.
         assert (held["rows"] < len(ids)).all()
 
 
@@ -183,9 +195,8 @@ def test_a_second_run_makes_nothing_again(finished: Path) -> None:
     sorted(finished.glob("answers/*/00000.npz"))[0].unlink()  # made again for the page
     done = run("experiment=digits_smoke", f"run={finished}")
     lines = done.stdout.splitlines()
-    assert [line.partition("] ")[2] for line in lines[: len(STAGES)]] == [
-        f"{s}: up to date" for s in STAGES
-    ]
+    expected = [f"{stage}: up to date" for stage in STAGES]
+    assert [line.partition("] ")[2] for line in lines[: len(STAGES)]] == expected
     assert not any(line.startswith("[") for line in lines[len(STAGES) :])  # the figures alone
     assert results(finished) == before
 
@@ -199,9 +210,10 @@ def test_killed_at_every_stage_equals_uninterrupted(finished: Path, tmp_path: Pa
 
 
 def _kill_in(folder: Path, stage: str) -> None:
-    """Starts the run and kills it (SIGKILL) once the stage has begun, for one that trains: has a checkpoint."""
+    """Start the run and kill it (SIGKILL) once the stage has begun; one that trains, once it has a
+    checkpoint."""
     process = processes.Forked("cm3leon.run", ["experiment=digits_smoke", f"run={folder}"])
-    trains = stage in ("image_tokenizer", "retriever", "pretraining")
+    trains = stage in TRAININGS
     try:
         while process.poll() is None:
             begun = folder / stage / "started.json"
@@ -217,10 +229,12 @@ def test_a_changed_setting_makes_only_what_depends_on_it(finished: Path, tmp_pat
     folder = tmp_path / "copy"
     subprocess.run(["cp", "-r", finished, folder], check=True)
     asked = set(folder.glob("answers/*"))
+
     done = run(
         "experiment=digits_smoke", f"run={folder}", "evaluations.caption.setting.max_tokens=8"
     )
-    # Captions without a document and with one are asked at the new length, and nothing else is.
+
+    # Captions are asked anew without a document and with one, and nothing else is.
     assert len(set(folder.glob("answers/*")) - asked) == 2
     up_to_date = [line for line in done.stdout.splitlines() if line.endswith("up to date")]
     assert len(up_to_date) == len(STAGES) - 1
@@ -228,6 +242,7 @@ def test_a_changed_setting_makes_only_what_depends_on_it(finished: Path, tmp_pat
 
 
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in two ranks, as `torchrun` starts them."""
     start = [
         sys.executable,
         "-m",
@@ -245,14 +260,17 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.stack
 def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Path) -> None:
-    """The losses are those of one process up to bf16's rounding; the stages behind it are made by the first rank."""
+    """Its losses are those of one process up to bf16's rounding; the stages after it are made by
+    the first rank."""
     folder = tmp_path / "digits_smoke"
     shutil.copytree(finished, folder)
     for stage in ("pretraining", "evaluation", "answers"):
         shutil.rmtree(folder / stage)
     (folder / "report.html").unlink()
+
     done = torchrun("experiment=digits_smoke", f"run={folder}")
     assert done.returncode == 0, done.stderr[-2000:]
+
     *figures, report, following = done.stdout.splitlines()[-7:]
     assert report == f"report: file://{folder / 'report.html'}"
     assert [line.split("  ")[1] for line in figures] == [
@@ -262,22 +280,29 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
         "bottom half infilled",
         "images from their codes",
     ]
+
     found = json.loads((folder / "metrics.json").read_text())["evaluations"]["infill_top"][0]
     assert f"{found['metrics']['accuracy']['value']:.3f}" in figures[2]
     assert "aim at least 0.900: missed; ceiling" in figures[2]
-    # What is offered to be tried next works as it stands.
+
+    # The command that is suggested next works as it stands.
     words = shlex.split(following.removeprefix("next, for example: "))[3:]
     words = [f"out={folder / 'drawn'}" if word.startswith("out=") else word for word in words]
     cm3leon(*words)
     assert len(list((folder / "drawn").glob("*.png"))) == 4
+
     one, two = (results(each)["losses"]["pretraining"] for each in (finished, folder))  # type: ignore[index]
     assert [record["step"] for record in one] == [record["step"] for record in two]
     assert [record["loss"] for record in two] == pytest.approx(
         [record["loss"] for record in one], rel=2e-3
     )
-    for each in (finished, folder):  # drawn by both ranks from weights that both gathered
+
+    # The images were drawn by both ranks, from weights that both gathered.
+    for each in (finished, folder):
         events = EventAccumulator(str(each / "pretraining" / "tensorboard")).Reload()
         assert [image.step for image in events.Images("generated")] == [10, 20]
+
+    # Documents in shards are prepared before several ranks train, and that is said once.
     (tmp_path / "tars").mkdir()
     digit_tars(tmp_path / "tars", 4, 10)
     source = f'data={{"name": "webdataset", "path": "{tmp_path}/tars/*.tar"}}'
@@ -288,48 +313,46 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder of 24 good images and five bad items."""
+    """A folder of 24 good images and five bad items.
+
+    The bad ones: a line that is no JSON, a line of a missing image, a cut image, a file that is no
+    image, and an image without a caption.
+    """
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = []
+
     for number in range(24):
         pixels = rng.integers(0, 256, (40, 50 + number, 3), dtype=np.uint8)
         name = f"sub/{number}" if number % 2 else str(number)
         suffix = ("jpg", "png", "webp")[number % 3]
         Image.fromarray(pixels).save(folder / f"{name}.{suffix}")
+        # Half of the captions stand beside the images, half in captions.jsonl.
         if number < 12:
             (folder / f"{name}.txt").write_text(f"noise number {number}")
         else:
-            lines.append(
-                json.dumps(
-                    {"file": f"{name}.{suffix}", "caption": f"nöise {number} <break> <mask:0>"}
-                )
-            )
-    (folder / "captions.jsonl").write_text(
-        "\n".join([*lines, "{broken", json.dumps({"file": "no.png", "caption": "x"})])
-    )
+            record = {"file": f"{name}.{suffix}", "caption": f"nöise {number} <break> <mask:0>"}
+            lines.append(json.dumps(record))
+
+    missing = json.dumps({"file": "no.png", "caption": "x"})
+    (folder / "captions.jsonl").write_text("\n".join([*lines, "{broken", missing]))
+
+    # The bad items, in the order of the docstring after the two lines.
     whole = (folder / "0.jpg").read_bytes()
-    for name, content in (
-        ("cut.jpg", whole[: len(whole) // 2]),
-        ("text.png", b"no image"),
-        ("alone.png", None),
-    ):
-        if content is None:
-            Image.new("RGB", (9, 9)).save(folder / name)
-        else:
-            (folder / name).write_bytes(content)
-            (folder / name).with_suffix(".txt").write_text("bad")
+    for name, content in (("cut.jpg", whole[: len(whole) // 2]), ("text.png", b"no image")):
+        (folder / name).write_bytes(content)
+        (folder / name).with_suffix(".txt").write_text("bad")
+    Image.new("RGB", (9, 9)).save(folder / "alone.png")
     return folder
 
 
 def test_a_folder_of_images(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run("experiment=folder", f"data.path={images}", f"run={folder}", *TINY, *SHORT)
-    skipped = [
-        json.loads(line)
-        for line in (folder / "documents" / "skipped.jsonl").read_text().splitlines()
-    ]
+
+    lines = (folder / "documents" / "skipped.jsonl").read_text().splitlines()
+    skipped = [json.loads(line) for line in lines]
     assert {item["file"] for item in skipped} == {
         "cut.jpg",
         "text.png",
@@ -337,7 +360,10 @@ def test_a_folder_of_images(images: Path, tmp_path: Path) -> None:
         "captions.jsonl:13",
         "no.png",
     }
+
     assert "5 of 29 items skipped" in done.stdout
+
+    # Nothing can be judged without classes of images, so there is no accuracy.
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["judge_accuracy_real"] is None
     for row in metrics["evaluations"]["text_to_image"]:

@@ -1,4 +1,4 @@
-"""The tests marked slurm speak to a real SLURM, brought up by `cluster.sh` unless it is up already."""
+"""Bring up a real SLURM by `cluster.sh` for the tests marked slurm, unless one is up already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from cluster import CLUSTER, call
 
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> Iterator[None]:
-    """A cluster that sbatch and the rest find in the environment; one that was up before stays up."""
+    """A cluster that sbatch and the other commands find by the environment.
+
+    A cluster that was up before the tests stays up.
+    """
     was_down = subprocess.run([CLUSTER, "status"], capture_output=True, check=False).returncode != 0
     call(CLUSTER, "start")
     name, _, value = call(CLUSTER, "env").strip().removeprefix("export ").partition("=")

@@ -1,4 +1,4 @@
-"""A plugin of the tests: the CM3 objective, slowly, so that there is time to interrupt a small training."""
+"""A plugin for tests: a slow CM3 objective, which leaves time to interrupt a small training."""
 
 import time
 

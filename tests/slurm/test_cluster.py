@@ -1,4 +1,7 @@
-"""`cluster.sh`: a second start changes nothing, and a stop takes down only what the same folder's start brought up."""
+"""`cluster.sh` starts a cluster once, and stops only its own.
+
+A second start changes nothing, and a stop takes down only what the same folder's start brought up.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ def daemons() -> dict[str, str]:
 
 
 def port(settings: Path) -> str:
-    return next(
-        line for line in settings.read_text().splitlines() if line.startswith("SlurmctldPort=")
-    )
+    """The line of a cluster's settings that names its controller's port."""
+    lines = settings.read_text().splitlines()
+    return next(line for line in lines if line.startswith("SlurmctldPort="))
 
 
 def test_a_second_start_changes_nothing() -> None:
@@ -40,10 +43,12 @@ def test_a_job_runs_on_every_node_and_sees_its_gpus() -> None:
 def test_stop_ends_its_own_cluster_and_no_other(tmp_path: Path) -> None:
     folder, hosts, before = tmp_path / "c", Path("/etc/hosts"), daemons()
     other = {**os.environ, "CLUSTER": str(folder), "NODES": "3"}
+
     call(CLUSTER, "start", env=other)
     assert call(CLUSTER, "status", env=other).count("node[1-3]") == 4
     assert hosts.read_text().count(str(folder)) == 3
     assert port(folder / "slurm.conf") != port(Path(os.environ["SLURM_CONF"]))
+
     call(CLUSTER, "stop", env=other)
     assert str(folder) not in hosts.read_text()
     assert daemons() == before
