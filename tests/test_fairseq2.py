@@ -1,4 +1,7 @@
-"""The decoder built of fairseq2's blocks against our own, and xformers at fairseq2's plug point."""
+"""The model built of fairseq2's blocks computes what our own does.
+
+So does xformers' attention in the place that fairseq2 leaves for one.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ discover()
 
 
 def twin(ours: Transformer, attention: str = "auto") -> Any:
-    """The decoder of fairseq2's blocks with the same weights, in their precision."""
+    """The model of fairseq2's blocks with the same weights, in their precision."""
     sizes = ("layers", "width", "head_size", "mlp_ratio", "seq_len")
     section = {
         "name": "fairseq2_cm3leon",
@@ -77,7 +80,11 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
 
 
 def packed() -> dict[str, Tensor]:
-    """Two rows of documents, one that goes on from another block, and padding."""
+    """Two packed rows.
+
+    The first has two documents and padding; the second begins with the end of a document, whose
+    positions go on from an earlier block.
+    """
     sample_BT = torch.tensor([[0] * 5 + [1] * 9 + [-1] * 2, [0] * 3 + [1] * 3 + [2] * 10])
     position_BT = torch.tensor(
         [[*range(5), *range(9), 0, 0], [*range(20, 23), *range(3), *range(10)]]
@@ -85,21 +92,23 @@ def packed() -> dict[str, Tensor]:
     return {"sample_BT": sample_BT, "position_BT": position_BT}
 
 
-# ------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 def test_it_begins_with_the_same_weights_under_the_names_of_a_transformer_lm() -> None:
     config = Transformer.Config(layers=2, width=24, head_size=8, seq_len=16, zero_residual=True)
+
     torch.manual_seed(3)
     expected = to_fairseq2(Transformer(config, vocab_size=30).state_dict())
+
     torch.manual_seed(3)
     fields = {"layers": 2, "width": 24, "head_size": 8, "seq_len": 16, "zero_residual": True}
     model = MODELS.build({"name": "fairseq2_cm3leon", **fields}, vocab_size=30)
-    assert list(model.state_dict()) == list(
-        create_transformer_lm(config, 30, TorchSDPA).state_dict()
-    )
-    assert model.state_dict().keys() == expected.keys()
-    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+    state = model.state_dict()
+    assert list(state) == list(create_transformer_lm(config, 30, TorchSDPA).state_dict())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in state.items())
     assert all(weight.requires_grad for weight in model.parameters())
 
 
@@ -110,6 +119,7 @@ def test_logits_are_ours(dtype: torch.dtype, attention: str) -> None:
     ours, ids_BT = decoder().to(dtype), random_ids(2, 16)
     if attention == "naive" and dtype == torch.float64:
         pytest.xfail("fairseq2's NaiveSDPA computes its softmax in float32")
+
     theirs = twin(ours, attention)
     assert_equal(theirs(ids_BT), ours(ids_BT))
     assert_equal(theirs(ids_BT, **packed()), ours(ids_BT, **packed()))
@@ -121,8 +131,11 @@ def test_the_loss_of_packed_documents_and_its_gradients_are_ours(choice: Any) ->
     ours = small_decoder().double().train()
     rows = [[corrupted(5, 0), corrupted(9, 1)], [corrupted(12, 2)]]
     batch = collate([pack(row, 16, VOCAB.pad) for row in rows], torch.device("cpu"))
-    theirs, results = twin(ours), []
+    theirs = twin(ours)
     recompute(theirs, choice)
+
+    # The loss and the gradients of ours, then of theirs.
+    results = []
     for model in (ours, theirs):
         loss, _ = model(
             batch.ids_BT,
@@ -132,11 +145,15 @@ def test_the_loss_of_packed_documents_and_its_gradients_are_ours(choice: Any) ->
         )
         loss.backward()
         results.append((loss, {name: weight.grad for name, weight in model.named_parameters()}))
-    assert_equal(results[1][0], results[0][0])
-    found = from_fairseq2(results[1][1])
-    for name, gradient in results[0][1].items():
+
+    (our_loss, our_gradients), (their_loss, their_gradients) = results
+    assert_equal(their_loss, our_loss)
+    found = from_fairseq2(their_gradients)
+    for name, gradient in our_gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
-    assert not results[1][1]["decoder_frontend.pos_encoder.weight"][0].any()
+
+    # The row that fairseq2 keeps for padding is never read.
+    assert not their_gradients["decoder_frontend.pos_encoder.weight"][0].any()
 
 
 @pytest.mark.parametrize(("choice", "again"), [("none", 0), ("selective", 0), ("full", 1)])
@@ -145,7 +162,7 @@ def test_compiled_layers_are_one_graph_for_all_packings(
     again: int,
     graphs: Graphs,  # noqa: F811
 ) -> None:
-    """For all layers as well; and selective checkpointing computes no attention again."""
+    """All layers share that graph, and selective checkpointing computes no attention again."""
     model = twin(decoder()).train()
     recompute(model, choice)
     compile_blocks(model)
@@ -161,7 +178,7 @@ def test_compiled_layers_are_one_graph_for_all_packings(
 def test_attention_is_computed_once_a_layer_where_the_rest_is_computed_again(
     choice: Any, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not compiled: counted in the operator's kernel, which takes samples one by one."""
+    """Without compilation: calls of the operator's kernel, which takes samples one by one."""
     kernel, calls = packed_module._aten._scaled_dot_product_flash_attention_for_cpu, []
 
     def counted(*args: Any) -> Any:
@@ -177,10 +194,13 @@ def test_attention_is_computed_once_a_layer_where_the_rest_is_computed_again(
             _scaled_dot_product_flash_attention_for_cpu_backward=backward,
         ),
     )
+
     model = twin(decoder()).train()
     recompute(model, choice)
     step(model, next(packings(1)))
-    assert len(calls) == passes * 2 * model.config.layers  # two rows
+
+    # Two rows, so two samples.
+    assert len(calls) == passes * 2 * model.config.layers
 
 
 def corrupted(length: int, seed: int) -> Corrupted:
@@ -190,15 +210,19 @@ def corrupted(length: int, seed: int) -> Corrupted:
 
 @torch.inference_mode()
 def test_cached_steps_are_ours() -> None:
-    """Prefixes and tails of different lengths, then token by token, also against one pass over all."""
+    """Prefixes and tails of different lengths, then token by token.
+
+    They are compared with our cache, and with one pass over the whole row.
+    """
     ours = decoder().double()
     prefixes = [random_ids(length, seed=length) for length in (7, 3)]
-    rows = [
-        [random_ids(tail + 4, seed=9 * tail + len(prefix)) for tail in (2, 5)]
-        for prefix in prefixes
-    ]
+    rows = []
+    for prefix in prefixes:
+        rows.append([random_ids(tail + 4, seed=9 * tail + len(prefix)) for tail in (2, 5)])
+
     theirs = twin(ours)
     found, expected = cached(theirs, prefixes, rows, 4), cached(ours, prefixes, rows, 4)
+
     for prefix_T, own, one, other in zip(prefixes, rows, found, expected, strict=True):
         for row_T, found_TV, expected_TV in zip(own, one, other, strict=True):
             assert_equal(found_TV, expected_TV)
@@ -240,22 +264,26 @@ def test_two_processes_train_it_to_the_losses_of_ours_on_one(tmp_path: Any) -> N
     assert "decoder.layers.1.self_attn.q_proj.weight" in weights
 
 
-# ------------------------------------------------------------------------------------------------ fairseq2's own passes
+# ---------------------------------------------------------------------------- fairseq2's own passes
 
 
 @torch.inference_mode()
 def test_the_converted_weights_are_a_transformer_lm_of_the_same_function() -> None:
-    """Through fairseq2's own forward pass: padded, packed, and token by token from its own cache."""
+    """By fairseq2's own forward pass: padded, packed, and token by token from its own cache."""
     ours = decoder().double()
     lm = create_transformer_lm(ours.config, ours.vocab_size, TorchSDPA).double().eval()
     lm.load_state_dict(to_fairseq2(ours.state_dict()))
+
     ids_BT, lengths = random_ids(2, 10), [6, 10]
     padded_BTV = lm(ids_BT, BatchLayout.of(ids_BT, lengths))
     packed_TV = lm(torch.cat([ids_BT[0, :6], ids_BT[1]]), BatchLayout((16,), lengths, packed=True))
+
     for row, length in enumerate(lengths):
         expected_TV = ours(ids_BT[row : row + 1, :length])[0]
         assert_equal(padded_BTV[row, :length], expected_TV)
         assert_equal(packed_TV[6 * row : 6 * row + length], expected_TV)
+
+    # A prefix of four tokens, then one token at a time.
     state, steps = IncrementalStateBag(max_num_steps=32), []
     for start, end in [(0, 4), *((t, t + 1) for t in range(4, 10))]:
         piece_BT = ids_BT[:, start:end]
@@ -280,19 +308,20 @@ def test_the_environment_is_not_logged(
     assert "hunter2" not in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------ xformers' attention
+# ------------------------------------------------------------------------------ xformers' attention
 
 H, K = 2, 8
 BIASES = ["identity", "causal", "window"]
 
 
 def bias_of(name: str) -> Any:
-    window = 3 if name == "window" else None
-    return IdentityBias() if name == "identity" else CausalAttentionBias(attn_window_len=window)
+    if name == "identity":
+        return IdentityBias()
+    return CausalAttentionBias(attn_window_len=3 if name == "window" else None)
 
 
 def layout(shape: Sequence[int], lengths: list[int] | None) -> Any:
-    """(N, S) is a padded batch, (S,) a packed one."""
+    """fairseq2's layout of a batch: padded where the shape is (N, S), packed where it is (S,)."""
     return BatchLayout(tuple(shape), lengths, packed=len(shape) == 1)
 
 
@@ -303,11 +332,11 @@ LAYOUTS: list[Any] = [
     ((11,), [4, 3, 2]),
     ((5,), None),
 ]
-"""Full, padded, packed, packed and padded, one sequence."""
+"""Batches: full, padded, packed, packed with padding at the end, and one sequence alone."""
 
 
 def real(shape: Sequence[int], lengths: list[int] | None) -> Tensor:
-    """Where there is no padding, flat."""
+    """Whether each of the batch's tokens, laid in one row, is no padding."""
     return layout(shape, lengths).position_indices.flatten() >= 0
 
 
@@ -319,11 +348,13 @@ def tensors(shape: Sequence[int], seed: int = 0) -> list[Tensor]:
 
 
 def block_diagonal(shape: Sequence[int], lengths: list[int] | None, bias: Any) -> Tensor:
-    """fairseq2's own mask of the batch, over all its rows laid in one: (P, P)."""
+    """fairseq2's own mask over the tokens of all rows, laid in one: (P, P), 0 or -inf."""
     place = layout(shape, lengths)
     mask = materialize_attention_bias(bias, place, place, torch.device("cpu"), torch.float64)
     if len(shape) == 1:
         return mask
+
+    # A padded batch has one mask a row: they stand on the diagonal.
     N, S = shape
     whole_PP = torch.full((N * S, N * S), -math.inf, dtype=torch.float64)
     for row, mask_SS in enumerate(mask.reshape(-1, S, S).expand(N, S, S)):
@@ -336,37 +367,36 @@ def block_diagonal(shape: Sequence[int], lengths: list[int] | None, bias: Any) -
 def test_xformers_mask_is_fairseq2s(shape: Any, lengths: Any, bias: str) -> None:
     place = layout(shape, lengths)
     mask = _sdpa.xformers_mask(bias_of(bias), _sdpa._lengths(place), _sdpa._lengths(place))
+
+    # What padding would attend to does not matter, so only real queries are compared.
     P = math.prod(shape)
     found_PP = mask.materialize((P, P), torch.float64)[real(shape, lengths)]
-    assert torch.equal(
-        found_PP, block_diagonal(shape, lengths, bias_of(bias))[real(shape, lengths)]
-    )
+    expected_PP = block_diagonal(shape, lengths, bias_of(bias))[real(shape, lengths)]
+    assert torch.equal(found_PP, expected_PP)
 
 
 def test_the_last_query_is_as_late_as_the_last_key() -> None:
-    mask = (
-        _sdpa.xformers_mask(CausalAttentionBias(), [2, 1], [4, 3])
-        .materialize((3, 7))
-        .exp()
-        .int()
-        .tolist()
-    )
-    assert mask == [[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]]
+    """Two queries over four keys, then one over three, as when decoding from a cache."""
+    mask = _sdpa.xformers_mask(CausalAttentionBias(), [2, 1], [4, 3])
+    allowed = mask.materialize((3, 7)).exp().int().tolist()
+    assert allowed == [[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]]
 
 
 def by_mask(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, p: float, scale: float | None
 ) -> Tensor:
     """memory_efficient_attention by the formula of its documentation, on any device."""
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    scores = query * scale @ key.transpose(-2, -1)
     shares = (scores + attn_bias.materialize(tuple(scores.shape), scores.dtype)).softmax(-1)
     return torch.dropout(shares, p, True).matmul(value).transpose(1, 2)
 
 
 @pytest.fixture
 def xformers_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """xformers' operator by its formula; the masks it was given are returned."""
+    """xformers' operator replaced by its formula; gives the list of masks that it receives."""
     import xformers.ops
 
     masks: list[Any] = []
@@ -380,7 +410,8 @@ def xformers_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(xformers.ops, "memory_efficient_attention", operator)
     monkeypatch.setattr(ATTENTIONS.get("xformers"), "missing", staticmethod(lambda device: ""))
-    # float64 is what the operator does not have, and what a comparison needs.
+
+    # The operator has no float64, in which alone the comparison is exact.
     monkeypatch.setattr(XformersSDPA, "_why_not", _without_float64(XformersSDPA._why_not))
     return masks
 
@@ -390,11 +421,13 @@ def _without_float64(why_not: Any) -> Any:
 
 
 def attended(sdpa: Any, inputs: list[Tensor], place: Any, keep_P: Tensor) -> list[Tensor]:
-    """What is attended to and its gradients, without padding."""
+    """Attention's output without the padding, and the gradients of query, key and value."""
     q, k, v = inputs
     output = sdpa(q, place, k, place, v, AttentionBiasCache())[0]
     assert output.shape == q.shape
     output_PHK = output.reshape(-1, H, K)[keep_P]
+
+    # A sum with unequal weights, as the plain sum has equal gradients at every output.
     weights = torch.arange(output_PHK.numel()).view_as(output_PHK).sin()
     return [output_PHK.detach(), *torch.autograd.grad((output_PHK * weights).sum(), inputs)]
 
@@ -402,9 +435,8 @@ def attended(sdpa: Any, inputs: list[Tensor], place: Any, keep_P: Tensor) -> lis
 def assert_is_torchs(shape: Any, lengths: Any, bias: Any, **settings: Any) -> None:
     place, inputs, keep_P = layout(shape, lengths), tensors(shape), real(shape, lengths)
     expected = attended(TorchSDPA(bias, **settings), inputs, place, keep_P)
-    for one, other in zip(
-        attended(XformersSDPA(bias, **settings), inputs, place, keep_P), expected, strict=True
-    ):
+    found = attended(XformersSDPA(bias, **settings), inputs, place, keep_P)
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
@@ -425,11 +457,8 @@ def test_on_a_cpu_it_is_torchs(shape: Any, lengths: Any, bias: str) -> None:
 
 
 def test_all_layers_share_a_mask(xformers_everywhere: list[Any]) -> None:
-    sdpa, cache, place = (
-        XformersSDPA(CausalAttentionBias()),
-        AttentionBiasCache(),
-        layout((9,), [4, 5]),
-    )
+    sdpa, cache = XformersSDPA(CausalAttentionBias()), AttentionBiasCache()
+    place = layout((9,), [4, 5])
     for _ in range(3):
         q, k, v = tensors((9,))
         sdpa(q, place, k, place, v, cache)
@@ -438,11 +467,8 @@ def test_all_layers_share_a_mask(xformers_everywhere: list[Any]) -> None:
 
 @pytest.mark.usefixtures("xformers_everywhere")
 def test_dropout_is_for_training() -> None:
-    sdpa, place, (q, k, v) = (
-        XformersSDPA(CausalAttentionBias(), dropout_p=0.9),
-        layout((2, 5), None),
-        tensors((2, 5)),
-    )
+    sdpa = XformersSDPA(CausalAttentionBias(), dropout_p=0.9)
+    place, (q, k, v) = layout((2, 5), None), tensors((2, 5))
 
     def output() -> Tensor:
         return sdpa(q, place, k, place, v, AttentionBiasCache())[0]
@@ -475,18 +501,17 @@ def test_what_xformers_does_not_have_is_torchs(
     bias: str, q_place: Any, k_place: Any, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     bias_ = ALiBiAttentionBias(H) if bias == "alibi" else bias_of(bias)
-    places, (q, _, _), (_, k, v) = (
-        [layout(*q_place), layout(*k_place)],
-        tensors(q_place[0]),
-        tensors(k_place[0], 1),
-    )
+    q_layout, k_layout = layout(*q_place), layout(*k_place)
+    (q, _, _), (_, k, v) = tensors(q_place[0]), tensors(k_place[0], 1)
+
+    # Twice, as the reason is logged once only.
     _sdpa._log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, logger="fairseq2"):
         for _ in range(2):
-            found = XformersSDPA(bias_)(q, places[0], k, places[1], v, AttentionBiasCache())[0]
-    assert torch.equal(
-        found, TorchSDPA(bias_)(q, places[0], k, places[1], v, AttentionBiasCache())[0]
-    )
+            found = XformersSDPA(bias_)(q, q_layout, k, k_layout, v, AttentionBiasCache())[0]
+
+    expected = TorchSDPA(bias_)(q, q_layout, k, k_layout, v, AttentionBiasCache())[0]
+    assert torch.equal(found, expected)
     assert caplog.text.count(f"Attention is computed by TorchSDPA, not by xformers: {reason}") == 1
 
 
@@ -505,9 +530,8 @@ def test_the_reason_on_a_cpu_is_logged_once(caplog: pytest.LogCaptureFixture) ->
         for _ in range(2):
             assert_is_torchs((2, 5), None, CausalAttentionBias())
     assert caplog.text.count("not by xformers: it lacks a CUDA device") == 1
-    assert (
-        twin(decoder()).attention_on(torch.device("cpu")).startswith("sdpa (xformers lacks a CUDA")
-    )
+    chosen = twin(decoder()).attention_on(torch.device("cpu"))
+    assert chosen.startswith("sdpa (xformers lacks a CUDA")
 
 
 @pytest.mark.gpu
@@ -520,12 +544,13 @@ def test_on_a_gpu_it_is_torchs_in_bf16(shape: Any, lengths: Any, bias: str) -> N
     place = BatchLayout(tuple(shape), lengths, packed=len(shape) == 1, device=torch.device("cuda"))
     generator, keep_P = torch.Generator().manual_seed(0), real(shape, lengths)
     given = [torch.randn(*shape, 2, 64, generator=generator).cuda() for _ in range(3)]
+
+    # The output without padding and the gradients: xformers' in bfloat16, then torch's in float32.
     results = []
     for sdpa, dtype in ((XformersSDPA, torch.bfloat16), (TorchSDPA, torch.float32)):
         inputs = [each.to(dtype).requires_grad_() for each in given]
-        output = sdpa(bias_of(bias))(
-            inputs[0], place, inputs[1], place, inputs[2], AttentionBiasCache()
-        )[0]
+        q, k, v = inputs
+        output = sdpa(bias_of(bias))(q, place, k, place, v, AttentionBiasCache())[0]
         output_PHK = output.reshape(-1, 2, 64)[keep_P.cuda()].float()
         results.append([output_PHK, *torch.autograd.grad(output_PHK.sin().sum(), inputs)])
     for one, other in zip(*results, strict=True):

@@ -1,4 +1,7 @@
-"""The families that fairseq2 is given: checkpoints through its hub, ids, blocks, and pretraining with its trainer."""
+"""fairseq2 with our extension: its hub loads our checkpoints, and its trainer pretrains our model.
+
+The ids of texts and the blocks of a batch are those of our own pretraining, and so are the losses.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +41,18 @@ SECRET = "do-not-log-me"
 
 
 def needs_fairseq2(test: Any) -> Any:
-    return pytest.mark.cluster(
-        pytest.mark.skipif(bool(guard.missing()), reason=f"needs {guard.missing()}")(test)
-    )
+    skip = pytest.mark.skipif(bool(guard.missing()), reason=f"needs {guard.missing()}")
+    return pytest.mark.cluster(skip(test))
 
 
 def environment(*paths: Path) -> dict[str, str]:
-    """Of processes on the CPU, one thread each, that are to find us in this clone."""
-    path = os.pathsep.join(map(str, (*paths, ROOT, *filter(None, [os.environ.get("PYTHONPATH")]))))
+    """Environment of processes on the CPU, one thread each, that find us in this clone."""
+    folders = [str(path) for path in (*paths, ROOT)]
+    if inherited := os.environ.get("PYTHONPATH"):
+        folders.append(inherited)
     return {
         **os.environ,
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join(folders),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "A_SECRET": SECRET,
@@ -65,17 +69,16 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_setup_declares_the_extension(distribution: Path) -> None:
-    """By its name alone, and importing it needs no fairseq2."""
+    """The entry point names our function, and importing its module needs no fairseq2."""
     declared = (distribution / "cm3leon.egg-info" / "entry_points.txt").read_text()
-    assert (
-        f"[fairseq2.extension]\ncm3leon = {extension.__name__}:{extension.register.__name__}\n"
-        in declared
-    )
+    function = f"{extension.__name__}:{extension.register.__name__}"
+    assert f"[fairseq2.extension]\ncm3leon = {function}\n" in declared
+
     said = "import sys; sys.modules['fairseq2'] = None; import " + extension.__name__
     subprocess.run([sys.executable, "-c", said], env=environment(), check=True, timeout=600)
 
 
-# ------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +97,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "undecayed": ["embedding"],
         "batch_size": 4,
     }
+
+    # Each of these settings changes the losses, so a recipe that lacked one would be noticed.
     words = [f"training.{name}={json.dumps(value)}" for name, value in training.items()]
     named = ["experiment=corpus", f"data.path={folder}/*.tar", f"run={folder / 'run'}"]
-    assert (
-        main(
-            [
-                *named,
-                *SETTINGS,
-                "model.init_std=0.05",
-                "objective.retrieved_weight=0.5",
-                *words,
-                "until=pretraining",
-            ]
-        )
-        == 0
-    )
+    others = ["model.init_std=0.05", "objective.retrieved_weight=0.5"]
+    assert main([*named, *SETTINGS, *others, *words, "until=pretraining"]) == 0
     return folder / "run"
 
 
@@ -127,7 +121,8 @@ import json, sys
 import soundfile
 from fairseq2 import init_fairseq2
 init_fairseq2()
-heavy = [name for name in ("cm3leon.stages", "cm3leon.commands", "open_clip", "faiss") if name in sys.modules]
+unwanted = ("cm3leon.stages", "cm3leon.commands", "open_clip", "faiss")
+heavy = [name for name in unwanted if name in sys.modules]
 from cm3leon.plugins.fairseq2_cm3leon.extension import get_cm3leon_model_hub
 hub = get_cm3leon_model_hub()
 shapes = {name: vars(hub.get_arch_config(name)) for name in hub.get_archs()}
@@ -137,7 +132,11 @@ print(json.dumps({"heavy": heavy, "shapes": shapes}))
 
 @needs_fairseq2
 def test_fairseq2_finds_the_families_by_entry_point(distribution: Path, tmp_path: Path) -> None:
-    """From another directory; what it imports in the processes of people who do not use us is light."""
+    """It does so from any directory.
+
+    What it imports there is light, as it does that in every process of fairseq2, also of people
+    who do not use our families.
+    """
     done = subprocess.run(
         [sys.executable, "-c", FOUND],
         cwd=tmp_path,
@@ -146,13 +145,14 @@ def test_fairseq2_finds_the_families_by_entry_point(distribution: Path, tmp_path
         text=True,
         timeout=600,
     )
+
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["heavy"] == []
-    sizes = {
-        name: (shape["layers"], shape["width"], shape["head_size"])
-        for name, shape in found["shapes"].items()
-    }
+
+    sizes = {}
+    for name, shape in found["shapes"].items():
+        sizes[name] = (shape["layers"], shape["width"], shape["head_size"])
     assert sizes == {
         "cm3leon_350m": (24, 1024, 64),
         "cm3leon_760m": (24, 1536, 64),
@@ -190,11 +190,14 @@ def test_card_and_recipe_are_printed_as_files(
     assert card.pop("name") == "run"
     assert card == extension.asset_card(run).metadata
     assert card["checkpoint"] == str(run.resolve() / "pretraining" / "model.safetensors")
+
     assert main_of_plugin(["recipe", str(run)]) == 0
     recipe = yaml.safe_load(capsys.readouterr().out)
     assert list(recipe) == [field.name for field in dataclasses.fields(PretrainConfig)]
     assert recipe["optimizer"]["config"]["lr"] == 0.01
     assert recipe["dataset"]["config_overrides"] == {"run": str(run.resolve())}
+
+    # Embeddings are spared weight decay by their name in fairseq2.
     (spared,) = recipe["optimizer"]["config"]["groups"]
     assert spared["params"] == [r"decoder_frontend\.embed\.weight"]
     assert spared["weight_decay"] == 0.0
@@ -207,18 +210,22 @@ def test_a_new_model_begins_with_our_weights(families: None) -> None:
 
     hub = extension.get_cm3leon_model_hub()
     config = CM3LeonConfig(layers=2, width=32, head_size=16, seq_len=8, vocab_size=64)
+
+    # Both are drawn from the same state of the random generator.
     torch.manual_seed(3)
     state = from_fairseq2(hub.create_new_model(config, dtype=torch.float32).state_dict())
+
     torch.manual_seed(3)
     from cm3leon.models.transformer import Transformer
 
     ours = Transformer(config, vocab_size=64).state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in ours.items())
+
     with pytest.raises(UserError, match="head_size 5 must divide width 32"):
         hub.create_new_model(CM3LeonConfig(layers=2, width=32, head_size=5))
 
 
-# ------------------------------------------------------------------------------------------------ ids
+# ---------------------------------------------------------------------------------------------- ids
 
 
 @needs_fairseq2
@@ -226,37 +233,38 @@ def test_ids_are_those_of_our_documents(run: Path, families: None) -> None:
     opened = open_run(run)
     tokenizer = extension.get_cm3leon_tokenizer_hub().load_tokenizer(extension.asset_card(run))
     text, vocab = "the digit 7 <break> <eos>", opened.vocab
+
+    # A document as our own training lays it out: <eos>, its tokens, <eos>.
     segment = TokenSegment("text", opened.text_tokenizer.encode(text))
     document = lay_out(Sample(TokenDocument("x", (segment,))), vocab).ids_T
+
     assert tokenizer.create_encoder()(text).tolist() == document.tolist()
     assert tokenizer.create_raw_encoder()(text).tolist() == segment.ids_T.tolist()
     assert tokenizer.create_encoder(mode="prompt")(text).tolist() == document[:-1].tolist()
+
     drawn = tokenizer.create_encoder(mode="text_to_image")
     assert drawn(text).tolist() == [*document[:-1], vocab.brk]
-    assert (drawn.prefix_indices.tolist(), drawn.suffix_indices.tolist()) == (
-        [vocab.eos],
-        [vocab.brk],
-    )
+    around = (drawn.prefix_indices.tolist(), drawn.suffix_indices.tolist())
+    assert around == ([vocab.eos], [vocab.brk])
+
+    # Text and special tokens come back; ids of images have no text.
     encoder, shown = tokenizer.create_encoder(), tokenizer.create_decoder()
     with_image = torch.tensor([*document, vocab.image_start])
     assert shown(with_image) == f"<eos>{text}<eos>"
     assert tokenizer.create_decoder(skip_special_tokens=True)(with_image) == text
     assert shown.decode_from_tokens(encoder.encode_as_tokens(text)) == f"<eos>{text}<eos>"
+
     info = tokenizer.vocab_info
-    assert (info.size, info.bos_idx, info.eos_idx, info.pad_idx, info.unk_idx) == (
-        vocab.size,
-        1,
-        1,
-        0,
-        None,
-    )
+    special = (info.bos_idx, info.eos_idx, info.pad_idx, info.unk_idx)
+    assert (info.size, *special) == (vocab.size, 1, 1, 0, None)
+
     with pytest.raises(UserError, match="has the modes prompt, text_to_image, as_is"):
         tokenizer.create_encoder(mode="source")
     with pytest.raises(UserError, match="'no token' is no token"):
         shown.decode_from_tokens(["no token"])
 
 
-# ------------------------------------------------------------------------------------------------ blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 def gangs_of(rank: int, count: int) -> Any:
@@ -267,7 +275,11 @@ def gangs_of(rank: int, count: int) -> Any:
 
 def tokens(parts: list[Any]) -> list[list[int]]:
     """Ids of each sample."""
-    return [ids.tolist() for part in parts for ids in part.as_input()[0].split(part.seq_lens)]
+    samples: list[list[int]] = []
+    for part in parts:
+        ids_N, _ = part.as_input()
+        samples += [ids.tolist() for ids in ids_N.split(part.seq_lens)]
+    return samples
 
 
 @needs_fairseq2
@@ -279,6 +291,8 @@ def test_ranks_and_parts_read_the_blocks_of_our_trainer(
     from cm3leon.stages.training_data import training_samples
 
     blocks = extension.get_cm3leon_dataset_hub().open_dataset(extension.asset_card(run))
+
+    # The readers share this opened run with the reference, our own stream of blocks.
     opened = blocks.run
     opened.experiment.packing.method = method
     stream = BlockStream(
@@ -290,12 +304,14 @@ def test_ranks_and_parts_read_the_blocks_of_our_trainer(
         seed=opened.experiment.seed,
         device=torch.device("cpu"),
     )
+
     readers = [blocks.create_reader(gangs_of(rank, 2), num_accumulate=2) for rank in range(2)]
-    state: Any = None
     for step in range(3):
         batch = stream.next()
         parts = [next(reader) for reader in readers]
         assert [len(each) for each in parts] == [2, 2]
+
+        # Each of two ranks has two parts of one block: block 0 and 2 the first, 1 and 3 the other.
         for row in range(4):
             part = parts[row % 2][row // 2]
             kept_T = batch.sample_BT[row] >= 0
@@ -304,12 +320,16 @@ def test_ranks_and_parts_read_the_blocks_of_our_trainer(
             assert layout.position_indices.tolist() == batch.position_BT[row][kept_T].tolist()
             assert layout.seq_lens == batch.sample_BT[row][kept_T].bincount().tolist()
             assert part.num_elements + part.padding == opened.seq_len
+
+        # A reader that takes up the state of the first step gives the blocks that follow it.
         if step == 0:
-            state = readers[1].state_dict()
+            state: Any = readers[1].state_dict()
             again = blocks.create_reader(gangs_of(1, 2), num_accumulate=2)
             again.load_state_dict(json.loads(json.dumps(state)))
         else:
             assert tokens(next(again)) == tokens(parts[1])
+
+    # After a reset it begins anew.
     readers[0].reset()
     fresh = blocks.create_reader(gangs_of(0, 2), num_accumulate=2)
     assert tokens(next(readers[0])) == tokens(next(fresh))
@@ -324,10 +344,12 @@ def test_mistakes_in_the_data_end_in_a_sentence(run: Path, families: None, tmp_p
         UserError, match=r"a batch has 4 blocks; 1 ranks with .*num_batches=3 cannot share"
     ):
         blocks.create_reader(gangs_of(0, 1), num_accumulate=3)
+
     with pytest.raises(UserError, match=r"run is missing; set dataset.config_overrides.run"):
         open_blocks(BlocksConfig())
     with pytest.raises(UserError, match="is no run folder"):
         open_blocks(BlocksConfig(run=tmp_path))
+
     shutil.copy(run / "config.yaml", tmp_path)
     with pytest.raises(
         UserError, match=r"stage neighbours of .* is not finished; run it with until=neighbours"
@@ -335,24 +357,24 @@ def test_mistakes_in_the_data_end_in_a_sentence(run: Path, families: None, tmp_p
         open_blocks(BlocksConfig(run=tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
 def recipe(run: Path, families: None) -> Any:
-    """The run's pretraining as a recipe, from the weights that our own began with; all checkpoints are kept.
+    """The run's pretraining as a recipe of fairseq2.
 
-    TensorFloat-32 would stay on for the tests that follow in this process.
+    It begins with the weights that our own training began with, and keeps all checkpoints.
+    TensorFloat-32 is off, as it would stay on for the tests that follow in this process.
     """
     from cm3leon.plugins.fairseq2_cm3leon._recipe import recipe_of
 
     opened = open_run(run)
     first = run.parent / "first"
     first.mkdir()
-    save_weights(
-        first / "model.safetensors",
-        first_weights(RunFolder(opened.experiment, run, opened.device)).state_dict(),
-    )
+    model = first_weights(RunFolder(opened.experiment, run, opened.device))
+    save_weights(first / "model.safetensors", model.state_dict())
+
     recipe = recipe_of(opened)
     recipe.model.path = first
     recipe.regime.keep_last_n_checkpoints = None
@@ -370,7 +392,7 @@ def pretrain(recipe: Any, out: Path) -> Path:
 
 
 def forget(out: Path, last: int) -> None:
-    """What is left when a training is killed after the checkpoint of a step."""
+    """Leave what a training leaves that is killed after the checkpoint of step `last`."""
     for step in range(last + 2, STEPS + 1, 2):
         shutil.rmtree(out / "checkpoints" / f"step_{step}")
     shutil.rmtree(out / "metrics")
@@ -379,18 +401,25 @@ def forget(out: Path, last: int) -> None:
 def losses(out: Path) -> dict[int, list[float]]:
     """Loss, loss by modality and norm of the gradient of each step."""
     names = ("NLL Loss", "NLL Loss (text)", "NLL Loss (image)", "Gradient Norm")
-    lines = map(json.loads, (out / "metrics" / "train.jsonl").read_text().splitlines())
-    return {line["Step"]: [line[name] for name in names] for line in lines}
+    found = {}
+    for line in map(json.loads, (out / "metrics" / "train.jsonl").read_text().splitlines()):
+        found[line["Step"]] = [line[name] for name in names]
+    return found
 
 
 def our_losses(run: Path) -> dict[int, list[float]]:
     names = ("loss", "loss_text", "loss_image", "gradient_norm")
-    lines = map(json.loads, (run / "pretraining" / "log.jsonl").read_text().splitlines())
-    return {line["step"]: [line[name] for name in names] for line in lines}
+    found = {}
+    for line in map(json.loads, (run / "pretraining" / "log.jsonl").read_text().splitlines()):
+        found[line["step"]] = [line[name] for name in names]
+    return found
 
 
 def assert_alike(found: dict[int, list[float]], expected: dict[int, list[float]]) -> None:
-    """To the rounding of float32; attention on a GPU has other kernels than the two processes on the CPU."""
+    """Check that losses agree to the rounding of float32.
+
+    On a GPU attention has other kernels than in the processes on the CPU: the tolerance is wider.
+    """
     rel = 1e-3 if torch.cuda.is_available() else 1e-5
     assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
     for step, numbers in found.items():
@@ -426,18 +455,15 @@ def test_a_stopped_training_goes_on_bit_for_bit(recipe: Any, alone: Path, tmp_pa
     forget(out, 4)
     again = losses(pretrain(recipe, out))
     assert again == {step: losses(alone)[step] for step in range(5, STEPS + 1)}
-    ends = [
-        torch.load(
-            each / f"checkpoints/step_{STEPS}/model/pp_00/tp_00/sdp_00.pt", weights_only=True
-        )
-        for each in (out, alone)
-    ]
-    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
+
+    shard = f"checkpoints/step_{STEPS}/model/pp_00/tp_00/sdp_00.pt"
+    resumed, whole = [torch.load(each / shard, weights_only=True) for each in (out, alone)]
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
 
 
 @needs_fairseq2
 def test_its_weights_become_files_of_ours(run: Path, alone: Path, tmp_path: Path) -> None:
-    """They are those that our training ends with, up to rounding; an output without any is refused."""
+    """They are those that our training ends with; a folder without any is refused."""
     export = (sys.executable, "-m", PLUGIN, "export")
     done = subprocess.run(
         [*export, str(alone), str(tmp_path / "ours")], env=environment(), capture_output=True
@@ -454,24 +480,19 @@ def test_its_weights_become_files_of_ours(run: Path, alone: Path, tmp_path: Path
 def test_two_processes_reach_the_same_losses_and_go_on(
     run: Path, recipe: Any, tmp_path: Path
 ) -> None:
-    """FSDP2 over gloo, the gradients of two parts added up; then from the middle again. By the command line."""
+    """By the command line: FSDP2 over gloo, with the gradients of two parts added up.
+
+    A second training goes on from a checkpoint in the middle.
+    """
     from fairseq2.utils.structured import StandardValueConverter
 
     file, out = tmp_path / "recipe.yaml", tmp_path / "two"
     file.write_text(yaml.safe_dump(StandardValueConverter().unstructure(recipe)))
+
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["--no-rich", "--config-file", str(file)]
     parts = ["--config", "trainer.grad_accumulation.num_batches=2"]
-    command = [
-        *torchrun,
-        "-m",
-        PLUGIN,
-        "pretrain",
-        str(out),
-        "--no-rich",
-        "--config-file",
-        str(file),
-        *parts,
-    ]
+    command = [*torchrun, "-m", PLUGIN, "pretrain", str(out), *words, *parts]
 
     def train() -> dict[int, list[float]]:
         done = subprocess.run(
@@ -483,8 +504,11 @@ def test_two_processes_reach_the_same_losses_and_go_on(
 
     whole = train()
     assert_alike(whole, our_losses(run))
+
     shards = out / f"checkpoints/step_{STEPS}/model/pp_00/tp_00"
     assert {shard.name for shard in shards.iterdir()} == {"sdp_00.pt", "sdp_01.pt"}
+
+    # As if killed after step 4: steps 5 to 10 are trained again.
     forget(out, 4)
     again = train()
     assert again.keys() == set(range(5, STEPS + 1))
@@ -508,13 +532,17 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(
         ({"dataset.config_overrides.run": tmp_path}, "is no run folder"),
     ):
         small = {"model.arch": "cm3leon_tiny", "common.torch.allow_tf32": "false", **changes}
+
         words = [f"{name}={value}" for name, value in small.items()]
         with pytest.raises(SystemExit) as ended:
             main_of_plugin(["pretrain", str(tmp_path / "out"), "--no-rich", "--config", *words])
+
         assert ended.value.code == 2
         log = (tmp_path / "out" / "logs" / "rank_0.log").read_text()
         assert sentence in log
         assert "Traceback" not in log
+
+    # Commands that need no recipe end in the same way.
     assert main_of_plugin(["card", str(tmp_path)]) == 2
     assert main_of_plugin(["recipe"]) == 2
     assert main_of_plugin(["--help"]) == 0

@@ -73,7 +73,7 @@ def read_geneval(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, np.n
 
 
 def read_dpg(folder: Path, side: int, count: int) -> dict[str, list[np.ndarray]]:
-    """What DPG-Bench's evaluation reads: each file of a folder, cut into images of `side` pixels."""
+    """What DPG-Bench's evaluation reads: each file of a folder, cut into images of that side."""
     corners = [(0, 0), (side, 0), (0, side), (side, side)][:count]
     found = {}
     for file in folder.iterdir():
