@@ -1,31 +1,40 @@
 """Text to image beside transformers' `generate` with guidance, on the same weights.
 
-    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/decode.py                  # the shape of the digits model
+    # The shape of the digits model.
+    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/decode.py
+
+    # A model of 350M parameters, in less time.
     OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/decode.py --shape 350m --codes 16 --repeats 1
 
-Each image is `--codes` codes under guidance of weight 3 with top-p 0.9, drawn by ours and by OPTForCausalLM.generate in
-turn, both with weights in bf16 (ours keeps embeddings and residual stream in float32). Prompts: one; eight different
-ones (transformers pads them to the left, in one batch); and eight samples of one prompt that begins with a retrieved
-prefix, which transformers is given eight times. Images a second are the median over repeats after one that is not
-counted; the ratio is the median of each repeat's, in which both had the machine alike. Memory is the peak of a process
-of its own beyond the weights.
+Each image is `--codes` codes under guidance of weight 3 with top-p 0.9. Our decoder and
+OPTForCausalLM.generate draw it in turn, both with weights in bf16; ours keeps embeddings and the
+residual stream in float32. There are three cases:
+
+- one prompt;
+- eight different prompts, which transformers pads to the left in one batch;
+- eight samples of one prompt that begins with a retrieved prefix, which transformers is given
+  eight times.
+
+Images a second are the median over the repeats after one that is not counted. The ratio is the
+median of the ratios of single repeats, since within a repeat both find the machine equally busy.
+Memory is the peak beyond the weights, in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from memory_held import forget_peak, held_bytes, peak_bytes
 from peer import to_opt
 
 from cm3leon.decoders import grammar
@@ -45,6 +54,9 @@ SHAPES = {
 CASES = ("one prompt", "8 prompts", "8 samples")
 WEIGHT, TOP_P = 3.0, 0.9
 
+Pair = tuple[np.ndarray, np.ndarray]
+"""A prompt's ids (T,), and those of its unconditional stream."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -59,7 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--one", nargs=2, help="measure the memory of a case and a way in this process"
+        "--one", nargs=2, help="measure in this process the memory of a case for `ours` or `opt`"
     )
     args = parser.parse_args()
     discover()
@@ -67,51 +79,52 @@ def main() -> None:
     if args.one:
         print(measure_memory(args, *args.one))
         return
-    device = (
-        torch.cuda.get_device_name()
-        if DEVICE.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if DEVICE.type == "cuda":
+        device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}; {fields['layers']} layers, ", end="")
+    print(f"width {fields['width']}, vocabulary {vocab.size:,}, ", end="")
+    print(f"prompts of {args.prompt} tokens, {args.codes} codes an image\n")
     print(
-        f"{device}, torch {torch.__version__}; {fields['layers']} layers, width {fields['width']}, ",
-        end="",
-    )
-    print(
-        f"vocabulary {vocab.size:,}, prompts of {args.prompt} tokens, {args.codes} codes an image\n"
-    )
-    print(
-        "| case | ours, images/s | transformers, images/s | ratio | ours, MiB | transformers, MiB |\n"
-        "|---|---|---|---|---|---|"
+        "| case | ours, images/s | transformers, images/s | ratio | ours, MiB "
+        "| transformers, MiB |\n|---|---|---|---|---|---|"
     )
     model = decoder(args.shape, args.weights)
     other = opt(args.shape)
     for case in CASES:
         prompts = prompts_of(case, args, vocab)
-        ways: dict[str, Callable[[], object]] = {
+        drawing = {
             "ours": partial(ours, model, vocab, args.codes, prompts),
             "opt": partial(transformers_generate, other, vocab, args.codes, prompts),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for repeat in range(args.repeats + 1):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way()
-                if repeat:
-                    times[name].append(time.perf_counter() - start)
-        rates = {name: len(prompts) / statistics.median(values) for name, values in times.items()}
-        pairs = zip(times["opt"], times["ours"], strict=True)
-        ratio = statistics.median(theirs / own for theirs, own in pairs)
-        held = {name: memory_of(case, name) for name in ways}
+        times = seconds_in_turn(drawing, args.repeats)
+        own, theirs = np.array(times["ours"]), np.array(times["opt"])
+        rates = f"{len(prompts) / np.median(own):.3g} | {len(prompts) / np.median(theirs):.3g}"
+        ratio = np.median(theirs / own)
+
+        # The peak of a process never falls, so each of these has one to itself.
+        held = f"{memory_of(case, 'ours') / 2**20:,.0f} | {memory_of(case, 'opt') / 2**20:,.0f}"
         label = f"{case}, prefix {args.prefix}" if case == "8 samples" else case
-        print(
-            f"| {label} | {rates['ours']:.3g} | {rates['opt']:.3g} | {ratio:.2f} | "
-            f"{held['ours'] / 2**20:,.0f} | {held['opt'] / 2**20:,.0f} |",
-            flush=True,
-        )
+        print(f"| {label} | {rates} | {ratio:.2f} | {held} |", flush=True)
+
+
+def seconds_in_turn(
+    drawing: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each call, one of each in turn; the first turn is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in drawing}
+    for repeat in range(repeats + 1):
+        for name, draw in drawing.items():
+            start = time.perf_counter()
+            draw()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
 def decoder(shape: str, weights: Weights) -> Transformer:
-    """A decoder with random weights, large enough to choose by."""
+    """Our model with random weights, whose head is large enough for clear choices of tokens."""
     vocab, fields = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -122,22 +135,18 @@ def decoder(shape: str, weights: Weights) -> Transformer:
 
 
 def opt(shape: str) -> Any:
-    """The same weights in transformers, all in bf16."""
+    """The same weights in transformers' OPT, all in bf16."""
     return to_opt(decoder(shape, "float32")).to(DEVICE, torch.bfloat16)
 
 
-def prompts_of(
-    case: str, args: argparse.Namespace, vocab: Vocab
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Conditional and unconditional prompts."""
+def prompts_of(case: str, args: argparse.Namespace, vocab: Vocab) -> list[Pair]:
+    """The prompts of a case, each with its unconditional stream."""
     rng = np.random.default_rng(0)
-    prefix_T = (
-        rng.integers(4, vocab.text_size, args.prefix)
-        if case == "8 samples"
-        else np.empty(0, np.int64)
-    )
+    prefix_T = np.empty(0, np.int64)
+    if case == "8 samples":
+        prefix_T = rng.integers(4, vocab.text_size, args.prefix)
 
-    def one(length: int) -> tuple[np.ndarray, np.ndarray]:
+    def one(length: int) -> Pair:
         caption_T = rng.integers(4, vocab.text_size, length - 2)
         begin_T = np.concatenate([[vocab.eos], prefix_T])
         return (
@@ -145,46 +154,46 @@ def prompts_of(
             np.concatenate([begin_T, [vocab.sentinel(0), vocab.brk]]),
         )
 
+    if case == "one prompt":
+        return [one(args.prompt)]
     if case == "8 samples":
         return [one(args.prompt)] * 8
-    return [one(args.prompt - 2 * number) for number in range(1 if case == "one prompt" else 8)]
+
+    # Prompts of eight lengths, so that transformers has to pad.
+    return [one(args.prompt - 2 * number) for number in range(8)]
 
 
-def ours(
-    model: Transformer, vocab: Vocab, codes: int, prompts: list[tuple[np.ndarray, np.ndarray]]
-) -> Any:
-    """Equal prompts as samples of one request."""
+def ours(model: Transformer, vocab: Vocab, codes: int, prompts: list[Pair]) -> Any:
+    """Draw an image for each prompt; equal prompts are the samples of one request."""
     image = DECODERS.build({"name": "top_p", "cfg": WEIGHT, "top_p": TOP_P})
     new = partial(grammar.image, vocab, codes)
-    same = prompts[0] is prompts[-1]
-    sizes = [(prompts[0], len(prompts))] if same else [(each, 1) for each in prompts]
-    requests = [
-        Request(streams, new, codes, [{"image": image}] * n, range(n)) for streams, n in sizes
-    ]
+
+    samples = 1
+    if prompts[0] is prompts[-1]:
+        prompts, samples = prompts[:1], len(prompts)
+    requests = []
+    for streams in prompts:
+        request = Request(streams, new, codes, [{"image": image}] * samples, range(samples))
+        requests.append(request)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         return answers(model, requests, vocab=vocab)
 
 
 @torch.inference_mode()
-def transformers_generate(
-    model: Any, vocab: Vocab, codes: int, prompts: list[tuple[np.ndarray, np.ndarray]]
-) -> Any:
-    """A batch padded to the left, with transformers' guidance and only codes allowed."""
+def transformers_generate(model: Any, vocab: Vocab, codes: int, prompts: list[Pair]) -> Any:
+    """Draw an image for each prompt in one batch, by transformers' guidance, among codes only."""
+    # Only codes are allowed, so that no image ends early.
     low, high = vocab.id_range("image")
     closed = [token for token in range(vocab.size) if not low <= token < high]
-    given = {}
-    for place, name in enumerate(("", "negative_prompt_")):
-        rows = [pair[place] for pair in prompts]
-        longest = max(map(len, rows))
-        ids_BT = np.stack([np.pad(row, (longest - len(row), 0)) for row in rows])
-        mask_BT = np.stack([np.arange(longest) >= longest - len(row) for row in rows])
-        given[f"{name}ids"] = torch.from_numpy(ids_BT).to(DEVICE)
-        given[f"{name}attention_mask"] = torch.from_numpy(mask_BT.astype(np.int64)).to(DEVICE)
+
+    conditional, unconditional = zip(*prompts, strict=True)
+    ids_BT, mask_BT = padded_left(conditional)
+    negative_BT, negative_mask_BT = padded_left(unconditional)
     return model.generate(
-        given["ids"],
-        attention_mask=given["attention_mask"],
-        negative_prompt_ids=given["negative_prompt_ids"],
-        negative_prompt_attention_mask=given["negative_prompt_attention_mask"],
+        ids_BT,
+        attention_mask=mask_BT,
+        negative_prompt_ids=negative_BT,
+        negative_prompt_attention_mask=negative_mask_BT,
         guidance_scale=WEIGHT,
         do_sample=True,
         top_p=TOP_P,
@@ -196,8 +205,19 @@ def transformers_generate(
     )
 
 
+def padded_left(rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask (B, T) of rows that end together."""
+    longest = max(map(len, rows))
+    ids_BT = np.zeros((len(rows), longest), np.int64)
+    mask_BT = np.zeros((len(rows), longest), np.int64)
+    for number, ids_T in enumerate(rows):
+        ids_BT[number, longest - len(ids_T) :] = ids_T
+        mask_BT[number, longest - len(ids_T) :] = 1
+    return torch.from_numpy(ids_BT).to(DEVICE), torch.from_numpy(mask_BT).to(DEVICE)
+
+
 def memory_of(case: str, way: str) -> int:
-    """Peak of a process of its own beyond the weights."""
+    """Measure `ours` or `opt` in a process of its own, by this script's option --one."""
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--one", case, way]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(json.loads(done.stdout.splitlines()[-1]))
@@ -206,24 +226,19 @@ def memory_of(case: str, way: str) -> int:
 def measure_memory(args: argparse.Namespace, case: str, way: str) -> int:
     """The most bytes held while one batch is drawn, beyond what is held before."""
     vocab, _ = SHAPES[args.shape]
-    function: Any = ours if way == "ours" else transformers_generate
-    model: Any = decoder(args.shape, args.weights) if way == "ours" else opt(args.shape)
-    function(model, vocab, 2, prompts_of("one prompt", args, vocab))
-    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else of_process("VmRSS")
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    draw: Any
+    model: Any
+    if way == "ours":
+        draw, model = ours, decoder(args.shape, args.weights)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
-    function(model, vocab, args.codes, prompts_of(case, args, vocab))
-    return (
-        torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else of_process("VmHWM")
-    ) - before
+        draw, model = transformers_generate, opt(args.shape)
 
-
-def of_process(name: str) -> int:
-    """A size in bytes from Linux's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    # What libraries keep after their first call is not counted.
+    draw(model, vocab, 2, prompts_of("one prompt", args, vocab))
+    before = held_bytes(DEVICE)
+    forget_peak(DEVICE)
+    draw(model, vocab, args.codes, prompts_of(case, args, vocab))
+    return peak_bytes(DEVICE) - before
 
 
 if __name__ == "__main__":

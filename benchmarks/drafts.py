@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/drafts.py runs/digits
 
-A step computes the next code and, behind it, drafts, and takes as many of them as turn out right; see `Engine`.
-Held-out captions are drawn some at a time, under several windows in turn. Images are compared with those of a window of
-one: bf16 rounds products of another size differently, so that a few may differ. The digits' judge reads them all.
+A step computes the next code and, behind it, drafts, of which it takes as many as turn out right
+(see `Engine`). Images of held-out captions are drawn some at a time, under several windows in turn.
+They are compared with those of the first window, which is 1 by default: bf16 rounds products of
+another size differently, so that a few images may differ. The judge of digits reads all of them.
 """
 
 from __future__ import annotations
@@ -37,40 +38,44 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--precision", choices=("auto", "float32"), default="auto")
     args = parser.parse_args()
+
     m = CM3Leon.load(args.run, precision=args.precision)
-    run = m.run
-    rows = np.resize(run.corpus.rows("held_out"), args.images)
-    task: Any = m._task("text_to_image")
-    prompts = [
-        task.prompt(TokenDocument("q", (required(run.token_documents[row], "text"),)))
-        for row in rows
-    ]
+    run, labels = m.run, m.run.corpus.labels
     train = run.corpus.rows("train")
-    judge = Judge(
-        run.corpus.images_BHWC[train], np.array([run.corpus.labels[row] for row in train])
-    )
-    labels = np.array([run.corpus.labels[row] for row in rows])
+    judge = Judge(run.corpus.images_BHWC[train], np.array([labels[row] for row in train]))
+
+    # Captions come again if there are fewer of them than images.
+    rows = np.resize(run.corpus.rows("held_out"), args.images)
+    labels_B = np.array([labels[row] for row in rows])
+    task: Any = m._task("text_to_image")
+    prompts = []
+    for row in rows:
+        caption = required(run.token_documents[row], "text")
+        prompts.append(task.prompt(TokenDocument("q", (caption,))))
+
     codes = run.image_tokenizer.grid**2
-    print(
-        f"{args.images} images of {codes} codes, guidance {args.cfg:g}, top-p {args.top_p:g}, {args.precision}\n"
-    )
-    print(
-        "| at once | window | steps | codes a step | images/s | the same | read right |\n|---|---|---|---|---|---|---|"
-    )
-    draw(m, prompts[:8], 1, 1, args)  # not counted
+    print(f"{args.images} images of {codes} codes, guidance {args.cfg:g}, ", end="")
+    print(f"top-p {args.top_p:g}, {args.precision}\n")
+    print("| at once | window | steps | codes a step | images/s | the same | read right |")
+    print("|---|---|---|---|---|---|---|")
+
+    # The first call of a process is slower, and is not counted.
+    draw(m, prompts[:8], 1, 1, args)
     for at_once in args.at_once:
         plain: list[list[int]] = []
         for window in args.windows:
             start = time.perf_counter()
             images, steps = draw(m, prompts, at_once, window, args)
             rate = len(images) / (time.perf_counter() - start)
+
             plain = plain or images
             same = np.mean([one == other for one, other in zip(images, plain, strict=True)])
-            ids_BN = run.vocab.image_codes(np.array(images))
-            right = (judge.read(run.image_tokenizer.decode(ids_BN)) == labels).mean()
+            codes_BN = run.vocab.image_codes(np.array(images))
+            right = (judge.read(run.image_tokenizer.decode(codes_BN)) == labels_B).mean()
             a_step = codes * len(images) / at_once / steps
             print(
-                f"| {at_once} | {window} | {steps} | {a_step:.2f} | {rate:.1f} | {same:.1%} | {right:.1%} |",
+                f"| {at_once} | {window} | {steps} | {a_step:.2f} | {rate:.1f} "
+                f"| {same:.1%} | {right:.1%} |",
                 flush=True,
             )
 
@@ -78,29 +83,26 @@ def main() -> None:
 def draw(
     m: CM3Leon, prompts: list[Any], at_once: int, window: int, args: argparse.Namespace
 ) -> tuple[list[list[int]], int]:
-    """The images' tokens, and the steps that they took."""
+    """The tokens of each prompt's image, and the number of steps that all of them took."""
     decoder = DECODERS.build({"name": "top_p", "cfg": args.cfg, "top_p": args.top_p})
     images: list[list[int]] = []
     steps = 0
     for first in range(0, len(prompts), at_once):
-        requests = [
-            request_for(
-                prompt, decoder, vocab=m.run.vocab, seeds=[first + place], seq_len=m.run.seq_len
+        # The seed of an image is its index, so that windows and batches draw the same ones.
+        requests = []
+        for seed, prompt in enumerate(prompts[first : first + at_once], start=first):
+            request = request_for(
+                prompt, decoder, vocab=m.run.vocab, seeds=[seed], seq_len=m.run.seq_len
             )
-            for place, prompt in enumerate(prompts[first : first + at_once])
-        ]
+            requests.append(request)
+
         with m._computing():
-            engine = Engine(
-                m.run.model,
-                m.run.vocab,
-                shape_for(m.run.model, requests, window=window),
-                window=window,
-            )
+            shape = shape_for(m.run.model, requests, window=window)
+            engine = Engine(m.run.model, m.run.vocab, shape, window=window)
             for request in requests:
                 engine.submit(request)
-            images += [
-                answer.tokens for answer in sorted(engine.run(), key=lambda answer: answer.ticket)
-            ]
+            answers = sorted(engine.run(), key=lambda answer: answer.ticket)
+        images += [answer.tokens for answer in answers]
         steps += engine.steps
     return images, steps
 

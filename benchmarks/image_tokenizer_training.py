@@ -1,10 +1,11 @@
-"""What a training step of the image tokenizer costs at the paper's geometry: memory for an image, and time.
+"""Memory for an image, and time, of a training step of the image tokenizer at the paper's size.
 
     OMP_NUM_THREADS=2 python benchmarks/image_tokenizer_training.py
 
-One image of 256x256 pixels goes forward and backward through tokenizer, discriminator and VGG16 (with random weights).
-The memory of a step on a GPU is the weights' (float32 weight, gradient, two moments, average: 20 bytes each) and, for
-each image of the batch, that of the tensors kept for the backward pass, which are counted here.
+One image of 256x256 pixels goes forward and backward through tokenizer, discriminator and VGG16
+(with random weights). On a GPU a step needs memory for two things: the weights (in float32 the
+weight, its gradient, two moments and the average: 20 bytes each) and, for each image of the batch,
+the tensors that are kept for the backward pass. The latter are counted here.
 """
 
 from __future__ import annotations
@@ -28,26 +29,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         vgg = Path(folder) / "vgg16.pth"
         torch.save(torchvision.models.vgg16(weights=None).state_dict(), vgg)
-        print(
-            "| precision | perceptual | kept for an image, GB | forward, s | backward, s | batch of 32, GB |"
-        )
-        print("|---|---|---|---|---|---|")
+
+        print("| precision | perceptual | kept for an image, GB ", end="")
+        print("| forward, s | backward, s | batch of 32, GB |\n|---|---|---|---|---|---|")
         for file in (None, vgg):
             for bf16 in (False, True):
                 measure(file, bf16)
 
 
 def measure(perceptual_file: Path | None, bf16: bool) -> None:
-    """Prints a row."""
+    """Print a row of the table.
+
+    Args:
+        perceptual_file: weights of the VGG16 of the perceptual loss; None = without that loss.
+    """
     settings = {
         "name": "vqgan",
         "adversarial_start": 0,
         "perceptual_file": perceptual_file and str(perceptual_file),
     }
     module = IMAGE_TOKENIZERS.build(settings).training_module().train()
-    fixed = {
-        tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())
-    }
+
+    # Bytes by address: a storage that several tensors share is kept once, and weights are not new.
+    tensors = (*module.parameters(), *module.buffers())
+    fixed = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,10 +71,12 @@ def measure(perceptual_file: Path | None, bf16: bool) -> None:
     middle = time.perf_counter()
     loss.backward()
     end = time.perf_counter()
+
     weights = sum(parameter.numel() for parameter in module.parameters())
     image = sum(kept.values()) / 1e9
     batch = BATCH * image + weights * BYTES_OF_A_WEIGHT / 1e9
-    precision, perceptual = "bf16" if bf16 else "float32", "yes" if perceptual_file else "no"
+    precision = "bf16" if bf16 else "float32"
+    perceptual = "yes" if perceptual_file else "no"
     times = f"{middle - start:.1f} | {end - middle:.1f}"
     print(f"| {precision} | {perceptual} | {image:.2f} | {times} | {batch:.0f} |", flush=True)
 

@@ -1,11 +1,13 @@
-"""Images per second of the VQGAN's encoder and decoder, ours against the libraries', on the same random weights.
+"""Images per second of the VQGAN's encoder and decoder, beside the libraries', on the same weights.
 
-    OMP_NUM_THREADS=2 nice python benchmarks/image_tokenizers.py --variants eager channels_last compile
+    OMP_NUM_THREADS=2 nice python benchmarks/image_tokenizers.py \\
+        --variants eager channels_last compile
 
-Two published geometries at 256x256 pixels: LlamaGen's ds16 against transformers' JanusVQVAE, and f8 of
-taming-transformers against diffusers' VQModel. The library's model is written as a folder and ours reads it; before
-anything is timed, codes and reconstructions of the two are compared. Where there is a GPU it is measured too. A figure
-is the median of `--repeats` calls after one that is not counted, ours and theirs in turn.
+Two published geometries at 256x256 pixels: LlamaGen's ds16 beside transformers' JanusVQVAE, and f8
+of taming-transformers beside diffusers' VQModel. The library's model, with random weights, is
+written as a folder, and ours reads it. Before anything is timed, codes and reconstructions of the
+two are compared. Where there is a GPU, it is measured too. A figure is the median of `--repeats`
+calls after one that is not counted, theirs and ours in turn.
 """
 
 from __future__ import annotations
@@ -28,15 +30,20 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from cm3leon.tokenizers.image.published import PublishedVQ
 
 SIDE = 256
+"""Height and width of the images in pixels."""
 VARIANTS = ("eager", "channels_last", "compile", "compile_channels_last")
+
+Function = Callable[[Tensor], Tensor]
 
 
 class Pair(NamedTuple):
     """One geometry, as the library has it and as we do."""
 
     name: str
-    their_codes: Callable[[Tensor], Tensor]
-    their_signal: Callable[[Tensor], Tensor]
+    their_codes: Function
+    """Codes (B, N) of images (B, C, H, W) in [-1, 1]."""
+    their_signal: Function
+    """Images (B, C, H, W) in [-1, 1] of codes (B, H, W)."""
     ours: PublishedVQ
 
 
@@ -62,28 +69,37 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    for device in devices:
         for geometry in args.geometries:
+            # The folder of the library's model is gone before the next one is made.
             with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
                 torch.manual_seed(0)
-                pair = MAKERS[geometry](Path(folder), device)
-                print(f"\n{agreement(pair, device)}; {torch.get_num_threads()} CPU threads\n")
-                print(
-                    "| device | geometry | who | what | batch | images/s |\n|---|---|---|---|---|---|",
-                    flush=True,
-                )
-                for row in measure(pair, device, args.variants, args.batches, args.repeats):
-                    print(
-                        f"| {row.device} | {row.geometry} | {row.who} | {row.what} | {row.batch} "
-                        f"| {row.images_per_second:.3f} |",
-                        flush=True,
-                    )
+                print_table(MAKERS[geometry](Path(folder), device), device, args)
+
+
+def print_table(pair: Pair, device: str, args: argparse.Namespace) -> None:
+    """Print how far both agree, then a row for each model, direction and batch."""
+    print(f"\n{agreement(pair, device)}; {torch.get_num_threads()} CPU threads\n")
+    print("| device | geometry | who | what | batch | images/s |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for row in measure(pair, device, args.variants, args.batches, args.repeats):
+        print(
+            f"| {row.device} | {row.geometry} | {row.who} | {row.what} | {row.batch} "
+            f"| {row.images_per_second:.3f} |",
+            flush=True,
+        )
 
 
 def llamagen_ds16(folder: Path, device: str) -> Pair:
     """LlamaGen's ds16 and Janus: 16x16 codes of 16384."""
     theirs = JanusVQVAE(JanusVQVAEConfig(num_patches=SIDE // 16)).eval()
-    # Its `encode` does not normalize, as the weights were trained to be used; to codes of length 1 that is the same.
+
+    # LlamaGen normalizes codes before it compares them, and JanusVQVAE's `encode` does not. With
+    # codes of length 1 both do the same.
     codebook_VD = theirs.quantize.embedding.weight.data
     codebook_VD.copy_(torch.nn.functional.normalize(codebook_VD, dim=-1))
     theirs.save_pretrained(folder)
@@ -109,14 +125,20 @@ def taming_f8(folder: Path, device: str) -> Pair:
     theirs.quantize.embedding.weight.data.normal_()
     theirs.save_pretrained(folder)
     theirs.to(device)
+
+    # Its own `encode` and `decode` return more than is compared.
+    def codes_of(signal_BCHW: Tensor) -> Tensor:
+        _, _, (_, _, codes_N) = theirs.quantize(theirs.encode(signal_BCHW).latents)
+        return codes_N.view(len(signal_BCHW), -1)
+
+    def signal_of(codes_BHW: Tensor) -> Tensor:
+        latents_BCHW = theirs.quantize.embedding(codes_BHW).permute(0, 3, 1, 2)
+        return theirs.decoder(theirs.post_quant_conv(latents_BCHW))
+
     return Pair(
         "f8 (diffusers VQModel)",
-        lambda signal_BCHW: theirs.quantize(theirs.encode(signal_BCHW).latents)[2][2].view(
-            len(signal_BCHW), -1
-        ),
-        lambda codes_BHW: theirs.decoder(
-            theirs.post_quant_conv(theirs.quantize.embedding(codes_BHW).permute(0, 3, 1, 2))
-        ),
+        codes_of,
+        signal_of,
         PublishedVQ(PublishedVQ.Config(path=folder, image_size=SIDE)).to(device),
     )
 
@@ -125,39 +147,43 @@ MAKERS = {"ds16": llamagen_ds16, "f8": taming_f8}
 
 
 def agreement(pair: Pair, device: str) -> str:
-    """How far ours and theirs agree on one image, and on the way back from the same codes."""
+    """How far ours and theirs agree on the codes of an image, and on the image of given codes."""
     signal_BCHW, codes_BHW = inputs(pair, 1, device)
-    same = (
-        (pair.ours.codes_of(signal_BCHW).flatten(1) == pair.their_codes(signal_BCHW))
-        .float()
-        .mean()
-        .item()
-    )
+    equal_BN = pair.ours.codes_of(signal_BCHW).flatten(1) == pair.their_codes(signal_BCHW)
+    same = equal_BN.float().mean().item()
     apart = (pair.ours.signal_of(codes_BHW) - pair.their_signal(codes_BHW)).abs().max().item()
-    return f"{device}, {pair.name}: {same:.1%} of the codes are the same; reconstructions differ by {apart:.1e} at most"
+    return (
+        f"{device}, {pair.name}: {same:.1%} of the codes are the same; "
+        f"reconstructions differ by {apart:.1e} at most"
+    )
 
 
 def measure(
     pair: Pair, device: str, variants: list[str], batches: list[int], repeats: int
 ) -> Iterator[Row]:
-    """Times theirs and every variant of ours in turn."""
-    models = {"theirs": (pair.their_codes, pair.their_signal)}
-    models |= {f"ours, {variant}": functions(pair.ours, variant) for variant in variants}
+    """Time theirs and every variant of ours in turn."""
+    encoders, decoders = {"theirs": pair.their_codes}, {"theirs": pair.their_signal}
+    for variant in variants:
+        encode, decode = functions(pair.ours, variant)
+        encoders[f"ours, {variant}"], decoders[f"ours, {variant}"] = encode, decode
+
     for batch in batches:
-        for number, (what, given) in enumerate(
-            zip(("encode", "decode"), inputs(pair, batch, device), strict=True)
+        signal_BCHW, codes_BHW = inputs(pair, batch, device)
+        for what, models, given in (
+            ("encode", encoders, signal_BCHW),
+            ("decode", decoders, codes_BHW),
         ):
             seconds: dict[str, list[float]] = {who: [] for who in models}
             for _ in range(1 + repeats):
-                for who, both in models.items():
-                    seconds[who].append(timed(both[number], given, device))
+                for who, function in models.items():
+                    seconds[who].append(timed(function, given, device))
+
+            # The first call allocates and compiles, and is not counted.
             for who, times in seconds.items():
                 yield Row(device, pair.name, who, what, batch, batch / statistics.median(times[1:]))
 
 
-def functions(
-    tokenizer: PublishedVQ, variant: str
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def functions(tokenizer: PublishedVQ, variant: str) -> tuple[Function, Function]:
     """Images to codes, and codes to images, in one of the variants."""
     if variant.endswith("channels_last"):
         tokenizer = copy.deepcopy(tokenizer).to(memory_format=torch.channels_last)
@@ -175,7 +201,7 @@ def inputs(pair: Pair, batch: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def timed(function: Callable[[Tensor], Tensor], given: Tensor, device: str) -> float:
-    """Seconds of one call."""
+    """Seconds of one call, until the device has finished it."""
     synchronize(device)
     start = time.perf_counter()
     function(given)

@@ -1,11 +1,13 @@
-"""The memory bank's index against exact search and against autofaiss (what clip-retrieval builds its indices with).
+"""The memory bank's index beside exact search and autofaiss, which clip-retrieval builds upon.
 
-    python benchmarks/index.py                        # one million documents of 512 dimensions, about 10 minutes
+    # One million documents of 512 dimensions, about 10 minutes.
+    python benchmarks/index.py
+
     python benchmarks/index.py --documents 200000
 
-Documents are points of a 64-dimensional mixture of 2,000 broad, overlapping clusters, turned into a text and an image
-vector each with noise of its own. Queries are texts of documents with more noise; recall is against exact search over
-the documents' means.
+Documents are points of a 64-dimensional mixture of 2,000 broad, overlapping clusters. Each becomes
+a vector of a text and one of an image, with noise of their own. Queries are texts of documents with
+more noise. Recall is against exact search over the means of a document's two vectors.
 """
 
 from __future__ import annotations
@@ -30,20 +32,28 @@ from cm3leon.retrievers.vectors import VectorShards
 
 QUERIES = 1024
 
+Search = Callable[[np.ndarray], np.ndarray]
+"""Rows (Q, 10) of the documents found for queries (Q, D)."""
 
-def rate(
-    search: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, batch: int
-) -> tuple[np.ndarray, float]:
-    """What is found, and queries a second."""
+
+def rate(search: Search, queries: np.ndarray, batch: int) -> tuple[np.ndarray, float]:
+    """The rows found, and queries a second after one batch that is not counted."""
     search(queries[:batch])
     start = time.perf_counter()
-    found = [search(queries[place : place + batch]) for place in range(0, len(queries), batch)]
+    found = [search(queries[first : first + batch]) for first in range(0, len(queries), batch)]
     return np.concatenate(found), len(queries) / (time.perf_counter() - start)
 
 
 def row(
-    name: str, build: float, size: float, search: Callable, queries: np.ndarray, exact: np.ndarray
+    name: str, build: float, size: float, search: Search, queries: np.ndarray, exact: np.ndarray
 ) -> None:
+    """Measure an index and print its row.
+
+    Args:
+        build: seconds that building it took.
+        size: bytes for each document.
+        exact: the right rows (Q, 10) for the queries (Q, D).
+    """
     found, batched = rate(search, queries, 64)
     _, single = rate(search, queries[:64], 1)
     recalls = " | ".join(f"{recall_at(exact, found, k):.3f}" for k in (2, 10))
@@ -60,6 +70,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+
+    # After the options, so that `--help` needs no faiss.
     import faiss
 
     faiss.omp_set_num_threads(options.threads)
@@ -70,48 +82,44 @@ def main() -> None:
         chosen = rng.choice(options.documents, QUERIES, replace=False)
         texts = vectors.parts(chosen).text_BD
         queries = unit(texts + 0.02 * rng.standard_normal(texts.shape, dtype=np.float32))
+
         start = time.perf_counter()
         exact = exact_search(vectors, queries, 10)
-        print(
-            f"{options.documents:,} documents of {WIDTH} dimensions, {QUERIES} queries, {options.threads} threads; "
-        )
-        print(
-            f"exact search through the shards on disk: {QUERIES / (time.perf_counter() - start):,.0f} queries/s\n"
-        )
-        print(
-            "| index | build, s | bytes a document | queries/s, 64 at once | one by one | recall@2 | recall@10 |"
-        )
-        print("|---|---|---|---|---|---|---|", flush=True)
+        exact_rate = QUERIES / (time.perf_counter() - start)
+        print(f"{options.documents:,} documents of {WIDTH} dimensions, ", end="")
+        print(f"{QUERIES} queries, {options.threads} threads; ")
+        print(f"exact search through the shards on disk: {exact_rate:,.0f} queries/s\n")
+        print("| index | build, s | bytes a document | queries/s, 64 at once ", end="")
+        print("| one by one | recall@2 | recall@10 |\n|---|---|---|---|---|---|---|", flush=True)
+
         means = np.concatenate([vectors.shard(number).mean() for number in range(vectors.count)])
         matrix = torch.from_numpy(means)
 
         def matmul(some: np.ndarray) -> np.ndarray:
             return (torch.from_numpy(some) @ matrix.T).topk(10).indices.numpy()
 
+        # The product of all documents is slow, so a quarter of the queries has to do.
         row("torch matmul, float32", 0, 4 * WIDTH, matmul, queries[:256], exact[:256])
         ours(vectors, Path(place), queries, exact)
         peers(means, Path(place), options, queries, exact)
 
 
 def ours(vectors: VectorShards, place: Path, queries: np.ndarray, exact: np.ndarray) -> None:
+    """Build the memory bank's index, even where few documents would be searched exactly."""
     folder = place / "index"
     folder.mkdir()
     config = IndexConfig(exact_below=0)
     times = timed_index(vectors, folder, config)
     figures = json.loads((folder / "index.json").read_text())
     bank = Bank(vectors.folder, folder)
+
     name = (
-        f"ours: IVF{figures['lists']},PQ{config.code_bytes}, nprobe {figures['nprobe']}, {config.rescored} rescored "
-        f"(train {times.train:.0f} s, add {times.add:.0f} s, merge and recall {times.merge:.0f} s)"
+        f"ours: IVF{figures['lists']},PQ{config.code_bytes}, nprobe {figures['nprobe']}, "
+        f"{config.rescored} rescored (train {times.train:.0f} s, add {times.add:.0f} s, "
+        f"merge and recall {times.merge:.0f} s)"
     )
-    row(
-        name,
-        sum(times),
-        figures["bytes_per_document"],
-        lambda some: bank.search(some, 10),
-        queries,
-        exact,
-    )
+    size = figures["bytes_per_document"]
+    row(name, sum(times), size, lambda some: bank.search(some, 10), queries, exact)
 
 
 def peers(
@@ -121,6 +129,7 @@ def peers(
     queries: np.ndarray,
     exact: np.ndarray,
 ) -> None:
+    """Let autofaiss choose an index that may be as large as ours, 80 bytes a document."""
     try:
         from autofaiss import build_index
     except ImportError:
@@ -128,9 +137,10 @@ def peers(
         return
     import faiss
 
-    # autofaiss 2.18 names the arguments of this constructor, which the wrapper of faiss 1.15 no longer allows.
-    by_place = faiss.OPQMatrix
-    faiss.OPQMatrix = lambda d, M, d2: by_place(d, M, d2)
+    # autofaiss 2.18 gives this constructor's arguments by name, and faiss 1.15 takes them by
+    # position only.
+    by_position = faiss.OPQMatrix
+    faiss.OPQMatrix = lambda d, M, d2: by_position(d, M, d2)
     memory = options.documents * 80
     start = time.perf_counter()
     index, infos = build_index(
@@ -143,6 +153,7 @@ def peers(
         verbose=logging.ERROR,
     )
     built = time.perf_counter() - start
+
     path = place / "autofaiss.index"
     faiss.write_index(index, str(path))
     name = (

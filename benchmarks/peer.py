@@ -1,4 +1,4 @@
-"""The peer that others would use: transformers' OPT with the weights of a decoder of ours. No script of its own."""
+"""The model that others would use: transformers' OPT, with the weights of ours. No script."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from cm3leon.models.transformer import Transformer
 
 
 def to_opt(model: Transformer, **config: Any) -> Any:
-    """The decoder as an `OPTForCausalLM` in evaluation mode; `config` goes to `OPTConfig`."""
+    """Build an `OPTForCausalLM` in evaluation mode of our model.
+
+    Args:
+        config: further arguments of `OPTConfig`.
+    """
     state = dict(OPT.to_state(model.state_dict(), model.config))
     return OPT.build(state, {**to_opt_config(model.config, model.vocab_size), **config})

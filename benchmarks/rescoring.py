@@ -1,13 +1,17 @@
-"""What it takes to read the vectors of candidates from shards on disk, as a search does for each batch of queries.
+"""Reading the vectors of candidates from shards on disk, as a search does for a batch of queries.
 
     python benchmarks/rescoring.py --documents 10000000 --folder /scratch/rescoring
 
-Shards of 10,000 and of 100,000 documents hold the same vectors (512 numbers of 16 bits for the text, and as many for
-the image). Rows are random: those of a real search lie no better, as a corpus is in no order of its vectors. A batch of
-256 queries orders 256 candidates each by their vectors, 65,536 in 340 million documents; here a batch has as many
-fewer as there are fewer documents, so that a shard gets as many of them. Each layout is read with maps for all shards,
-and with maps for 24 % of them, as 8,191 maps of a process are for 34,000 shards (docs/scale.md). Files are dropped from
-the page cache first (`cold`), then the same rows are read once more (`warm`).
+Shards of 10,000 and of 100,000 documents hold the same vectors: 512 numbers of 16 bits for the
+text, and as many for the image. Rows are random. Those of a real search are no closer together,
+since a corpus is in no order of its vectors.
+
+A batch of 256 queries orders 256 candidates each by their vectors, 65,536 rows of 340 million.
+Here a batch has fewer rows in proportion to the documents, so that as many fall into each shard.
+
+Each layout is read twice: with maps for all shards, and with maps for 24 % of them, the share that
+8,191 maps of a process are of 34,000 shards (docs/scale.md). Files are dropped from the page cache
+first (`cold`), then the same rows are read once more (`warm`).
 """
 
 from __future__ import annotations
@@ -30,14 +34,20 @@ from cm3leon.stages.sharing import BATCH
 
 WIDTH = 512
 CANDIDATES, CORPUS = BATCH * IndexConfig().rescored, 340_000_000
+"""Rows that a batch of queries reads in a corpus of so many documents."""
 FEW_MAPS = (65_530 // 8) / 34_000
 """Share of 34,000 shards that a process maps where Linux grants it the usual number."""
 
 
 def write(folder: Path, documents: int, size: int) -> None:
-    """A folder of vectors in shards of `size` documents; every shard has the same ones, turned."""
+    """Write a folder of vectors in shards of `size` documents.
+
+    Every shard has the same vectors, but begins at another one. Shards that an interrupted run has
+    left are kept.
+    """
     rng = np.random.default_rng(0)
-    text_BD, image_BD = (rng.standard_normal((size, WIDTH), dtype=np.float32) for _ in range(2))
+    text_BD = rng.standard_normal((size, WIDTH), dtype=np.float32)
+    image_BD = rng.standard_normal((size, WIDTH), dtype=np.float32)
     count = documents // size
     write_plan(folder, {"width": WIDTH})
     for number in tqdm(range(count), desc=f"shards of {size:,}", unit="shard"):
@@ -50,26 +60,31 @@ def write(folder: Path, documents: int, size: int) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Drops the folder's files from the page cache."""
-    os.sync()  # what is not written yet stays in it
+    """Drop the folder's files from the page cache."""
+    # Pages that are not on the disk yet would stay.
+    os.sync()
     for path in folder.glob("*.arrow"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def seconds_a_candidate(folder: Path, batches: int, seed: int) -> tuple[float, float]:
-    """Mean time to read the two vectors of a candidate, by a new reader: all of it, and the CPU's.
+    """Mean seconds to read the two vectors of a candidate: of time, and of the processor.
 
-    The reader ends with the call, and its maps with it: what a process maps stays in the page cache.
+    The call has a reader of its own, whose maps end with it, since pages that a process maps cannot
+    be dropped from the cache.
     """
+    # A first row opens the folder, which is not timed.
     vectors = VectorShards(folder, verify=False)
     vectors.parts(np.zeros((1, 1), np.int64))
+
     rng = np.random.default_rng(seed)
     count = max(1, round(CANDIDATES * len(vectors) / CORPUS))
     begun, cpu_begun = time.perf_counter(), time.process_time()
     for _ in range(batches):
         vectors.parts(rng.integers(0, len(vectors), count))
     took, cpu_took = time.perf_counter() - begun, time.process_time() - cpu_begun
+
     return took / (batches * count), cpu_took / (batches * count)
 
 
@@ -81,16 +96,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="on the disk that is measured")
     parser.add_argument("--batches", type=int, default=40)
     options = parser.parse_args()
-    print(
-        "| documents a shard | shards | maps for | page cache | µs a candidate | of them on the CPU |"
-    )
-    print("|---|---|---|---|---|---|")
+
+    print("| documents a shard | shards | maps for | page cache ", end="")
+    print("| µs a candidate | of them on the CPU |\n|---|---|---|---|---|---|")
     for size in (10_000, 100_000):
         folder = options.folder / str(size)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder, options.documents, size)
         count = options.documents // size
-        for name, maps in (("all", count), (f"{FEW_MAPS:.0%}", max(1, int(FEW_MAPS * count)))):
+
+        few = max(1, int(FEW_MAPS * count))
+        for name, maps in (("all", count), (f"{FEW_MAPS:.0%}", few)):
+            # Linux grants this process as many maps as ever; only the reader believes otherwise.
             shards_module.most_open = lambda maps=maps: maps
             for cache in ("cold", "warm"):
                 if cache == "cold":
@@ -98,6 +115,8 @@ def main() -> None:
                 took, cpu_took = seconds_a_candidate(folder, options.batches, seed=0)
                 times = f"{1e6 * took:.1f} | {1e6 * cpu_took:.1f}"
                 print(f"| {size:,} | {count:,} | {name} | {cache} | {times} |", flush=True)
+
+        # A layout of ten million documents takes 20 GB, so the next one takes its room.
         shutil.rmtree(folder)
 
 

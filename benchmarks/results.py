@@ -1,7 +1,10 @@
 """Write the tables of README.md and docs/ from the result files in docs/results/.
 
-python benchmarks/results.py                                           write the tables between their marks
-python benchmarks/results.py digits runs/digits 'one idle H100'        take a finished run's figures first
+    # Write the tables between their marks.
+    python benchmarks/results.py
+
+    # Take a finished run's figures first.
+    python benchmarks/results.py digits runs/digits 'one idle H100'
 
 A page marks where a table of docs/results/tables.yaml stands:
 
@@ -11,9 +14,11 @@ A page marks where a table of docs/results/tables.yaml stands:
 
     <!-- end -->
 
-A result file says what made it (`made`: command, machine, torch, date, seeds, minutes, and where figures were
-transcribed, from what), and has its figures as a run (evaluation/results.json) or a study (results.json) writes them:
-`{"evaluations": {NAME: [{"row": ..., "metrics": ...}]}}`.
+A result file says under `made` what made it: command, machine, torch, date, seeds, minutes, and
+from what its figures were transcribed if they were. It has the figures as a run
+(evaluation/results.json) or a study (results.json) writes them:
+
+    {"made": {...}, "evaluations": {NAME: [{"row": ..., "metrics": {...}}]}}
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Figure:
-    """A figure that a format of a table writes: share, interval, or n."""
+    """A figure, which a table writes as `{...:share}`, `{...:interval}` or `{...:n}`."""
 
     def __init__(self, name: str, found: dict[str, Any]) -> None:
         self.name = name
@@ -43,16 +48,24 @@ class Figure:
         if form == "share":
             return f"{100 * self.found['value']:.1f} %"
         if form == "interval":
-            low, high = 100 * self.found["low"], 100 * self.found["high"]
             # One decimal, but none at a bound of 100 %.
-            return f"{low:.1f} to " + ("100" if high == 100 else f"{high:.1f}")
+            low, high = 100 * self.found["low"], 100 * self.found["high"]
+            if high == 100:
+                return f"{low:.1f} to 100"
+            return f"{low:.1f} to {high:.1f}"
         if form == "n":
             return f"{self.found['n']:,}"
         raise ValueError(f"{self.name}: the form is {form}; it must be share, interval or n")
 
 
 class ResultFile:
-    """A file of docs/results: `file["EVALUATION/ROW/metrics/METRIC"]` is a figure, `{file:made}` what made it."""
+    """A file of docs/results, whose figures and origin a table of tables.yaml writes.
+
+        {digits[caption/documents 0/metrics/accuracy]:share}
+        {digits:made}
+
+    The first is a figure, by its evaluation, row and metric; the second is a sentence on the run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = path.stem
@@ -66,6 +79,8 @@ class ResultFile:
         """
         parts = key.split("/")
         found: Any = self.content
+
+        # The row of an evaluation is found by its name; anything else lies under its keys.
         rows = self.content["evaluations"].get(parts[0])
         if rows is not None:
             found = next((row for row in rows if row["row"] == parts[1]), {})
@@ -79,12 +94,15 @@ class ResultFile:
     def __format__(self, form: str) -> str:
         if form != "made":
             raise ValueError(f"{self.name}: the form is {form}; it must be made, or name a figure")
+
         made = self.content["made"]
         seeds = ", ".join(str(seed) for seed in made["seeds"])
         text = (
             f"`{made['command']}`, seed{'s' * (len(made['seeds']) > 1)} {seeds}, "
             f"{made['machine']}, torch {made['torch']}, {made['date']}"
         )
+
+        # A study has no minutes, and only a transcribed file says from what.
         if "minutes" in made:
             text += f": {made['minutes']} minutes"
         source = f"[{self.name}.json](docs/results/{self.name}.json)"
@@ -99,7 +117,7 @@ def result_files() -> dict[str, ResultFile]:
 
 
 def tables() -> dict[str, str]:
-    """Return every table of tables.yaml as Markdown, links in it as README.md would write them."""
+    """Return every table of tables.yaml as Markdown, with links as README.md would write them."""
     forms = yaml.safe_load((RESULTS / "tables.yaml").read_text(encoding="utf-8"))
     files = result_files()
     return {name: form.format_map(files) for name, form in forms.items()}
@@ -120,6 +138,8 @@ def filled(page: Path) -> str:
 
     def table(mark: re.Match[str]) -> str:
         text = written[mark[2]]
+
+        # Links in a page of docs/ start at its folder.
         if page.is_relative_to(ROOT / "docs"):
             up = "../" * (len(page.relative_to(ROOT / "docs").parts) - 1)
             text = text.replace("](docs/", f"]({up}")
@@ -138,10 +158,13 @@ def take(name: str, folder: Path, machine: str) -> None:
     Raises:
         FileNotFoundError: if the folder holds no results.
     """
-    study = folder / "results.json"
-    results = study if study.is_file() else folder / "evaluation" / "results.json"
+    results = folder / "results.json"
+    if results.is_file():
+        # A study, with its runs somewhere below.
+        runs = [each.parent for each in folder.rglob("pretraining")]
+    else:
+        results, runs = folder / "evaluation" / "results.json", [folder]
     found = json.loads(results.read_text(encoding="utf-8"))
-    runs = [folder] if results != study else [each.parent for each in folder.rglob("pretraining")]
     environment = json.loads((runs[0] / "environment.json").read_text(encoding="utf-8"))
     configs = [yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) for run in runs]
 
@@ -158,13 +181,12 @@ def take(name: str, folder: Path, machine: str) -> None:
         made["minutes"] = round(seconds / 60)
 
     # Only figures: notes, answers and seconds of rows stay with the run.
-    evaluations = {
-        evaluation: [
-            {key: row[key] for key in ("row", "metrics", "ceiling", "chance") if key in row}
-            for row in rows
-        ]
-        for evaluation, rows in found["evaluations"].items()
-    }
+    evaluations: dict[str, Any] = {}
+    for evaluation, rows in found["evaluations"].items():
+        evaluations[evaluation] = []
+        for row in rows:
+            kept = {key: row[key] for key in ("row", "metrics", "ceiling", "chance") if key in row}
+            evaluations[evaluation].append(kept)
     content = {"made": made, "judge": found.get("judge"), "evaluations": evaluations}
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")

@@ -1,14 +1,16 @@
-"""The server under load, beside a plain FastAPI application around transformers' `generate` on the same weights.
+"""The server under load, beside a plain FastAPI application around transformers' `generate`.
 
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/serve.py --run runs/digits --seconds 120
 
-First all that the server does is asked by `--clients` at a time: images (one to four, some streamed), captions,
-fillings, searches. A fifth of the clients leave before their answer. Counted are answers that are no answer, the bytes
-of a few fixed requests, which have to be the same whenever they come back, and the process's memory, second by second.
+First the server is asked for all that it does, by `--clients` at a time: images (one to four, some
+streamed), captions, infillings, searches. A fifth of the clients leave before their answer comes.
+Three things are recorded: failures, whether the answers to a few fixed requests have the same bytes
+every time, and the memory of the process each second.
 
-Then images and captions alone, without leaving, of ours and of the plain application in turn: it exports the run to
-OPTForCausalLM, takes a request at a time, all samples of it in one batch, and encodes and decodes with the run's own
-tokenizers. The ratio is that of finished samples (images and captions) a second in this run.
+Then the server and the plain application are asked in turn for images and captions only, and no
+client leaves. The plain application has the same weights, exported to OPTForCausalLM, and the run's
+own tokenizers. It takes one request at a time, with all of its samples in one batch. The ratio is
+that of finished samples (images and captions) a second.
 """
 
 from __future__ import annotations
@@ -38,31 +40,41 @@ import numpy as np
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LEAVING = 0.2
-"""Share of requests whose client leaves."""
+"""Share of requests whose client leaves before the answer."""
 FIXED = 12
-"""Requests that come back again and again, whose bytes are compared."""
+"""Requests that come again and again, and whose answers are compared."""
 
 
 @dataclass
 class Load:
-    """What a load has seen."""
+    """What the clients of a load have seen."""
 
     seconds: list[float] = field(default_factory=list)
+    """Of each answer, from its request on."""
     samples: int = 0
+    """Images and captions in the answers."""
     left: int = 0
+    """Clients that left before their answer."""
     failures: Counter[str] = field(default_factory=Counter)
+    """Requests without an answer, by HTTP status or kind of error."""
     bytes_of: dict[int, bytes] = field(default_factory=dict)
-    differing: int = 0
+    """The first answer to each fixed request, by its key."""
     compared: int = 0
+    """Later answers to fixed requests."""
+    differing: int = 0
+    """Those of them with other bytes than the first."""
     resident: list[int] = field(default_factory=list)
+    """Bytes of the server, second by second."""
     wall: float = 0.0
+    """Seconds of the whole load."""
 
     def row(self, name: str) -> str:
         """A row of the table."""
-        p50, p95 = (float(np.percentile(self.seconds, share)) for share in (50, 95))
+        p50, p95 = np.percentile(self.seconds, (50, 95))
+        failures = sum(self.failures.values())
         return (
-            f"| {name} | {len(self.seconds)} | {self.left} | {sum(self.failures.values())} | {p50:.2f} | {p95:.2f} | "
-            f"{self.samples / self.wall:.1f} |"
+            f"| {name} | {len(self.seconds)} | {self.left} | {failures} "
+            f"| {p50:.2f} | {p95:.2f} | {self.samples / self.wall:.1f} |"
         )
 
 
@@ -87,18 +99,13 @@ def main() -> None:
         exported = Path(folder) / "exported"
         command = ["-m", "cm3leon.run", "export", "to=hf", f"run={args.run}", f"out={exported}"]
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+
+        # Both run all the time; the one that is not asked is idle.
         ports = [free_port() for _ in range(2)]
-        ours = ["-m", "cm3leon.run", "serve", f"run={args.run}", f"port={ports[0]}",
-                f"samples={args.samples}", "queue=1024"]  # fmt: skip
-        plain = [
-            __file__,
-            "--plain",
-            str(exported),
-            "--run",
-            str(args.run),
-            "--port",
-            str(ports[1]),
-        ]
+        ours = ["-m", "cm3leon.run", "serve", f"run={args.run}", f"port={ports[0]}"]
+        ours += [f"samples={args.samples}", "queue=1024"]
+        plain = [__file__, "--plain", str(exported), "--run", str(args.run)]
+        plain += ["--port", str(ports[1])]
         with started(ours, ports[0]) as pid, started(plain, ports[1]):
             load = asyncio.run(
                 put_load(args, ports[0], args.seconds, mixed=True, leaving=LEAVING, pid=pid)
@@ -109,15 +116,17 @@ def main() -> None:
 
 def tell(load: Load) -> None:
     """Print what the mixed load has seen."""
-    print(
-        "| load | answers | left | failures | p50, s | p95, s | samples/s |\n|---|---|---|---|---|---|---|"
-    )
+    print("| load | answers | left | failures | p50, s | p95, s | samples/s |")
+    print("|---|---|---|---|---|---|---|")
     print(load.row("mixed"))
+
+    # In the first fifth of the time buffers grow to their sizes.
     settled = load.resident[len(load.resident) // 5 :]
     print(
-        f"\nfailures: {dict(load.failures)}; of {load.compared} answers to {FIXED} fixed requests {load.differing} "
-        f"differed; resident memory after a fifth of the time {settled[0] / 1e6:.0f} MB, at the end "
-        f"{settled[-1] / 1e6:.0f} MB, at most {max(settled) / 1e6:.0f} MB\n"
+        f"\nfailures: {dict(load.failures)}; of {load.compared} answers to {FIXED} fixed requests "
+        f"{load.differing} differed; resident memory after a fifth of the time "
+        f"{settled[0] / 1e6:.0f} MB, at the end {settled[-1] / 1e6:.0f} MB, "
+        f"at most {max(settled) / 1e6:.0f} MB\n"
     )
 
 
@@ -133,11 +142,12 @@ def report_beside(args: argparse.Namespace, ports: list[int]) -> None:
             print(load.row(name), flush=True)
             rates.append(load.samples / load.wall)
         ratios.append(rates[0] / rates[1])
-    print(f"\nsamples a second, ours over plain: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; "
-          f"median {statistics.median(ratios):.2f}")  # fmt: skip
+
+    shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(f"\nsamples a second, ours over plain: {shown}; median {statistics.median(ratios):.2f}")
 
 
-# ------------------------------------------------------------------------------------------------ clients
+# ----------------------------------------------------------------------------------------- clients
 
 
 async def put_load(
@@ -149,7 +159,13 @@ async def put_load(
     leaving: float,
     pid: int | None = None,
 ) -> Load:
-    """Ask by so many clients at a time, and for so long."""
+    """Let clients ask one request after the other, for so many seconds.
+
+    Args:
+        mixed: ask for all that the server does, and some requests again and again.
+        leaving: share of requests whose client leaves before the answer.
+        pid: process whose memory is recorded; None = none.
+    """
     load, start = Load(), time.monotonic()
     limits = httpx.Limits(max_connections=args.clients, max_keepalive_connections=args.clients)
     async with httpx.AsyncClient(
@@ -159,27 +175,29 @@ async def put_load(
         async def client(number: int) -> None:
             rng = random.Random(number)
             while time.monotonic() - start < seconds:
+                # A fixed request is what a generator with one of a few seeds draws first.
                 fixed = mixed and rng.random() < 0.2
                 choice = random.Random(rng.randrange(FIXED)) if fixed else rng
                 request = some_request(choice, mixed=mixed)
-                key = request.pop("key") if fixed else None
-                request.pop("key", None)
+                key = request.pop("key")
+                if not fixed:
+                    key = None
                 await ask(load, http, request, key, rng.random() < leaving, rng.random())
 
         watch = asyncio.create_task(watch_memory(load, pid)) if pid else None
         await asyncio.gather(*map(client, range(args.clients)))
         if watch:
             watch.cancel()
+
     load.wall = time.monotonic() - start
     return load
 
 
 def some_request(rng: random.Random, *, mixed: bool) -> dict[str, Any]:
-    """A request with the number of its samples and a key that names it."""
+    """Draw a request: arguments of `http.post`, the number of its samples, and a key of its own."""
     seed = rng.randrange(2**31)
-    kind = rng.choices(
-        ("images", "caption", "fill", "search"), (5, 3, 1, 1) if mixed else (5, 3, 0, 0)
-    )[0]
+    weights = (5, 3, 1, 1) if mixed else (5, 3, 0, 0)
+    (kind,) = rng.choices(("images", "caption", "fill", "search"), weights)
     prompt = f"a handwritten {rng.choice(DIGITS)}"
     if kind == "images":
         n = rng.randint(1, 4)
@@ -187,6 +205,8 @@ def some_request(rng: random.Random, *, mixed: bool) -> dict[str, Any]:
         if mixed:
             body |= {"retrieve": rng.randrange(3), "stream": rng.random() < 0.3}
         return {"path": "/v1/images/generations", "json": body, "samples": n, "key": seed}
+
+    # There are twenty images, so that some are asked about by several clients at a time.
     image = picture(rng.randrange(20))
     if kind == "caption":
         url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
@@ -195,8 +215,8 @@ def some_request(rng: random.Random, *, mixed: bool) -> dict[str, Any]:
         return {"path": "/v1/chat/completions", "json": body, "samples": 1, "key": seed}
     if kind == "fill":
         data = {"prompt": prompt, "seed": str(seed), "box": "[0,16,32,32]"}
-        return {"path": "/v1/images/edits", "data": data, "files": {"image": image}, "samples": 1,
-                "key": seed}  # fmt: skip
+        form = {"data": data, "files": {"image": image}}
+        return {"path": "/v1/images/edits", **form, "samples": 1, "key": seed}
     body = {"text": prompt, "count": 4}
     return {"path": "/v1/retrieve", "json": body, "samples": 0, "key": seed}
 
@@ -209,7 +229,12 @@ async def ask(
     leaves: bool,
     patience: float,
 ) -> None:
-    """Ask, and note what comes; or leave after a while."""
+    """Ask, and record what comes.
+
+    Args:
+        key: names a fixed request; None = its answer is not compared.
+        leaves: whether the client leaves after half a second times `patience`.
+    """
     path, samples = request.pop("path"), request.pop("samples")
     started = time.monotonic()
     asked: Awaitable[httpx.Response] = http.post(path, **request)
@@ -221,26 +246,31 @@ async def ask(
     except httpx.HTTPError as error:
         load.failures[type(error).__name__] += 1
         return
+
+    # A stream has begun with 200 when an error comes.
     if response.status_code != 200 or b"event: error" in response.content:
         load.failures[str(response.status_code)] += 1
         return
     load.seconds.append(time.monotonic() - started)
     load.samples += samples
     if key is not None:
-        told = essence(response)
+        content = comparable(response)
         load.compared += key in load.bytes_of
-        load.differing += load.bytes_of.setdefault(key, told) != told
+        load.differing += load.bytes_of.setdefault(key, content) != content
 
 
-def essence(response: httpx.Response) -> bytes:
-    """What of an answer depends on the request alone: not its time, its name, nor how often a stream showed it."""
+def comparable(response: httpx.Response) -> bytes:
+    """The part of an answer that depends on the request alone."""
     if response.headers["content-type"].startswith("text/event-stream"):
-        lines = [
-            line for line in response.text.splitlines() if '.completed"' in line and "{" in line
-        ]
-        answers = [json.loads(line.removeprefix("data: ")) for line in lines]
+        # How many images a stream shows on the way depends on the load, so only the last counts.
+        answers = []
+        for line in response.text.splitlines():
+            if '.completed"' in line and "{" in line:
+                answers.append(json.loads(line.removeprefix("data: ")))
     else:
         answers = [response.json()]
+
+    # Times and names are new in each answer.
     for answer in answers:
         for changing in ("created", "created_at", "id"):
             answer.pop(changing, None)
@@ -248,7 +278,7 @@ def essence(response: httpx.Response) -> bytes:
 
 
 def picture(number: int) -> bytes:
-    """A PNG file of 32 x 32 pixels."""
+    """A PNG file of 32 x 32 random pixels."""
     from PIL import Image
 
     pixels_HW = np.random.default_rng(number).integers(0, 256, (32, 32), dtype=np.uint8)
@@ -258,7 +288,7 @@ def picture(number: int) -> bytes:
 
 
 async def watch_memory(load: Load, pid: int) -> None:
-    """Note a process's resident bytes each second."""
+    """Record a process's resident bytes each second."""
     while True:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         resident = next(line for line in lines if line.startswith("VmRSS:"))
@@ -266,12 +296,12 @@ async def watch_memory(load: Load, pid: int) -> None:
         await asyncio.sleep(1)
 
 
-# ------------------------------------------------------------------------------------------------ servers
+# ----------------------------------------------------------------------------------------- servers
 
 
 @contextlib.contextmanager
 def started(command: list[str], port: int) -> Iterator[int]:
-    """A server as a process, once it answers."""
+    """Start a server as a process, wait until it answers, and end it afterwards."""
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL) as process:
         try:
             while True:
@@ -287,12 +317,18 @@ def started(command: list[str], port: int) -> Iterator[int]:
 
 
 def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
 
 
 def serve_plainly(exported: Path, run: Path, port: int) -> None:
-    """What one writes first: FastAPI, a lock, and `generate`."""
+    """Serve as one would at first: FastAPI, a lock, and transformers' `generate`.
+
+    Args:
+        exported: folder that `export to=hf` wrote.
+        run: the run folder, for its tokenizers.
+    """
     import torch
     import uvicorn
     from decode import transformers_generate
@@ -308,6 +344,8 @@ def serve_plainly(exported: Path, run: Path, port: int) -> None:
     tokenizers = CM3Leon.load(run)
     vocab, images = tokenizers.run.vocab, tokenizers.run.image_tokenizer
     model = OPTForCausalLM.from_pretrained(exported, torch_dtype=torch.bfloat16).eval()
+
+    # A caption may have text and its end, no codes and no other special tokens.
     low, _ = vocab.id_range("image")
     no_text = [token for token in range(vocab.size) if token >= low or token < vocab.specials]
     no_text.remove(vocab.end_of_span)
@@ -327,6 +365,7 @@ def serve_plainly(exported: Path, run: Path, port: int) -> None:
             ids_BT = transformers_generate(model, vocab, prompt.length, [pair] * body["n"])
             codes_BN = ids_BT[:, -prompt.length :].numpy() - low
             pixels_BHWC = images.decode(codes_BN)
+
         data = []
         for pixels_HWC in pixels_BHWC:
             file = io.BytesIO()
@@ -349,6 +388,7 @@ def serve_plainly(exported: Path, run: Path, port: int) -> None:
                 eos_token_id=vocab.end_of_span,
                 suppress_tokens=no_text,
             )[0, len(prompt.ids_T) :]
+
         text = tokenizers.run.text_tokenizer.decode(ids_T[ids_T != vocab.end_of_span].numpy())
         return {"choices": [{"message": {"role": "assistant", "content": text}}]}
 

@@ -43,13 +43,17 @@ RUNS = 3
 
 
 class Measured(NamedTuple):
-    """What one pattern made: seconds of a processor, MiB at the peak, held-out tokens by kind."""
+    """What learning by one pattern took, and what came of it."""
 
     bytes: int
+    """Of the text that it learned from."""
     seconds: float
+    """Of a processor, for learning."""
     memory: float
+    """MiB at the peak of the process."""
     pieces: int
     tokens: list[int]
+    """Of the held-out documents of each kind."""
 
 
 def documents(place: Path) -> Iterator[str]:
@@ -88,7 +92,13 @@ def train(pattern: str, texts: Iterable[str], vocab_size: int, folder: Path) -> 
 def measure(
     pattern: str, places: list[Path], limits: tuple[int, int], vocab_size: int, folder: Path
 ) -> Measured:
-    """Learn from the first limit's bytes of each kind, and encode the second's, held out."""
+    """Learn a tokenizer by a pattern, and encode held-out documents with it.
+
+    Args:
+        places: files or folders, one for each kind of text.
+        limits: bytes of each kind to learn from, and to encode.
+        folder: where the tokenizer is saved.
+    """
     size = 0
 
     def texts() -> Iterator[str]:
@@ -101,6 +111,8 @@ def measure(
     start = time.process_time()
     train(pattern, texts(), vocab_size, folder)
     seconds = time.process_time() - start
+
+    # Of this process alone, which is why every pattern has one.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     tokenizer = Tokenizer.from_file(str(folder / FILE))
@@ -111,7 +123,7 @@ def measure(
     return Measured(size, seconds, memory, tokenizer.get_vocab_size(), tokens)
 
 
-# ------------------------------------------------------------------------------------------------ encoders
+# ---------------------------------------------------------------------------------------- encoders
 
 Encode = Callable[[list[str]], list[Any]]
 
@@ -135,6 +147,7 @@ def _tiktoken(folder: Path, words: str) -> Encode:
     """Its encoder, which ranks pieces by number: ours are numbered in the order of merges."""
     import tiktoken
 
+    # Its pieces are bytes. Those of the file are letters, one for each byte.
     byte_of = _byte_of_letter()
     vocab = json.loads((folder / FILE).read_text())["model"]["vocab"]
     ranks = {}
@@ -144,22 +157,29 @@ def _tiktoken(folder: Path, words: str) -> Encode:
     encoding = tiktoken.Encoding("ours", pat_str=words, mergeable_ranks=ranks, special_tokens={})
 
     def encode(texts: list[str]) -> list[list[int]]:
-        rows = encoding.encode_ordinary_batch(texts, num_threads=1)
-        return [[id_ + len(SPECIALS) for id_ in row] for row in rows]
+        rows = []
+        for ranks_T in encoding.encode_ordinary_batch(texts, num_threads=1):
+            rows.append([rank + len(SPECIALS) for rank in ranks_T])
+        return rows
 
     return encode
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """The alphabet of bytes: those that print are themselves, the others follow U+0100."""
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printing]
-    return {chr(byte): byte for byte in printing} | {
-        chr(256 + number): byte for number, byte in enumerate(others)
-    }
+    """GPT-2's alphabet of bytes: printable ones are themselves, the others count from U+0100 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    byte_of, others = {}, 0
+    for byte in range(256):
+        if byte in printing:
+            byte_of[chr(byte)] = byte
+        else:
+            byte_of[chr(256 + others)] = byte
+            others += 1
+    return byte_of
 
 
 def _gigatoken(folder: Path) -> Encode | str:
+    """Its encoder, or the reason why it refuses the file."""
     import gigatoken
 
     try:
@@ -173,8 +193,12 @@ def encode_all_ways(
     folder: Path, pattern: Pattern, vocab_size: int, places: list[Path], limit: int
 ) -> list[str]:
     """Rows of a table: each encoder's speed on held-out texts, and how many of them get our ids."""
-    texts = [text for place in places for text in sample(place, limit, held_out=True)]
+    texts: list[str] = []
+    for place in places:
+        texts += sample(place, limit, held_out=True)
     size = sum(len(text.encode()) for text in texts)
+
+    # The first encoder is ours, and the ids of the others are compared with its ids.
     rows, expected = [], None
     for name, encode in encoders(folder, pattern, vocab_size).items():
         if isinstance(encode, str):
@@ -185,6 +209,8 @@ def encode_all_ways(
             start = time.process_time()
             ids = encode(texts)
             seconds.append(time.process_time() - start)
+
+        # Encoders return lists or arrays; the conversion is not timed.
         ids = [list(map(int, row)) for row in ids]
         expected = expected or ids
         same = sum(map(list.__eq__, ids, expected))
@@ -196,7 +222,7 @@ def encode_all_ways(
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ the tables
+# -------------------------------------------------------------------------------------- the tables
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -225,6 +251,8 @@ def main() -> None:
     )
     parser.add_argument("--encoders", nargs="*", default=["words", "qwen3_5"], choices=known)
     options = parser.parse_args()
+
+    # The library counts in one thread, unless the user says otherwise, and shows no bars.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -239,20 +267,22 @@ def main() -> None:
         for pattern in options.patterns:
             folder = Path(made) / pattern
             folder.mkdir()
-            limits = (options.bytes, options.held_out)
+            limits = options.bytes, options.held_out
             each = alone(measure, pattern, options.text, limits, options.vocab_size, folder)
             print(
                 f"| {pattern} | {each.bytes / 1e6:.1f} | {each.seconds:.1f} | {each.memory:,.0f} "
                 f"| {each.pieces:,} | {_cells(each.tokens, sizes)} |",
                 flush=True,
             )
+
+        # The saved tokenizers of some patterns, as several libraries apply them.
         print("\n| pattern | encoder | MB/s | thousand tokens/s | texts with our ids |")
         print("|---|---|---|---|---|", flush=True)
         for pattern in options.encoders:
             if pattern in options.patterns:
                 folder = Path(made) / pattern
-                place = (folder, pattern, options.vocab_size, options.text, options.held_out)
-                print("\n".join(alone(encode_all_ways, *place)), flush=True)
+                given = folder, pattern, options.vocab_size, options.text, options.held_out
+                print("\n".join(alone(encode_all_ways, *given)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Steps a second of a small transformer by how long waiting threads spin, alone and beside a second one.
+"""Steps a second of a small transformer by how long waiting threads spin.
 
-python benchmarks/threads.py
+    python benchmarks/threads.py
+
+Each setting is measured with one process, and with two at the same time. A thread that spins while
+it waits answers sooner, and takes a processor from whoever else could use it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import sys
 import time
 
 SECONDS = 4
+"""Of each measurement."""
 ROUNDS = 4
 SETTINGS = {
     "libgomp's own": {},
@@ -21,7 +25,7 @@ SETTINGS = {
 
 
 def train() -> None:
-    """Prints the steps a second of 4 layers of width 128 over 8 samples of 64 positions."""
+    """Train 4 layers of width 128 on 8 samples of 64 positions, and print the steps a second."""
     import torch
     from torch import nn
 
@@ -29,9 +33,11 @@ def train() -> None:
     model = nn.TransformerEncoder(layer, 4)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     x_BTC = torch.randn(8, 64, 128)
+
+    # The clock starts again after two steps, which warm up.
     steps, start = -2, time.perf_counter()
     while time.perf_counter() < start + SECONDS:
-        if steps == 0:  # two to warm up
+        if steps == 0:
             start = time.perf_counter()
         model(x_BTC).square().mean().backward()
         optimizer.step()
@@ -41,16 +47,16 @@ def train() -> None:
 
 
 def measured(setting: dict[str, str], at_once: int) -> list[float]:
-    """Steps a second of so many processes that run at the same time."""
-    processes = [
-        subprocess.Popen(
+    """Steps a second of each of `at_once` processes that run at the same time."""
+    processes = []
+    for _ in range(at_once):
+        process = subprocess.Popen(
             [sys.executable, __file__, "train"],
             env=os.environ | setting,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(at_once)
-    ]
+        processes.append(process)
     return [float(process.communicate()[0]) for process in processes]
 
 

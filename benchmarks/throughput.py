@@ -1,11 +1,16 @@
-"""Images a second against the batch (the paper's figure 11) and seconds an image (figure 10), beside the floor.
+"""Images a second by the batch (the paper's figure 11) and seconds an image (figure 10).
 
-    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/throughput.py --preset cm3leon_350m --codes 16 --batch 1 2 4 8 16
-    python benchmarks/throughput.py --preset cm3leon_7b --execution "compiled graph" --weights bf16 int8 fp8    # H200
+    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/throughput.py \\
+        --preset cm3leon_350m --codes 16 --batch 1 2 4 8 16
 
-Random weights, one prompt of 32 tokens an image, classifier-free guidance: two rows an image. The floor is the time in
-which the device reads the weights of the layers and the head's part once a step, by the bandwidth that the same process
-measured just before. A batch that has no room is left out. One run of each batch is not counted.
+    # On an H200.
+    python benchmarks/throughput.py \\
+        --preset cm3leon_7b --execution "compiled graph" --weights bf16 int8 fp8
+
+Random weights, one prompt of 32 tokens for each image, and classifier-free guidance, which makes
+two rows of an image. No step is faster than the floor, the time in which the device reads the
+weights of the layers and the head's part once, by the bandwidth that the same process measured just
+before. Batches end where the memory does. One run of each batch is not counted.
 """
 
 from __future__ import annotations
@@ -43,12 +48,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
+
     discover()
     speed = read_rate(DEVICE)
     print(f"{device_name(DEVICE)}, torch {torch.__version__}: reads {speed / 1e9:,.1f} GB/s")
-    print(
-        f"{args.preset}, {args.codes} codes an image, steps {args.execution}, window {args.window}\n"
-    )
+    print(f"{args.preset}, {args.codes} codes an image, steps {args.execution}, ", end="")
+    print(f"window {args.window}\n")
     print("| weights | batch | s a batch | images/s | ms a step | floor, ms | share of the floor |")
     print("|---|---|---|---|---|---|---|")
     for weights in args.weights:
@@ -59,12 +64,14 @@ def main() -> None:
             requests = requests_of(batch, args.codes, PAPER)
             if not has_room(model, requests):
                 break
+
+            # The first run allocates the cache, and records the graph if there is one.
             times = [answer_seconds(answerer, requests) for _ in range(args.repeats + 1)][1:]
             seconds = float(np.median(times))
             step = seconds / args.codes
             print(
-                f"| {weights} | {batch} | {seconds:.3g} | {batch / seconds:.3g} | {1e3 * step:.3g} | "
-                f"{1e3 * floor:.3g} | {floor / step:.0%} |",
+                f"| {weights} | {batch} | {seconds:.3g} | {batch / seconds:.3g} "
+                f"| {1e3 * step:.3g} | {1e3 * floor:.3g} | {floor / step:.0%} |",
                 flush=True,
             )
 

@@ -1,14 +1,25 @@
 """A training step beside transformers' OPT of the same shape and weights.
 
-    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train.py                       # all that this device can do
-    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train.py steps --layers 4      # one part, another shape
-    python benchmarks/train.py mfu --preset cm3leon_760m --compile                  # on a GPU
+    # All three parts.
+    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train.py
 
-steps: forward, backward, clipping and fused AdamW under bf16 autocast on blocks that are one document each, in turn by
-both models; and on documents of mixed lengths, which ours packs whole into blocks and OPT pads to the longest of its
-batch. Useful tokens are those that are not padding; a batch has as many positions for both at most.
-memory: the most that such a step holds beyond weights, in a process of its own; all of its state included.
-mfu: our step alone, its model FLOPs as a share of the rate of a large bf16 matrix product measured in the same process.
+    # One part, with another shape.
+    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train.py steps --layers 4
+
+    # On a GPU.
+    python benchmarks/train.py mfu --preset cm3leon_760m --compile
+
+steps: forward, backward, clipping and fused AdamW under bf16 autocast, by both models in turn.
+First every block is one document. Then documents have mixed lengths: ours packs them whole into
+blocks, while OPT pads them to the longest of its batch. Useful tokens are those that are not
+padding. A batch has at most the same number of positions for both.
+
+memory: the most that such a step holds beyond the weights, gradients and moments included, in a
+process of its own.
+
+mfu: our step alone. Its model FLOPs are a share of the rate of a large bf16 matrix product, which
+is measured in the same process.
+
 Seconds are medians after a first call that is not counted.
 """
 
@@ -26,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from memory_held import held_bytes, peak_bytes
 from peer import to_opt
 from torch import Tensor, nn
 
@@ -67,22 +79,20 @@ def main() -> None:
     if args.one:
         print(json.dumps(peak(args)))
         return
-    print(
-        f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, {torch.get_num_threads()} threads, ",
-        end="",
-    )
-    print(f"torch {torch.__version__}; {args}\n")
+
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args}\n")
     for part in [args.part] if args.part else PARTS:
         print(f"## {part}\n")
         {"steps": steps, "memory": memory, "mfu": mfu}[part](args)
         print(flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ models and batches
+# ------------------------------------------------------------------------------ models and batches
 
 
 def shape(args: argparse.Namespace) -> Model:
-    """Our decoder with random weights."""
+    """Our model with random weights."""
     settings = {"name": args.preset or "cm3leon", "attention": args.attention}
     if not args.preset:
         settings |= {"layers": args.layers, "width": args.width, "seq_len": args.length}
@@ -90,7 +100,7 @@ def shape(args: argparse.Namespace) -> Model:
 
 
 def ours(args: argparse.Namespace) -> tuple[nn.Module, Loss]:
-    """The decoder, and its mean loss of ids (B, T) with the number of the document at each position."""
+    """Our model, and its mean loss of ids (B, T) and the number (B, T) of each one's document."""
     model = shape(args)
     recompute(model, args.checkpointing)
     if args.compile:
@@ -99,52 +109,61 @@ def ours(args: argparse.Namespace) -> tuple[nn.Module, Loss]:
 
 
 def opt(args: argparse.Namespace) -> tuple[nn.Module, Loss]:
-    """The same weights in transformers' OPT, with its own loss; padding is masked, and in no target."""
+    """The same weights in transformers' OPT, and its own loss, which leaves padding out."""
     other = to_opt(shape(args), use_cache=False).to(DEVICE)
 
     def loss(ids_BT: Tensor, sample_BT: Tensor) -> Tensor:
+        # As anyone would call it: a mask only where there is padding.
         real_BT = sample_BT >= 0
-        whole = bool(real_BT.all())
-        labels_BT = ids_BT if whole else ids_BT.masked_fill(~real_BT, -100)
-        return other(
-            ids_BT, attention_mask=None if whole else real_BT.long(), labels=labels_BT
-        ).loss
+        if bool(real_BT.all()):
+            return other(ids_BT, attention_mask=None, labels=ids_BT).loss
+        labels_BT = ids_BT.masked_fill(~real_BT, -100)
+        return other(ids_BT, attention_mask=real_BT.long(), labels=labels_BT).loss
 
     return other.train(), loss
 
 
 def lengths(count: int, longest: int) -> np.ndarray:
-    """Lengths of documents: log-normal about a third of the longest, as those of captions, pairs and texts mixed."""
+    """Lengths of documents, log-normal around a third of the longest.
+
+    A mixture of captions, pairs and texts has lengths like these.
+    """
     drawn = np.random.default_rng(0).lognormal(np.log(longest / 3), 0.8, count)
     return drawn.clip(8, longest).astype(int)
 
 
 def packed(documents: Sequence[int], args: argparse.Namespace) -> Iterator[Tensor]:
-    """Numbers of documents (B, T) in blocks: each whole, in the first block with room; -1 is padding."""
+    """Batches of documents in blocks, as the number (B, T) of each position's document.
+
+    Every document lies whole in the first block that has room for it; -1 is padding:
+
+        0 0 0 1 1 1 1 -1
+        0 0 0 0 0 1 1  1
+    """
     blocks: list[list[int]] = []
     for length in documents:
-        place = next((block for block in blocks if sum(block) + length <= args.length), None)
-        if place is None:
-            blocks.append([length])
+        for block in blocks:
+            if sum(block) + length <= args.length:
+                block.append(length)
+                break
         else:
-            place.append(length)
-    rows = [
-        torch.tensor([n for n, length in enumerate(block) for _ in range(length)])
-        for block in blocks
-    ]
+            blocks.append([length])
+
+    # Blocks that fill no whole batch are left out.
+    rows = []
+    for block in blocks:
+        numbers_T = torch.arange(len(block)).repeat_interleave(torch.tensor(block))
+        rows.append(F.pad(numbers_T, (0, args.length - len(numbers_T)), value=-1))
     for start in range(0, len(rows) - args.rows + 1, args.rows):
-        yield torch.stack(
-            [F.pad(r, (0, args.length - len(r)), value=-1) for r in rows[start : start + args.rows]]
-        )
+        yield torch.stack(rows[start : start + args.rows])
 
 
 def padded(documents: Sequence[int], args: argparse.Namespace) -> Iterator[Tensor]:
-    """One document a row, padded to the longest of the batch."""
+    """Batches of one document a row, padded to the longest of the batch: 0 (B, T), or -1."""
     for start in range(0, len(documents) - args.rows + 1, args.rows):
-        batch = documents[start : start + args.rows]
-        yield torch.stack(
-            [torch.where(torch.arange(max(batch)) < length, 0, -1) for length in batch]
-        )
+        length_B = torch.tensor(documents[start : start + args.rows])
+        inside_BT = torch.arange(int(length_B.max())) < length_B[:, None]
+        yield torch.where(inside_BT, 0, -1)
 
 
 def config_of(args: argparse.Namespace) -> DecoderTrainingConfig:
@@ -159,47 +178,51 @@ def config_of(args: argparse.Namespace) -> DecoderTrainingConfig:
 
 
 def step_of(made: tuple[nn.Module, Loss], args: argparse.Namespace) -> Callable[[Tensor], None]:
-    """One step on document numbers."""
+    """A function that trains one step on numbers of documents (B, T), with random ids."""
     return stepper(*made, args.vocabulary, config_of(args), DEVICE)
 
 
-# ------------------------------------------------------------------------------------------------ parts
+# ------------------------------------------------------------------------------------------- parts
 
 
 def steps(args: argparse.Namespace) -> None:
-    """Ours beside OPT, one step of each in turn."""
-    ways = {name: step_of(make(args), args) for name, make in (("ours", ours), ("opt", opt))}
+    """Ours beside OPT: on whole blocks with one step of each in turn, then on mixed lengths."""
+    models = {"ours": step_of(ours(args), args), "opt": step_of(opt(args), args)}
     whole_BT = torch.zeros(args.rows, args.length, dtype=torch.int64)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(args.repeats + 1):
-        for name, step in ways.items():
+        for name, step in models.items():
             taken = seconds(partial(step, whole_BT), DEVICE)
             if repeat:
                 times[name].append(taken)
+
+    print("| documents | model | s a step | useful tokens/s | useful share | ratio |")
+    print("|---|---|---|---|---|---|")
     middle = {name: statistics.median(values) for name, values in times.items()}
-    print(
-        "| documents | model | s a step | useful tokens/s | useful share | ratio |\n|---|---|---|---|---|---|"
-    )
     for name, value in middle.items():
         rate, ratio = whole_BT.numel() / value, middle["opt"] / value
         print(f"| one a block | {name} | {value:.3g} | {rate:,.0f} | 100 % | {ratio:.2f} |")
+
     documents = lengths(4 * args.rows * args.repeats, args.length).tolist()
     batches = {
         "ours": list(packed(documents, args)),
         "opt": list(padded(documents, args))[: 4 * args.repeats],
     }
-    rates = {}
-    for name, step in ways.items():
+    for name, step in models.items():
         step(batches[name][0])
-    for name, step in ways.items():
-        taken = sum(seconds(partial(step, batch), DEVICE) for batch in batches[name])
-        useful = sum(int((batch >= 0).sum()) for batch in batches[name])
-        positions_ = sum(batch.numel() for batch in batches[name])
-        rates[name] = (taken / len(batches[name]), useful / taken, useful / positions_)
+
+    # Both pass over the same documents, but in other batches.
+    rates = {}
+    for name, step in models.items():
+        taken, useful, positions = 0.0, 0, 0
+        for batch in batches[name]:
+            taken += seconds(partial(step, batch), DEVICE)
+            useful += int((batch >= 0).sum())
+            positions += batch.numel()
+        rates[name] = (taken / len(batches[name]), useful / taken, useful / positions)
     for name, (value, rate, share) in rates.items():
-        print(
-            f"| mixed | {name} | {value:.3g} | {rate:,.0f} | {share:.0%} | {rate / rates['opt'][1]:.2f} |"
-        )
+        ratio = rate / rates["opt"][1]
+        print(f"| mixed | {name} | {value:.3g} | {rate:,.0f} | {share:.0%} | {ratio:.2f} |")
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -213,34 +236,30 @@ def memory(args: argparse.Namespace) -> None:
 
 def peak(args: argparse.Namespace) -> int:
     """The most bytes that a process holds during three steps, beyond what it held before them."""
-    step = step_of((ours if args.one == "ours" else opt)(args), args)
+    make = ours if args.one == "ours" else opt
+    step = step_of(make(args), args)
     whole_BT = torch.zeros(args.rows, args.length, dtype=torch.int64)
-    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else of_process("VmRSS")
+    before = held_bytes(DEVICE)
     for _ in range(3):
         step(whole_BT)
-    return (
-        torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else of_process("VmHWM")
-    ) - before
-
-
-def of_process(name: str) -> int:
-    """A size in bytes from Linux's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return peak_bytes(DEVICE) - before
 
 
 def mfu(args: argparse.Namespace) -> None:
     """Our step's model FLOPs beside what a matrix product reaches on this device."""
+    rows = args.rows
     if args.preset:
+        # The paper's vocabulary and length; its largest model takes fewer blocks at a time.
         args.vocabulary, args.length = 65_536, 4096
+        rows = 1 if args.preset == "cm3leon_7b" else 4
+
+    # A product as large as keeps the device busy.
     matmul = product_rate(DEVICE, 8192 if DEVICE.type == "cuda" else 2048, torch.bfloat16)
-    rows = args.rows if not args.preset else 1 if args.preset == "cm3leon_7b" else 4
     step = timed_step(
         shape(args), config_of(args), rows=rows, length=args.length, repeats=args.repeats
     )
-    print(
-        "| tokens a step | s a step | tokens/s | model TFLOP/s | matmul TFLOP/s | share |\n|---|---|---|---|---|---|"
-    )
+    print("| tokens a step | s a step | tokens/s | model TFLOP/s | matmul TFLOP/s | share |")
+    print("|---|---|---|---|---|---|")
     rate = step.tokens / step.seconds
     print(
         f"| {step.tokens:,} | {step.seconds:.3g} | {rate:,.0f} | {step.flops / 1e12:.3g} | "
