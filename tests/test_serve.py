@@ -1,4 +1,7 @@
-"""The server: OpenAI's own client, what is refused, who leaves, who waits, and that neighbours change nothing."""
+"""The server: OpenAI's own client works, mistakes are refused, rows are freed and shared fairly.
+
+Whatever else the server is doing, a request with a seed gets the bytes that the model gives alone.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ CODE_PIXELS = 8
 
 
 class Served:
-    """A server in a thread, and clients for it."""
+    """A server that runs in a thread, and clients that speak to it."""
 
     def __init__(self, server: Server, url: str) -> None:
         self.server, self.url = server, url
@@ -72,6 +75,7 @@ class Served:
 def serving(
     model: CM3Leon, *, key: str | None = None, limits: Limits = LIMITS, **fields: Any
 ) -> Iterator[Served]:
+    """Run a server in a thread, on a free port, until the block ends."""
     with Service(model, precision="float32", **fields) as service:
         server = Server(service, limits=limits, key=key)
         listener = socket.create_server(("127.0.0.1", 0))
@@ -92,7 +96,7 @@ def serving(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_core() -> Iterator[None]:
-    """As the threads of a server's requests have: convolutions round otherwise on several."""
+    """Convolve by one thread, as a server's request does: several threads round otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -136,7 +140,7 @@ def pixels(b64: str | None) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))))
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 
 
 def test_openais_client_draws_what_the_model_draws(served: Served) -> None:
@@ -149,6 +153,7 @@ def test_openais_client_draws_what_the_model_draws(served: Served) -> None:
     )
     decoder = {"name": "top_p", "cfg": 2}
     expected = served.model.generate("a seven", n=3, seed=5, retrieve=1, decoder=decoder)
+
     assert [each.seed for each in drawn.data] == [each.seed for each in expected]
     for one, other in zip(drawn.data, expected, strict=True):
         assert np.array_equal(pixels(one.b64_json), np.asarray(other.image))
@@ -169,9 +174,15 @@ def test_an_image_is_shown_row_by_row(served: Served) -> None:
         assert last.type == "image_generation.completed"
         assert last.b64_json == whole.b64_json
         assert {each.type for each in partial} <= {"image_generation.partial_image"}
-        # Of states that come faster than they are drawn, the last one is shown.
-        assert (1 if wanted != 0 else 0) <= len(partial) <= (3 if wanted is None else wanted)
+
+        # States that come faster than they can be drawn are left out: there may be fewer images
+        # than the three rows of codes that come before the last one.
+        least = 1 if wanted != 0 else 0
+        most = 3 if wanted is None else wanted
+        assert least <= len(partial) <= most
         assert [each.partial_image_index for each in partial] == list(range(len(partial)))
+
+        # Pixels whose code is not there yet are grey, 128; the others make up whole rows of codes.
         rows = [
             int((pixels(each.b64_json) != 128).any(axis=(1, 2)).sum()) // CODE_PIXELS
             for each in partial
@@ -181,7 +192,7 @@ def test_an_image_is_shown_row_by_row(served: Served) -> None:
 
 
 def masked(*boxes: tuple[int, int, int, int], size: int = 32) -> Image.Image:
-    """Transparent in some boxes."""
+    """An image that is transparent in the given boxes: left, top, right, bottom in pixels."""
     alpha = np.full((size, size), 255, np.uint8)
     for left, top, right, bottom in boxes:
         alpha[top:bottom, left:right] = 0
@@ -203,9 +214,11 @@ def test_a_mask_is_filled_in(served: Served, stream: bool) -> None:
     mask_HW = np.zeros((32, 32), bool)
     for left, top, right, bottom in boxes:
         mask_HW[top:bottom, left:right] = True
+
     expected = served.model.infills(
         picture(3), "a seven", n=2, mask=mask_HW, seed=4, decoder={"name": "top_p", "cfg": 1}
     )
+
     if stream:
         events = list(served.openai.images.edit(**asked, stream=True))
         found = [each for each in events if each.type == "image_edit.completed"]
@@ -213,14 +226,17 @@ def test_a_mask_is_filled_in(served: Served, stream: bool) -> None:
             "image_edit.completed",
             "image_edit.partial_image",
         }
+
+        # The boxes touch codes 5, 6 and 15 of the image's 4 x 4. What lies around these is known
+        # from the start, so that a partial image does not show it as grey.
         partial = [pixels(e.b64_json) for e in events if e.type == "image_edit.partial_image"]
-        known_HW = ~np.kron(
-            ~np.isin(np.arange(16), [5, 6, 15]).reshape(4, 4), np.ones((8, 8), bool)
-        )
+        is_redrawn = np.isin(np.arange(16), [5, 6, 15]).reshape(4, 4)
+        redrawn_HW = np.kron(is_redrawn, np.ones((8, 8), bool))
         for shown in partial:
-            assert not (shown[~known_HW] == 128).all(axis=-1).all()
+            assert not (shown[~redrawn_HW] == 128).all(axis=-1).all()
     else:
         found = served.openai.images.edit(**asked).data
+
     for one, other in zip(found, expected, strict=True):
         assert np.array_equal(pixels(one.b64_json), np.asarray(other.image))
 
@@ -248,7 +264,7 @@ def test_formats_of_files(served: Served) -> None:
         assert Image.open(io.BytesIO(content)).format == kind.upper()
 
 
-# ------------------------------------------------------------------------------------------------ conversations
+# ------------------------------------------------------------------------------------ conversations
 
 
 def conversation(*parts: Any) -> list[dict[str, Any]]:
@@ -270,10 +286,13 @@ def test_images_are_described_asked_about_and_gone_on_with(served: Served) -> No
         more = {"retrieve": 1} if name == "caption" else {}
         asked: Any = {"model": served.server.setting.name, "messages": conversation(*parts)}
         asked |= {"max_completion_tokens": 5, "seed": 3, "extra_body": more}
+
         found = served.openai.chat.completions.create(**asked)
         assert found.choices[0].message.content == answer.strip()
         assert found.choices[0].finish_reason in ("stop", "length")
         assert found.usage.completion_tokens >= 1
+
+        # Streamed, the same text comes piece by piece.
         chunks = list(served.openai.chat.completions.create(**asked, stream=True))
         streamed = "".join(each.choices[0].delta.content or "" for each in chunks)
         assert streamed == answer.strip()
@@ -288,12 +307,17 @@ def test_a_growing_text_is_decoded_once_and_sent_once() -> None:
         decoded += len(ids)
         return bytes(ids).decode(errors="replace")
 
+    # Characters of one to four bytes, bytes that are no UTF-8, and a character that is cut off.
     content = "  Grüße,\n \N{CAT FACE} und 猫 ".encode() + b"\xff; weiter. " * 50 + b"\xe7\n"
     text = content.decode(errors="replace").strip()
+
     growing = GrowingText(decode)
     pieces = [growing.grown(content[:count]) for count in range(1, len(content) + 1)]
+
     assert all(piece in text for piece in pieces)
     assert "".join(pieces) + growing.rest(text) == text
+
+    # A new piece is decoded with a few ids before it, not with the whole text.
     assert len(text) - len(growing.shown) <= 1
     assert decoded < 12 * len(content)
 
@@ -310,13 +334,19 @@ def test_a_text_that_is_cut_says_so(served: Served) -> None:
 
 
 def test_temperature_and_top_p_are_those_of_texts(served: Served) -> None:
+    top_p = {"name": "top_p", "temperature": 1.5, "top_p": 0.7, "cfg": 1}
     for fields, decoder in (
         ({"temperature": 0}, "greedy"),
-        ({"temperature": 1.5, "top_p": 0.7}, {"name": "top_p", "temperature": 1.5, "top_p": 0.7, "cfg": 1}),
-    ):  # fmt: skip
+        ({"temperature": 1.5, "top_p": 0.7}, top_p),
+    ):
         asked = {"messages": conversation(image_part()), "seed": 8, "max_tokens": 6, **fields}
         found = served.post("chat/completions", **asked).json()
-        expected = served.model.caption(picture(), decoder=decoder, seed=8, max_tokens=6)  # type: ignore[arg-type]
+        expected = served.model.caption(
+            picture(),
+            decoder=decoder,  # type: ignore[arg-type]
+            seed=8,
+            max_tokens=6,
+        )
         assert found["choices"][0]["message"]["content"] == expected.strip()
 
 
@@ -330,7 +360,9 @@ def test_texts_and_images_in_turn(served: Served, stream: bool) -> None:
         "seed": 2,
     }
     expected = served.model.interleave(["a seven"], first="image", segments=3, max_tokens=4, seed=2)
+
     if stream:
+        # Each event brings fields of the message; the last value of a field is the finished one.
         message: dict[str, Any] = {}
         lines = served.post("chat/completions", **asked, stream=True).text.splitlines()
         assert lines[-2] == "data: [DONE]"
@@ -340,6 +372,7 @@ def test_texts_and_images_in_turn(served: Served, stream: bool) -> None:
     else:
         found = served.post("chat/completions", **asked)
         message = found.json()["choices"][0]["message"]
+
     assert len(message["parts"]) == len(expected)
     for part, other in zip(message["parts"], expected, strict=True):
         if isinstance(other, str):
@@ -359,6 +392,7 @@ def test_documents_of_the_memory_bank_are_found(served: Served) -> None:
     assert [each["score"] for each in by_text] == pytest.approx([each.score for each in expected])
     assert expected[0].image is not None
     assert np.array_equal(pixels(by_text[0]["b64_json"]), np.asarray(expected[0].image))
+
     by_image = served.post("retrieve", image=data_url(picture()), count=2, images=False).json()
     assert [each["id"] for each in by_image["data"]] == [
         each.id for each in served.model.search(image=picture(), count=2)
@@ -372,6 +406,7 @@ def test_models_health_and_metrics(served: Served) -> None:
     assert model.id == name
     assert served.openai.models.retrieve(name).image_size == "32x32"
     assert served.http.get("/health").json() == {"status": "ok"}
+
     served.post("images/generations", prompt="a", seed=1)
     lines = served.http.get("/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -383,11 +418,11 @@ def test_models_health_and_metrics(served: Served) -> None:
     assert float(values["cm3leon_tokens_total"]) >= 16
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def bomb(width: int = 5000, height: int = 5000) -> bytes:
-    """A small PNG file of many pixels."""
+    """A small PNG file that decodes to many pixels, each of them 0."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content).to_bytes(4, "big")
@@ -405,7 +440,9 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
     "empty": ("images/generations", {"prompt": " "}, 400, "prompt is empty"),
     "long": ("images/generations", {"prompt": "a" * 40_000}, 400, "at most 32000"),
     "too long for the model": ("images/generations", {"prompt": "a b " * 400}, 400, "do not fit"),
-    "url": ("images/generations", {"prompt": "a", "response_format": "url"}, 400, "keeps no images"),
+    "url": (
+        "images/generations", {"prompt": "a", "response_format": "url"}, 400, "keeps no images"
+    ),
     "size": ("images/generations", {"prompt": "a", "size": "1024x1024"}, 400, "must be 32x32"),
     "n": ("images/generations", {"prompt": "a", "n": 9}, 400, "n is 9; it must be at most 8"),
     "n of another type": ("images/generations", {"prompt": "a", "n": "two"}, 400, "n is"),
@@ -426,28 +463,43 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
     ),
     "documents": ("images/generations", {"prompt": "a", "retrieve": 99}, 400, "at most 16"),
     "messages": ("chat/completions", {"messages": [3]}, 400, "messages.0 must be"),
-    "no image": ("chat/completions", {"messages": conversation({"type": "text", "text": "a"})}, 400, "no image"),
+    "no image": (
+        "chat/completions",
+        {"messages": conversation({"type": "text", "text": "a"})},
+        400,
+        "no image",
+    ),
     "fetching": (
         "chat/completions",
-        {"messages": conversation({"type": "image_url", "image_url": {"url": "http://10.0.0.1/a.png"}})},
+        {"messages": conversation(
+            {"type": "image_url", "image_url": {"url": "http://10.0.0.1/a.png"}}
+        )},
         400,
         "fetches nothing",
     ),
     "no base64": (
         "chat/completions",
-        {"messages": conversation({"type": "image_url", "image_url": {"url": "data:image/png;base64,%%"}})},
+        {"messages": conversation(
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,%%"}}
+        )},
         400,
         "no image in base64",
     ),
     "no file": ("retrieve", {"image": base64.b64encode(b"GIF89a").decode()}, 400, "cannot be used"),
     "bomb": ("retrieve", {"image": base64.b64encode(bomb()).decode()}, 400, "too large: 5000x5000"),
     "nothing": ("retrieve", {}, 400, "text and image are missing"),
-    "tokens": ("chat/completions", {"messages": conversation(image_part()), "max_tokens": 9999}, 400, "at most"),
+    "tokens": (
+        "chat/completions",
+        {"messages": conversation(image_part()), "max_tokens": 9999},
+        400,
+        "at most",
+    ),
     "a list": ("images/generations", [1], 400, "must be a JSON object"),
 }  # fmt: skip
 
 
 def refused(response: httpx.Response, status: int, words: str) -> None:
+    """Check that a response is an error of one line in the form of OpenAI's API."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert words in error["message"]
@@ -487,14 +539,13 @@ EDITS: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
 @pytest.mark.parametrize("name", EDITS)
 def test_mistakes_of_edits(served: Served, name: str) -> None:
     files, fields, words = EDITS[name]
-    given = files if name == "no image" else {"image": png(picture()), **files}
-    refused(
-        served.http.post(
-            "/v1/images/edits", files=given or {"x": b""}, data={"prompt": "a", **fields}
-        ),
-        400,
-        "not a known file" if name == "no image" else words,
-    )
+    if name == "no image":
+        # The client sends a form with files only if there is one: this one has an unknown file.
+        files, words = {"x": b""}, "not a known file"
+    else:
+        files = {"image": png(picture()), **files}
+    data = {"prompt": "a", **fields}
+    refused(served.http.post("/v1/images/edits", files=files, data=data), 400, words)
 
 
 def test_an_untuned_model_takes_no_instructions(
@@ -505,6 +556,7 @@ def test_an_untuned_model_takes_no_instructions(
     files = {"image": png(picture())}
     found = served.http.post("/v1/images/edits", files=files, data={"prompt": "make it red"})
     refused(found, 400, "give a mask")
+
     text = {"type": "text", "text": "What is it?"}
     found = served.post("chat/completions", messages=conversation(image_part(), text))
     refused(found, 400, "not fine-tuned on questions")
@@ -524,6 +576,7 @@ def test_what_is_no_request_is_refused(served: Served) -> None:
         415,
         "compressed",
     )
+
     refused(served.http.get("/v1/nowhere"), 404, "/v1/nowhere is not an endpoint")
     refused(served.http.get(path), 405, "does not take GET")
     refused(served.http.get("/v1/models/other"), 404, "this server has")
@@ -534,6 +587,7 @@ def test_a_body_is_bounded_also_without_its_length(served: Served, path: str) ->
     headers = {"content-type": "application/json"}
     if path.endswith("edits"):
         headers = {"content-type": "multipart/form-data; boundary=x"}
+    # Of a thousand pieces, most are never sent: the server refuses the body before.
     sent = 0
 
     def pieces() -> Iterator[bytes]:
@@ -548,13 +602,14 @@ def test_a_body_is_bounded_also_without_its_length(served: Served, path: str) ->
         found = served.http.post(path, content=pieces(), headers=headers)
         refused(found, 413, "too large")
     except (httpx.WriteError, httpx.ReadError):
-        pass  # it was cut off while it still sent
+        pass  # the connection was closed while the client was still sending
     assert sent < 1000
 
 
 def test_the_bytes_of_all_requests_are_bounded(
     tuned_model: CM3Leon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The memory holds the body of one request of the largest size, and no second one.
     monkeypatch.setattr("cm3leon.serve.gate.BODIES", 1)
     with serving(tuned_model, samples=1) as served, held(served) as go:
         spaces = b" " * (2**20 - 100)
@@ -571,6 +626,7 @@ def test_the_bytes_of_all_requests_are_bounded(
             assert served.http.get("/health").status_code == 200
             go.set()
             assert first.result().status_code == 200
+
         assert ask().status_code == 200
 
 
@@ -608,7 +664,7 @@ def test_a_bug_is_a_sentence_and_its_traceback_stays_here(
     until(lambda: "a secret of the house" in caplog.text)
 
 
-# ------------------------------------------------------------------------------------------------ who may ask
+# -------------------------------------------------------------------------------------- who may ask
 
 
 def test_a_key_is_needed_where_there_is_one(
@@ -620,13 +676,15 @@ def test_a_key_is_needed_where_there_is_one(
             found = served.http.post("/v1/retrieve", json={"text": "a"}, headers=headers)
             refused(found, 401, "the API key is missing or wrong")
             assert found.headers["www-authenticate"] == "Bearer"
+
         refused(served.http.get("/metrics"), 401, "API key")
         assert served.http.get("/health").status_code == 200
         right = openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0)
         assert right.models.list().data
         with pytest.raises(openai.AuthenticationError):
             served.openai.models.list()
-        # With a key a browser of elsewhere may ask: it has to know it.
+
+        # Where a key is needed, a page of another site may ask: its visitor has to know the key.
         headers = {"authorization": f"Bearer {key}", "origin": "https://elsewhere.org", "host": "a"}
         assert served.http.get("/v1/models", headers=headers).status_code == 200
     assert key not in caplog.text
@@ -661,12 +719,12 @@ def test_a_key_comes_from_a_file_or_the_environment(
         read_key(tmp_path / "none")
 
 
-# ------------------------------------------------------------------------------------------------ many at a time
+# ----------------------------------------------------------------------------------- many at a time
 
 
 @contextmanager
 def held(served: Served) -> Iterator[threading.Event]:
-    """The engine waits before each step, until it is let go."""
+    """Make the engine wait before each step until the event is set or the block ends."""
     engine, go = served.server.service.engine.engine, threading.Event()
     step = engine.step
 
@@ -683,7 +741,7 @@ def held(served: Served) -> Iterator[threading.Event]:
 
 
 def test_a_seed_gives_the_same_bytes_beside_any_neighbours(served: Served) -> None:
-    """Images, streamed and whole, captions and fillings, alone and among each other."""
+    """Images, streamed and whole, captions and fillings: each alone, and eight at a time."""
     files = {"image": png(picture(3)), "mask": png(masked((3, 3, 20, 12)))}
 
     def ask(number: int) -> Any:
@@ -708,9 +766,12 @@ def test_a_seed_gives_the_same_bytes_beside_any_neighbours(served: Served) -> No
         body = {"prompt": f"a {number}", "seed": number, "stream": True, "decoder": "cd_k"}
         lines = served.post("images/generations", **body).text.splitlines()
         last = [line for line in lines if "image_generation.completed" in line][-1]
-        return json.loads(last.removeprefix("data: "))["b64_json"] if "{" in last else None
+        if "{" not in last:
+            return None
+        return json.loads(last.removeprefix("data: "))["b64_json"]
 
     alone = [ask(number) for number in range(16)]
+
     order = np.random.default_rng(0).permutation(16).tolist()
     with ThreadPoolExecutor(8) as pool:
         among = dict(zip(order, pool.map(ask, order), strict=True))
@@ -720,20 +781,25 @@ def test_a_seed_gives_the_same_bytes_beside_any_neighbours(served: Served) -> No
 def test_the_server_is_full_and_says_when_to_come_again(tuned_model: CM3Leon) -> None:
     with serving(tuned_model, samples=1, waiting=3) as served, held(served) as go:
         shared = served.server.service.engine
+        # One sample runs and three wait: there is no room for a fourth.
         with ThreadPoolExecutor(3) as pool:
             first = pool.submit(served.post, "images/generations", prompt="a", seed=1)
             until(lambda: shared.running == 1)
             second = pool.submit(served.post, "images/generations", prompt="a", seed=1, n=3)
             until(lambda: shared.waiting == 3)
+
             found = served.post("images/generations", prompt="a", seed=1)
             refused(found, 429, "the server is full; try again in")
             assert 1 <= int(found.headers["retry-after"]) <= 600
             with pytest.raises(openai.RateLimitError):
                 served.openai.images.generate(prompt="a", stream=True)
+
             go.set()
             assert first.result().status_code == second.result().status_code == 200
+
         refused(served.post("images/generations", prompt="a", n=4), 400, "must be at most 3")
 
+    # Where one request is allowed at a time, one that needs no engine is refused as well.
     limits = Limits(requests=1)
     with (
         serving(tuned_model, samples=1, limits=limits) as served,
@@ -743,9 +809,10 @@ def test_the_server_is_full_and_says_when_to_come_again(tuned_model: CM3Leon) ->
         first = pool.submit(served.post, "images/generations", prompt="a", seed=1)
         until(lambda: served.server.service.engine.running == 1)
         refused(served.post("retrieve", text="a"), 429, "try again")
-        # An edit is counted before its files are decoded, which this one's could not be.
-        edit = {"files": {"image": bomb()}, "data": {"prompt": "a"}}
-        refused(served.http.post("/v1/images/edits", **edit), 429, "try again")  # type: ignore[arg-type]
+
+        # An edit is counted before its files are decoded: this one's would be refused with 400.
+        edit: Any = {"files": {"image": bomb()}, "data": {"prompt": "a"}}
+        refused(served.http.post("/v1/images/edits", **edit), 429, "try again")
         go.set()
         assert first.result().status_code == 200
 
@@ -757,16 +824,23 @@ def test_who_leaves_frees_the_rows(
     with serving(tuned_model, samples=2, waiting=32) as served, held(served) as go:
         shared = served.server.service.engine
         body = json.dumps({"prompt": "a", "n": 5, "seed": 1, "stream": stream}).encode()
-        head = f"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+        head = (
+            "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\n"
+            f"content-length: {len(body)}\r\ncontent-type: application/json\r\n\r\n"
+        )
         address = served.http.base_url.host, served.http.base_url.port
+
+        # Five samples are asked for, two of which run; then the connection is closed.
         with socket.create_connection(address) as leaving:  # type: ignore[arg-type]
-            leaving.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+            leaving.sendall(head.encode() + body)
             until(lambda: shared.running + shared.waiting == 5)
         until(lambda: shared.running + shared.waiting == 0)
+
         go.set()
         until(lambda: shared.engine.free == 2 and served.server.desk.open == 0)
         assert served.stats.cancelled == 5
-        gc.collect()  # what nobody has asked for is told of then
+
+        gc.collect()  # an exception that nobody asked for is logged when its task is collected
         assert caplog.text == ""
         assert served.post("images/generations", prompt="a", seed=1).status_code == 200
 
@@ -794,6 +868,7 @@ def test_what_was_accepted_is_finished_and_the_rest_refused(tuned_model: CM3Leon
         served.server.stopping = True
         refused(served.post("images/generations", prompt="a"), 503, "being stopped")
         assert served.http.get("/health").status_code == 503
+
         go.set()
         assert len(accepted.result().json()["data"]) == 2
 
@@ -813,6 +888,7 @@ def test_users_take_turns(tuned_model: CM3Leon) -> None:
 
         with ThreadPoolExecutor(2) as pool:
             many = pool.submit(ask, "many", 8)
+            # The second user comes when seven samples of the first one wait already.
             until(lambda: shared.waiting == 7)
             few = pool.submit(ask, "few", 1)
             until(lambda: shared.waiting == 8)
@@ -836,7 +912,7 @@ def test_without_a_key_a_new_name_is_no_new_turn(tuned_model: CM3Leon) -> None:
         go.set()
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_the_room_is_counted_before_it_is_taken(
@@ -855,19 +931,20 @@ def test_mistakes_on_the_command_line(
     run = f"run={tuned_model.run.folder}"
     assert main(["serve", run, "host=0.0.0.0"]) == 2
     assert "there is no API key; set CM3LEON_API_KEY" in capsys.readouterr().err
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", run, f"port={taken.getsockname()[1]}"]) == 2
     assert "cannot be listened at" in capsys.readouterr().err
+
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "cm3leon.serve.listening")
     assert main(["serve", run]) == 2
-    assert (
-        "`serve` needs the package uvicorn: pip install 'cm3leon[serve]'" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "`serve` needs the package uvicorn: pip install 'cm3leon[serve]'" in said
 
 
 def test_a_signal_ends_it_when_what_runs_is_finished(tuned_model: CM3Leon) -> None:
-    """The command as a process: the memory it takes is printed, a request that runs is answered, the exit code is 0."""
+    """The process prints what memory it takes, answers the request that runs, and exits with 0."""
     command = [
         sys.executable,
         "-m",
@@ -879,19 +956,21 @@ def test_a_signal_ends_it_when_what_runs_is_finished(tuned_model: CM3Leon) -> No
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            assert re.search(
-                r"8 samples at a time, 3 rows .* MB of keys", process.stdout.readline()
-            )
+            said = process.stdout.readline()
+            assert re.search(r"8 samples at a time, 3 rows .* MB of keys", said)
             url = process.stdout.readline().split()[0]
+            health, metrics = url.replace("/v1", "/health"), url.replace("/v1", "/metrics")
+
+            # Of 16 samples, 8 run and 8 wait when the signal comes.
             asked = {"prompt": "a", "n": 16, "seed": 1}
             with ThreadPoolExecutor(1) as pool:
                 running = pool.submit(
                     httpx.post, f"{url}/images/generations", json=asked, timeout=60
                 )
-                health, metrics = url.replace("/v1", "/health"), url.replace("/v1", "/metrics")
                 until(lambda: "cm3leon_running_samples 0.0" not in httpx.get(metrics).text)
                 process.send_signal(signal.SIGTERM)
                 assert len(running.result().json()["data"]) == 16
+
             assert process.wait(60) == 0
             with pytest.raises(httpx.ConnectError):
                 httpx.get(health)
@@ -900,6 +979,7 @@ def test_a_signal_ends_it_when_what_runs_is_finished(tuned_model: CM3Leon) -> No
 
 
 def test_connections_and_samples_share_one_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the connections takes 7 seconds: of 10, 3 are left for the samples; of 5, none."""
     now, left = 100.0, list[float]()
 
     async def shutdown(*_: object) -> None:
@@ -921,12 +1001,13 @@ def test_connections_and_samples_share_one_grace(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         uvicorn.Server, "run", lambda self, sockets: asyncio.run(self.shutdown(sockets))
     )
+
     for grace in (10, 5):
         listen(Closed(), host="127.0.0.1", port=0, grace=grace)
     assert left == [3, 0]
 
 
-# ------------------------------------------------------------------------------------------------ the page about it
+# -------------------------------------------------------------------------------- the page about it
 
 
 def examples(language: str) -> list[str]:
@@ -953,15 +1034,11 @@ def test_examples_of_curl(served: Served, beside: Path) -> None:
     found = [block for block in examples("bash") if "curl" in block]
     assert len(found) >= 4
     for block in found:
+        # Without --fail-with-body, curl would exit with 0 whatever the server answered.
         script = block.replace("http://127.0.0.1:8000", served.url)
+        script = script.replace("curl ", "curl --fail-with-body -sS ")
         run = subprocess.run(
-            [
-                "bash",
-                "-euo",
-                "pipefail",
-                "-c",
-                script.replace("curl ", "curl --fail-with-body -sS "),
-            ],
+            ["bash", "-euo", "pipefail", "-c", script],
             capture_output=True,
             text=True,
             timeout=60,

@@ -1,4 +1,4 @@
-"""The command show: what it prints and draws is what the stream of training batches holds."""
+"""The command `show`: what it prints and draws is what the stream of training batches holds."""
 
 from __future__ import annotations
 
@@ -68,28 +68,25 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The words of a command line for a run of 40 documents in one shard, finished up to the neighbours."""
+    """The words of a command line for a run of 40 documents, finished up to the neighbours.
+
+    Its documents are in one shard, and their images have varied versions.
+    """
     place = tmp_path_factory.mktemp("images")
+    records = []
     for number in range(40):
         (place / f"{number}.png").write_bytes(encoded(picture(number)))
-    records = [{"file": f"{n}.png", "caption": CAPTIONS[n % len(CAPTIONS)]} for n in range(40)]
+        records.append({"file": f"{number}.png", "caption": CAPTIONS[number % len(CAPTIONS)]})
     write_lines(place / "captions.jsonl", records)
+
     source = f'data={{"name": "folder", "path": "{place}"}}'
-    return made(
-        [
-            "experiment=digits",
-            source,
-            f"run={tmp_path_factory.mktemp('run')}",
-            *SETTINGS,
-            "augment.versions=3",
-        ],
-        "neighbours",
-    )
+    run = f"run={tmp_path_factory.mktemp('run')}"
+    return made(["experiment=digits", source, run, *SETTINGS, "augment.versions=3"], "neighbours")
 
 
 @pytest.fixture(scope="module")
 def in_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The same for a corpus in two shards, without varied versions."""
+    """The words for a run of 50 documents in two shards, without varied versions."""
     place = tmp_path_factory.mktemp("shards")
     digit_tars(place, 2, 25)
     split = ("split.validation=0.1", "split.held_out=0.1")
@@ -105,11 +102,13 @@ def words(request: pytest.FixtureRequest) -> list[str]:
 
 
 def made(words: list[str], until: str) -> list[str]:
+    """Run a command line up to a stage, and return its words."""
     assert main([*words, f"until={until}"]) == 0
     return words
 
 
 def opened(words: list[str], *more: str) -> RunFolder:
+    """Open the run of a command line, with other settings where some are given."""
     named = dict(word.split("=", 1) for word in words if word.startswith(("experiment=", "run=")))
     overrides = [word for word in words if word.split("=")[0] not in named]
     return RunFolder(
@@ -134,7 +133,7 @@ def batches(run: RunFolder, count: int) -> list[Batch]:
 
 
 def rows_of(page: str) -> list[list[str]]:
-    """The cells of the tables of tokens."""
+    """The cells of each row of the tables of tokens."""
     tables = "".join(re.findall(r'<table class="tokens">.*?</table>', page, re.DOTALL))
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", tables)]
 
@@ -149,6 +148,10 @@ def rows_of(page: str) -> list[list[str]]:
     ids=["whole", "stream", "together"],
 )
 def test_what_is_shown_is_what_training_sees(words: list[str], packing: tuple[str, ...]) -> None:
+    """Ids, targets, weights, samples and positions of the blocks are those of the batches.
+
+    The samples are in the first epoch, at its end, and in the second one; one batch has four.
+    """
     run = opened(words, *packing)
     samples = training_samples(run)
     stream: list[Batch] = batches(run, 25)
@@ -157,6 +160,7 @@ def test_what_is_shown_is_what_training_sees(words: list[str], packing: tuple[st
         shown = shown_sample(run, samples, position)
         page = render_sample(shown, facts_of(run, samples, position, shown))
         Page(page)
+
         rows, at = rows_of(page), 0
         joined = []
         for piece in shown.pieces:
@@ -165,27 +169,28 @@ def test_what_is_shown_is_what_training_sees(words: list[str], packing: tuple[st
             for name in ("ids", "target", "weight", "sample", "position"):
                 in_batch_T = getattr(batch, f"{name}_BT")[lane].numpy()
                 assert np.array_equal(getattr(piece.block, f"{name}_T"), in_batch_T)
+
+            # A row of the table says a token's index in the block, id, weight, sample, position.
+            columns = ("ids", "sample", "position")
             for t in range(piece.first, piece.first + len(piece.ids_T)):
                 row, at = rows[at], at + 1
-                assert [int(row[k]) for k in (0, 1, 5, 6)] == [
-                    t,
-                    *(
-                        int(getattr(batch, f"{name}_BT")[lane, t])
-                        for name in ("ids", "sample", "position")
-                    ),
-                ]
+                in_batch = [int(getattr(batch, f"{name}_BT")[lane, t]) for name in columns]
+                assert [int(row[k]) for k in (0, 1, 5, 6)] == [t, *in_batch]
                 assert float(row[4]) == pytest.approx(float(batch.weight_BT[lane, t]))
-            assert (
-                sum(companion.tokens for companion in piece.samples)
-                == (batch.sample_BT[lane] >= 0).sum()
-            )
+
+            of_samples = sum(companion.tokens for companion in piece.samples)
+            assert of_samples == (batch.sample_BT[lane] >= 0).sum()
             joined.append(unrotate(piece.ids_T, run.vocab))
             assert piece.spans is not None
             spans += len(piece.spans)
+
+        # The table has no other rows; rotated back, the pieces are the whole sample.
         assert at == len(rows)
         assert np.concatenate(joined).tolist() == shown.laid_out.ids_T.tolist()
         cut += len(shown.pieces) > 1
         retrieved += len(shown.documents) > 1
+
+    # Spans are moved and documents found among these samples; only a stream cuts samples.
     assert spans > 3
     assert retrieved > 3
     assert bool(cut) == ("packing.method=stream" in packing)
@@ -197,17 +202,22 @@ def test_the_sample_is_printed_as_the_figures_write_it(in_shards: list[str]) -> 
     position = next(p for p in range(50) if shown_sample(run, samples, p).spans)
     shown = shown_sample(run, samples, position)
     lines = printed(shown, facts_of(run, samples, position, shown), width=10_000)
+
+    # Without neighbours, the sample is a caption and the 16 codes of its image.
     ids_T = shown.laid_out.ids_T
     caption = run.text_tokenizer.decode(ids_T[1 : ids_T.tolist().index(run.vocab.brk)])
     codes = " ".join(map(str, run.vocab.image_codes(ids_T[-17:-1])))
     before = lines[lines.index("laid out") + 1]
     assert before == f"  <eos> {caption} <break> [image 16 codes: {codes}] <eos>"
     assert caption.startswith("the digit ")
+
+    # Rotated, one span of it is masked and stands at the end.
     after = lines[-1].split()
     assert after[0] == "(<eos>)"
     assert after.count("(<mask:0>)") == 2
     assert after[-1] == "<end_of_span>"
-    assert "<mask:0>" in [key.strip() for key in (line[:12] for line in lines)]
+    keys = [line[:12].strip() for line in lines]
+    assert "<mask:0>" in keys
 
 
 def test_documents_that_do_not_fit_are_named(in_shards: list[str]) -> None:
@@ -215,12 +225,13 @@ def test_documents_that_do_not_fit_are_named(in_shards: list[str]) -> None:
     samples = training_samples(run)
     shown = shown_sample(run, samples, 2)
     all_shown = shown_sample(opened(in_shards), samples, 2)
+
     assert shown.left_out == [all_shown.documents[0].id]
     assert [d.id for d in shown.documents] == [d.id for d in all_shown.documents[1:]]
     assert [d.note for d in shown.documents] == [d.note for d in all_shown.documents[1:]]
-    assert ("left out", f"{shown.left_out[0]}, as it does not fit the block") in facts_of(
-        run, samples, 2, shown
-    )
+
+    left_out = ("left out", f"{shown.left_out[0]}, as it does not fit the block")
+    assert left_out in facts_of(run, samples, 2, shown)
 
 
 def test_long_runs_of_codes_are_abbreviated_and_folded(in_shards: list[str]) -> None:
@@ -233,7 +244,7 @@ def test_long_runs_of_codes_are_abbreviated_and_folded(in_shards: list[str]) -> 
 
 
 def test_the_page_fits_a_phone(in_shards: list[str]) -> None:
-    """Nothing on it is wider than a phone but what stands in a box that scrolls for itself, or breaks into lines."""
+    """What is wider than a phone stands in a box that scrolls by itself, or breaks into lines."""
     run = opened(in_shards)
     page = render_sample(shown_sample(run, training_samples(run), 0), [("a", "b")])
     views = [each for each in Page(page).all("meta") if each.get("name") == "viewport"]
@@ -256,41 +267,46 @@ def test_the_page_fits_a_phone(in_shards: list[str]) -> None:
 def test_text_is_trusted_with_nothing(small: list[str], tmp_path: Path, capsys: Any) -> None:
     run = opened(small)
     samples = training_samples(run)
-    hostile = [
-        p for p in range(samples.epoch) if HOSTILE in text_of(run, shown_sample(run, samples, p))
-    ]
+    hostile = []
+    for position in range(samples.epoch):
+        if HOSTILE in text_of(run, shown_sample(run, samples, position)):
+            hostile.append(position)
+
+    # On the terminal, control characters and what looks like a special token are escaped.
     assert main(["show", *small, f"sample={hostile[0]}", f"out={tmp_path}/x.html"]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert r"\x1b" in said
     assert r"\<break>" in "".join(said.split())
+
+    # On the page, the caption is text: it brings no element, no attribute and no address.
     page = Page((tmp_path / "x.html").read_text())
     assert not page.all("script")
-    assert all(
-        image["src"].startswith("data:image/png;base64,")
-        for image in page.all("img")
-        if image["src"]
-    )
-    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    sources = [image["src"] for image in page.all("img") if image["src"]]
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    attributes = [name for _, of_element in page.elements for name in of_element]
+    assert not any(name.startswith("on") for name in attributes)
     assert "<script>alert(1)</script>" in page.words
     assert not re.search(r"https?://(?!evil)", (tmp_path / "x.html").read_text())
 
 
 def text_of(run: RunFolder, shown: ShownSample) -> str:
+    """The caption of the sample itself, which stands behind those that were retrieved for it."""
     query = shown.documents[-1].segments[0].span
     return run.text_tokenizer.decode(shown.laid_out.ids_T[query.start : query.end])
 
 
 def test_what_cannot_be_seen_is_escaped(small: list[str]) -> None:
     assert visible("a\n\x1b[1m\u202eb é") == "a\\n\\x1b[1m\\u202eb é"
+
+    # The bytes of a token are written so that the text can be had back.
     run = opened(small)
     names = shown_sample(run, training_samples(run), 0).names
     text = "日本 é <b>\n"
     pieces = [names.token(int(id_)) for id_ in run.text_tokenizer.encode(text)]
     spelled = "".join(pieces).replace("␣", " ").replace("\\n", "\n")
-    unescaped = re.sub(
-        rb"\\x(..)", lambda match: bytes.fromhex(match[1].decode()), spelled.encode()
-    )
+    by_byte = re.compile(rb"\\x(..)")
+    unescaped = by_byte.sub(lambda match: bytes.fromhex(match[1].decode()), spelled.encode())
     assert unescaped.decode() == text
 
 
@@ -300,18 +316,22 @@ def test_images_of_the_sample_stand_beside_their_originals(small: list[str]) -> 
     varied = 0
     for position in range(8):
         for document in shown_sample(run, samples, position).documents:
+            # The image as its codes draw it, the variation that they were made of, the original.
             (decoded, *encoded_, original) = document.segments[1].pictures
             row = run.corpus.ids.index(document.id)
             assert decoded[0] == "from its codes"
             assert np.array_equal(original[1], run.corpus.images_BHWC[row])
+
             for label, pixels_HWC in encoded_:
                 varied += 1
                 assert label.startswith("encoded: variation ")
-                # Of the tokenizer's codes in a batch: one by one, a code near a tie may be another.
                 version = int(label.removeprefix("encoded: variation ").split()[0])
+
                 tokens = run.tokens.document(sampled_rows(run)[document.id], version)
                 codes_N = run.tokenizer.codes(tokens)
                 assert np.array_equal(run.image_tokenizer.decode(codes_N[None])[0], decoded[1])
+
+                # Encoded alone instead of in a batch, a code that is near a tie may be another.
                 alone_N = run.image_tokenizer.encode(pixels_HWC[None])[0]
                 assert (alone_N == codes_N).mean() >= 0.9
     assert varied
@@ -328,10 +348,13 @@ def test_images_of_the_sample_stand_beside_their_originals(small: list[str]) -> 
 def test_places_are_drawn_as_the_rows_are(
     rows_VK: np.ndarray, most: int, random_count: bool, seed: int
 ) -> None:
+    """The same seed draws from the indices of rows what it draws from the rows themselves."""
+
     def drawn(array: np.ndarray) -> list[int]:
         return draw(array, most=most, random_count=random_count, rng=np.random.default_rng(seed))
 
-    assert [rows_VK.ravel()[place] for place in drawn(_indices(rows_VK))] == drawn(rows_VK)
+    indices = drawn(_indices(rows_VK))
+    assert [rows_VK.ravel()[index] for index in indices] == drawn(rows_VK)
 
 
 def test_documents_are_said_to_be_found_by_what_found_them(small: list[str]) -> None:
@@ -340,6 +363,8 @@ def test_documents_are_said_to_be_found_by_what_found_them(small: list[str]) -> 
     corpus = samples.corpora[0]
     row_of = {run.bank.id(row): row for row in range(len(run.bank))}
     seen = set()
+
+    # A query's neighbours are found half by its text and half by its image.
     for position in range(12):
         rows_VK = corpus.neighbours_VK(samples.at(position)[1])
         for document in shown_sample(run, samples, position).documents[:-1]:
@@ -368,12 +393,14 @@ def test_ids_that_no_rotation_makes_have_no_spans() -> None:
     st.lists(st.integers(4, 39), min_size=9, max_size=12), st.sets(st.integers(0, 9), max_size=6)
 )
 def test_spans_are_read_off_the_rotated_sample(ids: list[int], borders: set[int]) -> None:
+    """Every two borders are a span; a sample without spans stays as it was laid out."""
     laid_out_T = np.array(ids)
     ends = sorted(borders)[: len(borders) // 2 * 2]
     spans = list(zip(ends[::2], ends[1::2], strict=True))
-    rotated_T, source_T = (
-        rotate(laid_out_T, spans, VOCAB) if spans else (laid_out_T, np.arange(len(ids)))
-    )
+    rotated_T, source_T = laid_out_T, np.arange(len(ids))
+    if spans:
+        rotated_T, source_T = rotate(laid_out_T, spans, VOCAB)
+
     found = moved_spans(rotated_T, laid_out_T, VOCAB)
     assert found is not None
     assert found[0] == spans
@@ -381,11 +408,13 @@ def test_spans_are_read_off_the_rotated_sample(ids: list[int], borders: set[int]
 
 
 def test_an_objective_that_changes_samples_otherwise_is_shown_too(in_shards: list[str]) -> None:
+    """An objective that reverses samples moves no spans: they are said to be unknown."""
     run = opened(in_shards)
     objective = run.objective
     corrupt = objective.corrupt
     replaced = SimpleNamespace(vocab=run.vocab, corrupt=lambda *given: _reversed(corrupt(*given)))
     run.__dict__["objective"] = replaced
+
     samples = training_samples(run)
     shown = shown_sample(run, samples, 3)
     facts = facts_of(run, samples, 3, shown)
@@ -399,15 +428,18 @@ def _reversed(corrupted: Any) -> Any:
 
 def test_a_page_is_written_into_the_run_while_training_runs(words: list[str], capsys: Any) -> None:
     folder = Path(next(word for word in words if word.startswith("run=")).removeprefix("run="))
+    # Training holds the lock; the page needs none, and changes nothing else in the run.
     before = {file for file in folder.rglob("*") if "show" not in file.parts}
     with locked(folder):
         assert main(["show", *words, "sample=3"]) == 0
         assert main(["show", *words, "sample=3", "epoch=2"]) == 0
+
     said = capsys.readouterr().out
     assert said.startswith("Sample 3 of epoch 0\n")
     assert f"page: {folder}/show/sample-3.html\n" in said
     assert said.endswith(f"page: {folder}/show/sample-3-epoch-2.html\n")
     assert (folder / "show" / "sample-3-epoch-2.html").is_file()
+
     assert {file for file in folder.rglob("*") if "show" not in file.parts} == before
     run_experiment(opened(words).experiment, folder, until="retriever")
     assert "up to date" in capsys.readouterr().out
@@ -472,9 +504,10 @@ def test_mistakes_end_in_a_sentence(
 def test_an_unfinished_run_is_told_the_command_that_finishes_it(
     tmp_path: Path, capsys: Any
 ) -> None:
-    assert (
-        main(["show", "experiment=digits", f"run={tmp_path}", "sample=1", "training.batch_size=4"])
-        == 2
+    words = ["experiment=digits", f"run={tmp_path}", "sample=1", "training.batch_size=4"]
+    assert main(["show", *words]) == 2
+    command = (
+        f"python -m cm3leon.run experiment=digits run={tmp_path} "
+        "training.batch_size=4 until=neighbours"
     )
-    command = f"python -m cm3leon.run experiment=digits run={tmp_path} training.batch_size=4 until=neighbours"
     assert capsys.readouterr().err.endswith(f"make it with: {command}\n")

@@ -44,6 +44,7 @@ def problems(site: Path) -> list[str]:
     """Return the links of a built site that lead nowhere, and what it loads from other servers."""
     pages = {file: Page(file.read_text("utf-8")) for file in sorted(site.rglob("*.html"))}
     found = []
+
     for file, page in pages.items():
         for tag, link in page.links:
             where = f"{file.relative_to(site)}: {link}"
@@ -54,9 +55,12 @@ def problems(site: Path) -> list[str]:
                     found.append(f"{where} is loaded from elsewhere")
                 continue
 
-            # The page for a path that is not there is served at any depth, so its links begin at the root.
+            # The page for a path that is not there is served at any depth: its links begin at
+            # the root.
             base = site if file.name == "404.html" else file.parent
-            target = (base / unquote(parts.path).lstrip("/")).resolve() if parts.path else file
+            target = file
+            if parts.path:
+                target = (base / unquote(parts.path).lstrip("/")).resolve()
             if target.is_dir():
                 target /= "index.html"
             if not target.is_file():
@@ -69,21 +73,27 @@ def problems(site: Path) -> list[str]:
 
 
 def missing(site: Path) -> list[str]:
-    """Return the pages, headings, packages and components that a built site lacks, and what is private on it."""
+    """Return what a built site lacks of pages, headings, packages and components.
+
+    What is private has no place on it, and is returned as well.
+    """
     front = (site / "index.html").read_text()
     headings = re.findall(r"^#+ (.*)", (ROOT / "README.md").read_text(), re.MULTILINE)
     found = [heading for heading in headings if f">{heading}<" not in front]
 
+    # Every page of docs, and one for every package but the plugins.
     pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs/tutorials").glob("*.py")]
     names = {str(file.relative_to(ROOT / "docs").with_suffix(".html")) for file in pages}
     packages = {file.parent.name for file in (ROOT / "cm3leon").glob("*/__init__.py")}
     names |= {f"reference/{name}.html" for name in packages - {"plugins"}}
     found += [name for name in sorted(names) if not (site / name).is_file()]
 
+    # The reference documents every component that a registry has, and nothing private.
     documented: set[str] = set()
     for file in (site / "reference").glob("*.html"):
         documented |= {name for name in Page(file.read_text()).ids if name.startswith("cm3leon.")}
     found += [name for name in documented if re.search(r"\._", name)]
+
     discover()
     for registry in REGISTRIES:
         for name in registry.names():
@@ -101,6 +111,7 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
         '<script src="https://example.org/a.js"></script>'
     )
     (tmp_path / "b.html").write_text('<p id="there"></p>')
+
     assert problems(tmp_path) == [
         "index.html: b.html#gone leads to no place on its page",
         "index.html: c.html leads to no file",
@@ -119,6 +130,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path, registries: None) -> 
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
     site = tmp_path / "site"
     assert problems(site) == []
     assert missing(site) == []

@@ -1,4 +1,7 @@
-"""Corpora on S3: read as local ones, through throttling and lost connections; what cannot be had is a sentence."""
+"""Corpora on S3 are read like local ones, through throttling and lost connections.
+
+Each mistake, and what S3 refuses, ends in one sentence that says nothing of the credentials.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def server() -> Iterator[int]:
 
 @pytest.fixture
 def gate(server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """The user's S3, which makes no trouble yet; waits between tries are left out."""
+    """The user's S3, which makes no trouble yet. There is no waiting between tries."""
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
     with gate_to(server) as made, surroundings(made, tmp_path):
         yield made
@@ -73,10 +76,10 @@ def uploaded(name: str, place: Path, bucket: str) -> tuple[dict[str, Any], dict[
     place.mkdir()
     settings = CORPORA[name](place)
     upload(place, f"s3://{bucket}/corpus")
-    there = {
-        key: value.replace(str(place), f"s3://{bucket}/corpus") if isinstance(value, str) else value
-        for key, value in settings.items()
-    }
+    there = dict(settings)
+    for key, value in settings.items():
+        if isinstance(value, str):
+            there[key] = value.replace(str(place), f"s3://{bucket}/corpus")
     return settings, there
 
 
@@ -118,9 +121,12 @@ def test_a_corpus_on_s3_is_another_one_once_an_object_changes(
 def test_passing_trouble_is_waited_out(name: str, kind: str, gate: Gate, tmp_path: Path) -> None:
     bucket = f"trouble-{name}-{kind}"
     local, there = on_s3(name, tmp_path / "corpus", bucket)
+
+    # Listing the bucket and reading each part fail three times each before they work.
     expected = contents(local)
     gate.faults = [Fault(kind, "list-type=2", 3)]
     gate.faults += [Fault(kind, f"GET /{bucket}/corpus/{part}", 3) for part in local.parts()]
+
     assert contents(there) == expected
     assert [fault.count for fault in gate.faults] == [0] * len(gate.faults)
 
@@ -135,7 +141,8 @@ def test_trouble_that_lasts_is_a_sentence_after_a_bounded_number_of_tries(
     upload(tmp_path, "s3://lasting/corpus")
     gate.asked.clear()
     gate.faults = [Fault("503", text, 10_000)]
-    message = r"^data\.path: .*lasting/corpus.* cannot be reached \((.*reduce your request rate|Service Unavail).*\)"
+    reason = r"(.*reduce your request rate|Service Unavail)"
+    message = rf"^data\.path: .*lasting/corpus.* cannot be reached \({reason}.*\)"
     with pytest.raises(UserError, match=message):
         contents(build("webdataset", path="s3://lasting/corpus"))
     assert gate.count(text) == remote.TRIES
@@ -153,6 +160,7 @@ def test_waits_grow_and_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="reduce"):
         remote.persistently(action)
     assert len(tried) == remote.TRIES == len(waits) + 1
+    # The waits double, and each is shortened by a random part of at most half.
     for number, wait in enumerate(waits):
         assert 2**number / 2 <= wait <= 2**number
 
@@ -163,6 +171,8 @@ def test_a_file_that_is_replaced_while_it_is_read_is_a_sentence(gate: Gate, tmp_
     system = s3fs.S3FileSystem(use_listings_cache=False)
     system.mkdir("replaced")
     system.pipe_file("replaced/a.bin", bytes(20 * 2**20))
+
+    # The object is replaced when ten bytes are read: the rest of the new one is no part of it.
     with Files("s3://replaced/a.bin").open_raw("a.bin") as file:
         file.read(10)
         system.pipe_file("replaced/a.bin", bytes([1]) * 20 * 2**20)
@@ -170,27 +180,32 @@ def test_a_file_that_is_replaced_while_it_is_read_is_a_sentence(gate: Gate, tmp_
             file.read()
 
 
-# ------------------------------------------------------------------------------------------------ bounds
+# ------------------------------------------------------------------------------------------- bounds
 
 
 def test_of_a_large_object_only_what_is_needed_is_read_and_held(gate: Gate, tmp_path: Path) -> None:
+    # Three documents, each followed by 30 MiB that no document has use for.
     members = []
     for number in range(3):
         members += [(f"{number}.png", encoded(picture(number))), (f"{number}.txt", b"one")]
         members.append((f"{number}.bin", bytes(30 * 2**20)))
     size = write_tar(tmp_path / "a.tar", members).stat().st_size
+
     upload(tmp_path, "s3://large")
     gate.asked.clear()
+
     tracemalloc.start()
     try:
         found = list(build("webdataset", path="s3://large/a.tar").documents())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
     assert [type(item) for item in found] == [Document] * 3
     reads = [asked for asked in gate.asked if asked.line.startswith("GET /large/a.tar")]
     assert all("bytes=" in asked.line for asked in reads)
-    # The gate, which is in this process, too, holds an answer as well.
+
+    # The gate runs in this process and holds an answer as well.
     assert max(asked.bytes for asked in reads) <= 2 * remote.BLOCK_BYTES
     assert sum(asked.bytes for asked in reads) < 0.7 * size
     assert peak < 6 * remote.BLOCK_BYTES
@@ -200,7 +215,10 @@ PAGE = 1000
 
 
 class Many(Handler):
-    """A stand-in for a bucket of many keys, which moto takes minutes to list: pages of names as S3 sends them."""
+    """A stand-in for a bucket of many keys: pages of names as S3 sends them.
+
+    Moto would take minutes to list as many.
+    """
 
     keys = 0
     asked: ClassVar[list[str]] = []
@@ -211,16 +229,23 @@ class Many(Handler):
     def do_GET(self) -> None:
         query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
         self.asked.append(self.path)
+
         start = int(query.get("continuation-token", 0))
         count = min(int(query.get("max-keys", PAGE)), PAGE, self.keys - start)
+
+        entries = ""
+        for number in range(start, start + count):
+            entries += (
+                f"<Contents><Key>corpus/{number:06d}.tar</Key><Size>1024</Size>"
+                f"<ETag>&quot;{number:032x}&quot;</ETag>"
+                "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+                "<StorageClass>STANDARD</StorageClass></Contents>"
+            )
+
         more = start + count < self.keys
-        entries = "".join(
-            f"<Contents><Key>corpus/{number:06d}.tar</Key><Size>1024</Size><ETag>&quot;{number:032x}"
-            "&quot;</ETag><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            "<StorageClass>STANDARD</StorageClass></Contents>"
-            for number in range(start, start + count)
-        )
-        token = f"<NextContinuationToken>{start + count}</NextContinuationToken>" if more else ""
+        token = ""
+        if more:
+            token = f"<NextContinuationToken>{start + count}</NextContinuationToken>"
         content = (
             '<?xml version="1.0"?><ListBucketResult><Name>many</Name><Prefix>corpus/</Prefix>'
             f"<KeyCount>{count}</KeyCount><MaxKeys>{PAGE}</MaxKeys>"
@@ -235,28 +260,35 @@ def test_many_keys_are_listed_once_and_held_as_names(
 ) -> None:
     monkeypatch.setattr(Many, "asked", [])
     monkeypatch.setattr(Many, "keys", keys)
+
     with served(Many) as port, surroundings(Gate(port), tmp_path):
         files = Files("s3://many/corpus")
         assert len(Many.asked) <= 2
+
         tracemalloc.start()
         try:
             listed = files.list((".tar",))
             held, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
+
     assert len(listed) == keys
     assert listed[0].name == "000000.tar"
     assert listed[-1] == (f"{keys - 1:06d}.tar", 1024, f'"{keys - 1:032x}"')
+    # A page is asked for once. A key takes what its name takes, and some kilobytes while listing.
     assert len(Many.asked) <= keys // PAGE + 2
     assert held < 1000 * keys + 2**21
     assert peak < 8000 * keys + 2**22
 
 
-# ------------------------------------------------------------------------------------------------ sentences
+# ---------------------------------------------------------------------------------------- sentences
 
 
 def refused(*words: str) -> str:
-    """What a command that cannot have its corpus says: one line, without the credentials."""
+    """Run a command that cannot have its corpus, and return the one line that it says about it.
+
+    The credentials are neither in this line nor in anything else that it prints.
+    """
     done = cm3leon(*words, check=False)
     assert done.returncode == 2
     said = done.stderr.strip().splitlines()[-1]
@@ -300,6 +332,8 @@ def test_rights_that_end_in_the_middle_end_the_run_and_leave_nothing_out(
 ) -> None:
     bucket = f"ends-{name}-{kind}"
     _, there = on_s3(name, tmp_path / "corpus", bucket)
+
+    # The last part is forbidden: what was read before it must not pass for the whole corpus.
     last = there.parts()[-1]
     gate.faults = [Fault(kind, f"GET /{bucket}/corpus/{last}", 10_000)]
     with pytest.raises(UserError, match=rf"{re.escape(last)}.* is forbidden to these credentials"):

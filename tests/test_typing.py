@@ -1,4 +1,4 @@
-"""The type checker sees every package and what a registry builds: a mistake about either is found."""
+"""The type checker sees every package, and what registries build: mistakes about them are found."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# The lines of a program, and what is wrong with some of them.
 MISTAKES = """
 from cm3leon.evaluation.report.page import Fact
 from cm3leon.plugins.scenes.world import Scene
@@ -42,11 +43,13 @@ def test_mistakes_are_found(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     (tmp_path / "mypy.ini").write_text(SETTINGS)
+
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "mistakes.py"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
+
     for line, mistake in FOUND:
         assert f"mistakes.py:{line}: error: {mistake}" in done.stdout, done.stdout + done.stderr
