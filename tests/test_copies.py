@@ -344,7 +344,7 @@ def test_it_is_pushed_again_and_again_until_it_is_stopped(
     done = cm3leon("push", f"folder={folder}", f"to={bucket}/run", "every=7", check=False)
     assert done.returncode == 130
     assert waits == [7, 7, 7]
-    assert "tried again in 7 s" in done.stdout
+    assert "trying again in 7 s" in done.stdout
 
     # The last change came with the interruption, after the last push.
     pull_copy(f"{bucket}/run", tmp_path / "there")

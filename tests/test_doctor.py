@@ -83,7 +83,7 @@ def test_without_flock_files_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     found = by_name(look_at_files(tmp_path))["files, locked"]
     assert found.verdict == "warning"
-    assert "files that name their process lock instead" in found.text
+    assert "files that name their process serve as locks instead" in found.text
 
 
 def test_a_lock_that_two_processes_have_is_wrong(
@@ -130,7 +130,7 @@ def test_gpus_that_torch_does_not_see_are_wrong(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(machine, "smi", lambda *fields: [["570.1", "NVIDIA H100"]] * 2)
     (found,) = look_at_gpus(CPU)
     assert found.verdict == "wrong"
-    assert found.text.startswith("the driver 570.1 has 2, and torch")
+    assert found.text.startswith("the driver 570.1 lists 2, but torch")
 
     monkeypatch.setattr(machine, "smi", lambda *fields: [])
     assert [finding.verdict for finding in look_at_gpus(CPU)] == ["warning"]

@@ -361,7 +361,7 @@ def test_a_folder_of_images(images: Path, tmp_path: Path) -> None:
         "no.png",
     }
 
-    assert "5 of 29 items skipped" in done.stdout
+    assert "5 of 29 items were skipped" in done.stdout
 
     # Nothing can be judged without classes of images, so there is no accuracy.
     metrics = json.loads((folder / "metrics.json").read_text())

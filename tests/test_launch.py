@@ -620,7 +620,7 @@ def test_status_is_put_together_from_scontrol_and_journals(
     slurm_says(slurm, "JobId=102 JobState=CANCELLED Reason=Dependency NodeList= ")
     assert words(run) == ["done", "unknown", "gone", "unknown", "unknown", "unknown", "failed"]
     assert main(["cancel", f"run={run}"]) == 0
-    assert "nothing runs or waits" in capsys.readouterr().out
+    assert "no job is running or waiting" in capsys.readouterr().out
 
     # No SLURM to ask.
     (slurm / "scontrol").unlink()

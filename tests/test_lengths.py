@@ -60,15 +60,15 @@ def test_captions_that_are_too_long_are_counted_and_the_longest_is_named(
     room = longest - 1
     check_lengths(run_of(captions, room=room), TOKENIZER)
     assert capsys.readouterr().out.strip() == (
-        "documents are left out, one caption of the 3 documents read are too long: "
-        f"that of 1 takes {longest} tokens; with the 4 of the image, a block of "
-        f"model.seq_len={room + 7} holds {room}; raise model.seq_len, set packing.method=stream, "
-        "or leave long captions out with data.max_caption_bytes=8"
+        "documents are left out: one caption is too long for a block, of 3 documents read; the "
+        f"longest, that of 1, has {longest} tokens; beside the 4 of the image a block of "
+        f"model.seq_len={room + 7} has room for {room}; raise model.seq_len, set "
+        "packing.method=stream, or leave long captions out with data.max_caption_bytes=8"
     )
 
 
 def test_a_corpus_of_long_captions_alone_is_refused() -> None:
-    with pytest.raises(UserError, match="no document is left to train on, 3 captions of the 3"):
+    with pytest.raises(UserError, match="no document is left to train on: 3 captions are too long"):
         check_lengths(run_of(["a dog", "xyzxyzxyz", "a cat and a dog"], room=1), TOKENIZER)
 
 

@@ -574,7 +574,7 @@ def test_an_expensive_stage_is_made_anew_only_where_that_is_asked_for(folder: Pa
     # Asked for, it is made, and so are those that depend on it: d has the weights as its input.
     asked = go_costly(folder, b=2, redo=("b",), weights="trained otherwise")
     assert asked.made == ["b", "c", "d"]
-    made_anew = "made anew (training.rate was 1, is 2); what was there is in superseded"
+    made_anew = "made anew (training.rate was 1, is 2); the earlier result is kept in superseded"
     assert f"[2/4] b: {made_anew}" in asked.said
 
     # Asked for again, as after a kill, what is up to date is not made anew.

@@ -264,7 +264,7 @@ def test_pushes_wait_for_the_folder_and_show_no_password(
             system.rm("/me:planted@pushes", recursive=True)
 
     assert waits == [7, 7]
-    missing = "does not exist; give the folder of a run or an export; tried again in 7 s"
+    missing = "does not exist; give the folder of a run or an export; trying again in 7 s"
     assert missing in said.stdout
     assert "pushed to memory://***@pushes/run: 1 files of 1 bytes" in said.stdout
     assert "planted" not in said.stdout + said.stderr

@@ -957,7 +957,7 @@ def test_a_signal_ends_it_when_what_runs_is_finished(tuned_model: CM3Leon) -> No
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
-            assert re.search(r"8 samples at a time, 3 rows .* MB of keys", said)
+            assert re.search(r"8 samples at a time, each with 3 rows .* MB are reserved", said)
             url = process.stdout.readline().split()[0]
             health, metrics = url.replace("/v1", "/health"), url.replace("/v1", "/metrics")
 

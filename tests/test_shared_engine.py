@@ -398,5 +398,5 @@ def test_an_engine_that_breaks_leaves_nobody_waiting(name: str) -> None:
             assert isinstance(result[0], (Stopped, Cancelled))
 
         until(lambda: not engine.alive)
-        with pytest.raises(Stopped, match="ended by an error"):
+        with pytest.raises(Stopped, match="stopped because of an error"):
             Caller(engine, "a").answers(asked_of([1]))

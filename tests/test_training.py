@@ -663,7 +663,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
         good = r"the last good checkpoint is \S*/step_\d+$"
     sentence = (
         rf"^tiny diverged: 4 steps in a row were skipped; at step {stop} the loss is nan "
-        rf"\(events.jsonl has the documents\); {good}"
+        rf"\(events.jsonl lists their documents\); {good}"
     )
     with pytest.raises(FloatingPointError, match=sentence):
         run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)
@@ -970,7 +970,7 @@ def test_what_fails_while_saving_leaves_the_older_checkpoint_and_is_told(
     assert told == [
         f"{tmp_path / 'step_00000020'}: no checkpoint was written "
         "([Errno 28] No space left on device); the older one "
-        "is kept, and the training goes on and tries again"
+        "is kept, and the training continues and tries again at the next checkpoint"
     ]
 
     # The next try replaces what was left.
@@ -1007,7 +1007,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: st
     newest = Checkpoints(tmp_path, Ranks(CPU), keep=2, warn=told.append).newest()
     assert newest == tmp_path / "step_00000010"
     (sentence,) = told
-    assert sentence.startswith(f"{tmp_path / 'step_00000020'} is passed over: ")
+    assert sentence.startswith(f"{tmp_path / 'step_00000020'} is skipped: ")
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
@@ -1099,7 +1099,7 @@ def test_a_copy_under_another_number_is_passed_over_and_does_not_cost_a_new_chec
     newest = Checkpoints(tmp_path, Ranks(CPU), keep=1, warn=told.append).newest()
     assert newest == tmp_path / "step_00000010"
     assert told == [
-        f"{tmp_path / 'step_00000099'} is passed over: it is a copy of the checkpoint of step 10"
+        f"{tmp_path / 'step_00000099'} is skipped: it is a copy of the checkpoint of step 10"
     ]
 
     # It stays beside newer checkpoints until a training gets beyond its number.

@@ -93,4 +93,7 @@ def _add(run: RunFolder, options: Options) -> None:
     write_token_shard(run.added_tokens_file, documents, run.tokenizer_digests)
     bank.add([document.id for document in added], Parts.concatenate(vectors))
     bank.save_added()
-    print(f"{len(added):,} documents added, {skipped:,} items left out; the bank has {len(bank):,}")
+    print(
+        f"{len(added):,} documents added, {skipped:,} items left out; "
+        f"the bank now has {len(bank):,} documents"
+    )

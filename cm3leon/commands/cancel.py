@@ -38,5 +38,7 @@ def main(options: Options) -> None:
         for id_ in ids:
             os.kill(int(id_), signal.SIGTERM)
 
-    said = f"cancelled {', '.join(ids)}" if ids else "nothing runs or waits"
-    print(f"{said}; the same command as before goes on from the last checkpoint in {folder}")
+    said = f"cancelled {', '.join(ids)}" if ids else "no job is running or waiting"
+    print(
+        f"{said}; to continue from the last checkpoint in {folder}, give the same command as before"
+    )

@@ -103,7 +103,7 @@ def _push_to_address(options: Options) -> None:
             if options.every is None:
                 raise
             # Next time the network may be back, or the training have made its folder.
-            print(masked(f"{error}; tried again in {options.every} s"), flush=True)
+            print(masked(f"{error}; trying again in {options.every} s"), flush=True)
         if options.every is None:
             return
         time.sleep(options.every)

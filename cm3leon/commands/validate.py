@@ -83,7 +83,7 @@ def main(options: Options) -> int | None:
     print("\n".join([*seen.report(), *cost(seen, experiment)]))
 
     if not finished:
-        print("stopped before the end: the figures are of what was read until then")
+        print("stopped before the end; the figures cover what was read so far")
         return 130
     if not seen.documents:
         raise UserError(f"data: no usable documents in the corpus ({seen.skipped} items left out)")

@@ -11,7 +11,7 @@
 The findings are lines such as
 
     good     files, locked: a second process is refused a lock (flock)
-    warning  faiss: 1.13.0 is built without GPUs: search and index training run on the CPU
+    warning  faiss: 1.13.0 is built without GPU support: search and index training run on the CPU
              -> install faiss-gpu or its cuVS build in place of faiss-cpu
 
 The measurements are files of their own (hardware, attention, training, images, data). `benchmarks/`

@@ -164,7 +164,7 @@ def _locked(place: Path) -> Finding:
         if any(f"[Errno {number}]" in done.stderr for number in WITHOUT_FLOCK):
             return _locked_by_files(place)
     return wrong(
-        "files, locked", "two processes are given one lock (flock) at a time", ANOTHER_DISK
+        "files, locked", "two processes get the same lock (flock) at the same time", ANOTHER_DISK
     )
 
 
@@ -177,9 +177,9 @@ def _locked_by_files(place: Path) -> Finding:
     except UserError:
         return warning(
             "files, locked",
-            "there is no flock; files that name their process lock instead",
-            "a killed run's lock is free again after 3 minutes for other hosts; mount with flock "
-            "if you can",
+            "there is no flock; files that name their process serve as locks instead",
+            "other hosts get the lock of a killed run only after 3 minutes; mount with flock if you "
+            "can",
         )
     return wrong("files, locked", "there is no flock, and files do not lock either", ANOTHER_DISK)
 

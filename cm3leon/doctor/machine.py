@@ -62,7 +62,7 @@ def look_at_software(device: torch.device) -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             if package != "xformers" or device.type == "cuda":
                 yield warning(
-                    package, f"not installed: {needed_for}", f"pip install {package} to have them"
+                    package, f"not installed; needed for {needed_for}", f"pip install {package}"
                 )
 
 
@@ -77,7 +77,8 @@ def look_at_gpus(device: torch.device) -> Iterator[Finding]:
         if rows:
             yield wrong(
                 "GPUs",
-                f"the driver {rows[0][0]} has {len(rows)}, and torch {torch.__version__} sees none",
+                f"the driver {rows[0][0]} lists {len(rows)}, but torch {torch.__version__} sees "
+                "none",
                 "install a torch built for this driver's CUDA (https://pytorch.org), or check "
                 "CUDA_VISIBLE_DEVICES",
             )
@@ -134,7 +135,7 @@ def look_at_gpu(number: int) -> Finding:
     if peak_flops(torch.device("cuda", number), 1) is None:
         return warning(
             name,
-            f"{text}; its peak is not known",
+            f"{text}; its peak FLOP/s are not known",
             "the MFU is left out of logs; add it to GPUS in cm3leon/training/costs.py",
         )
     return good(name, text)
@@ -211,10 +212,12 @@ def _number(text: str) -> float:
 def look_at_precisions(device: torch.device) -> Iterator[Finding]:
     """Check whether the device computes in bf16 and float8."""
     if uses_bf16(device, "auto"):
-        yield good("bf16", f"{device.type} computes in it")
+        yield good("bf16", f"the {device.type} computes in bf16")
     else:
         yield warning(
-            "bf16", f"{device.type} does not compute in it", "precision=auto takes float32 here"
+            "bf16",
+            f"the {device.type} does not compute in bf16",
+            "precision=auto takes float32 here",
         )
 
     lacks = float8.missing(device)
@@ -223,7 +226,7 @@ def look_at_precisions(device: torch.device) -> Iterator[Finding]:
     elif device.type == "cuda":
         yield warning("float8", f"it needs {lacks}", "training.precision=float8 is refused here")
     else:
-        yield good("float8", f"it needs {lacks}, which a CPU is not")
+        yield good("float8", f"not used here; it needs {lacks}")
 
 
 def look_at_attention(device: torch.device) -> Iterator[Finding]:
@@ -236,9 +239,9 @@ def look_at_attention(device: torch.device) -> Iterator[Finding]:
         if not lacks:
             yield _tried(title, name, device)
         elif device.type == "cuda":
-            yield warning(title, f"it lacks {lacks}", f"training uses {chosen.name} instead")
+            yield warning(title, f"it needs {lacks}", f"training uses {chosen.name} instead")
         else:
-            yield good(title, f"not used here, as it lacks {lacks}")
+            yield good(title, f"not used here; it needs {lacks}")
 
 
 def _tried(title: str, name: str, device: torch.device) -> Finding:
@@ -264,9 +267,11 @@ def _tried(title: str, name: str, device: torch.device) -> Finding:
     apart = (results[0].float() - results[1]).abs().max().item()
     if not apart < bound:
         return wrong(
-            title, f"it is {apart:.2g} from the formula", "set model.attention to another one"
+            title,
+            f"its results differ from the formula's by up to {apart:.2g}",
+            "set model.attention to another one",
         )
-    return good(title, "it runs, and computes what the formula does")
+    return good(title, "it runs, and its results agree with the formula")
 
 
 def look_at_faiss(device: torch.device) -> Finding:
@@ -279,7 +284,8 @@ def look_at_faiss(device: torch.device) -> Finding:
     if device.type == "cuda" and not gpus:
         return warning(
             "faiss",
-            f"{faiss.__version__} is built without GPUs: search and index training run on the CPU",
+            f"{faiss.__version__} is built without GPU support: search and index training run on "
+            "the CPU",
             "install faiss-gpu or its cuVS build in place of faiss-cpu",
         )
     where = f"{gpus} GPUs" if gpus else "CPU"
@@ -292,7 +298,7 @@ def look_at_faiss(device: torch.device) -> Finding:
 def look_at_slurm() -> Finding:
     """Check whether there is a cluster, and which partitions it has."""
     if shutil.which("sbatch") is None:
-        return good("SLURM", "sbatch is not on the PATH: launcher=slurm is not for this machine")
+        return good("SLURM", "sbatch is not on the PATH: launcher=slurm cannot be used here")
     nodes = partitions()
     if not nodes:
         return warning("SLURM", "sinfo does not answer", "ask whether the controller is up")

@@ -61,7 +61,7 @@ def look_at_nccl(gpus: int) -> Finding:
     try:
         printed = [p.communicate(timeout=max(1, deadline - time.monotonic())) for p in processes]
     except subprocess.TimeoutExpired:
-        return wrong("NCCL", f"{gpus} GPUs have not summed anything within {LIMIT} s", ADVICE)
+        return wrong("NCCL", f"{gpus} GPUs did not finish a sum within {LIMIT} s", ADVICE)
     finally:
         for process in processes:
             process.kill()
@@ -73,10 +73,10 @@ def look_at_nccl(gpus: int) -> Finding:
             return wrong("NCCL", f"{gpus} GPUs cannot sum: {last}", ADVICE)
     seconds = json.loads(printed[0][0].splitlines()[-1])
     rate = 2 * (gpus - 1) / gpus * 4 * NUMBERS / seconds
-    text = f"{gpus} GPUs sum right, at {rate / 1e9:,.0f} GB/s (bus bandwidth)"
+    text = f"{gpus} GPUs sum correctly, at {rate / 1e9:,.0f} GB/s (bus bandwidth)"
     if rate < SLOW:
         return warning(
-            "NCCL", text, "no NVLink is at work: sharding will be slow, prefer training.replicas"
+            "NCCL", text, "NVLink is not in use, so sharding will be slow; prefer training.replicas"
         )
     return good("NCCL", text)
 

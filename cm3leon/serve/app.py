@@ -94,9 +94,9 @@ class Server:
         engine = self.service.engine.engine
         shape = engine.shape
         return (
-            f"{self.setting.name}: {shape.groups} samples at a time, {shape.width} rows of "
-            f"{shape.tail} tokens each behind a prefix of {shape.prefix}; "
-            f"{engine.cache_bytes / 1e6:,.1f} MB of keys and values, taken for good; "
+            f"{self.setting.name}: up to {shape.groups} samples at a time, each with {shape.width} "
+            f"rows of {shape.tail} tokens behind a prefix of {shape.prefix}; "
+            f"{engine.cache_bytes / 1e6:,.1f} MB are reserved for keys and values; "
             f"{self.service.engine.waiting_limit} more samples may wait"
         )
 

@@ -225,9 +225,10 @@ class SharedEngine:
         try:
             self._work()
         except BaseException:
-            LOG.exception("the engine has ended by an error")
+            LOG.exception("the engine has stopped because of an error")
             self._why = (
-                "the engine has ended by an error, which the server's log has; start it again"
+                "the engine has stopped because of an error, which is in the server's log; restart "
+                "the server"
             )
         finally:
             # However the thread ends, no caller may wait for ever, nor queue behind it.

@@ -69,7 +69,7 @@ class _Uvicorn(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self._server.stopping:
-            print("stopping: what was accepted is finished first", flush=True)
+            print("stopping: accepted requests are finished first", flush=True)
         self._server.stopping = True
         super().handle_exit(sig, frame)
 
@@ -98,7 +98,10 @@ def listen(server: Listening, *, host: str, port: int, grace: int, path: str = "
     with listener:
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {server.described()}", flush=True)
-        print(f"http://{shown}:{listener.getsockname()[1]}{path} (Ctrl-C ends it)", flush=True)
+        print(
+            f"http://{shown}:{listener.getsockname()[1]}{path} (Ctrl-C stops the server)",
+            flush=True,
+        )
         inner = uvicorn_of(server, grace)
         inner.run(sockets=[listener])
     server.close(inner.seconds_left)

@@ -53,7 +53,7 @@ def make_documents(run: RunFolder, folder: Path) -> None:
 
     if skipped:
         total = skipped + len(ids)
-        print(f"      {skipped} of {total} items skipped, listed in {folder / SKIPPED}")
+        print(f"      {skipped} of {total} items were skipped; {folder / SKIPPED} lists them")
 
     # With reused tokenizers the corpus may be text only, to be mixed into another run.
     if not ids and run.reused is None:

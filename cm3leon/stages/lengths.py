@@ -38,13 +38,15 @@ def check_lengths(run: RunFolder, tokenizer: TextTokenizer) -> None:
         return
 
     length, longest = max(too_long)
-    count = "one caption" if len(too_long) == 1 else f"{len(too_long):,} captions"
+    captions = f"{len(too_long):,} captions are"
+    if len(too_long) == 1:
+        captions = "one caption is"
     said = (
-        f"{count} of the {len(corpus):,} documents read are too long: that of "
-        f"{corpus.ids[longest]} takes {length} tokens; with the {codes} of the image, a block of "
-        f"model.seq_len={run.seq_len} holds {allowed}; raise model.seq_len, set "
+        f"{captions} too long for a block, of {len(corpus):,} documents read; the longest, that of "
+        f"{corpus.ids[longest]}, has {length} tokens; beside the {codes} of the image a block of "
+        f"model.seq_len={run.seq_len} has room for {allowed}; raise model.seq_len, set "
         f"packing.method=stream, or leave long captions out with data.max_caption_bytes={limit}"
     )
     if not set(corpus.rows("train").tolist()) - {number for _, number in too_long}:
-        raise UserError(f"data: no document is left to train on, {said}")
-    print(f"      documents are left out, {said}", flush=True)
+        raise UserError(f"data: no document is left to train on: {said}")
+    print(f"      documents are left out: {said}", flush=True)

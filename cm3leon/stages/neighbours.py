@@ -75,9 +75,9 @@ def make_neighbours_part(run: RunFolder, folder: Path, part: Part) -> None:
         print(f"      memory bank: {bank.place}", flush=True)
         if not bank.vectors.all_stay_mapped:
             print(
-                f"      its {bank.vectors.count:,} shards of vectors are more than a process maps "
-                "(vm.max_map_count / 8), so that candidates open them again and again; raise it, "
-                "or make larger parts (docs/scale.md)",
+                f"      the bank has {bank.vectors.count:,} shards of vectors, more than a process "
+                "keeps mapped (an eighth of vm.max_map_count), so they are opened again and again; "
+                "raise vm.max_map_count, or make larger parts (docs/scale.md)",
                 flush=True,
             )
 

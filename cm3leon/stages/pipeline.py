@@ -137,7 +137,7 @@ def _bring_up_to_date(
         say(f"{title}: going on where it stopped")
     elif step.anew:
         why = causes(step, [])
-        say(f"{title}: made anew ({why}); what was there is in {SUPERSEDED}")
+        say(f"{title}: made anew ({why}); the earlier result is kept in {SUPERSEDED}")
     else:
         say(title)
 

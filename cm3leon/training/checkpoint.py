@@ -144,7 +144,7 @@ class Checkpoints:
             if error:
                 self._warn(
                     f"{self._writing_to}: no checkpoint was written ({_reason(error)}); the older "
-                    "one is kept, and the training goes on and tries again"
+                    "one is kept, and the training continues and tries again at the next checkpoint"
                 )
 
     def newest(self) -> Path | None:
@@ -170,7 +170,7 @@ class Checkpoints:
             else:
                 return path
             if self.ranks.first:
-                self._warn(f"{path} is passed over: {fault}")
+                self._warn(f"{path} is skipped: {fault}")
         return None
 
     def last(self) -> Path | None:

@@ -37,7 +37,7 @@ class _Limits(logging.Handler):
             return
         limit, number, function, reason = map(str, record.args[:4])
         self._report(
-            f"torch.compile reached its limit of {number} ({limit}) at {function}; what it has not "
-            "compiled so far runs without it from here on, slower; the last reason to compile "
-            f"again: {' '.join(reason.split())}"
+            f"torch.compile reached its limit of {number} ({limit}) at {function}; from here on, "
+            "inputs that it has not compiled for run uncompiled, which is slower; it last had to "
+            f"compile again because: {' '.join(reason.split())}"
         )

@@ -46,7 +46,7 @@ def diagnosis(*, step: int, skipped_in_a_row: int, loss: float, norm: float) -> 
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
     return (
         f"{skipped_in_a_row} steps in a row were skipped; at step {step} {what} "
-        "(events.jsonl has the documents)"
+        "(events.jsonl lists their documents)"
     )
 
 
