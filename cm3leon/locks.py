@@ -58,7 +58,8 @@ def locked(
         OSError: if no file can be made in the folder.
     """
     refusal = UserError(
-        f"{where}: another process is working in {folder}; wait for it, or choose another {where}="
+        f"{where}: another process is working in {folder}; wait for it, or choose another folder "
+        f"with {where}=DIR"
     )
     with (folder / name).open("a") as file:
         mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX

@@ -34,13 +34,14 @@ def path_of(text: str | Path, where: str) -> Path:
             the system allows.
     """
     if "\0" in str(text):
-        raise UserError(f"{where} holds a NUL character, which no name of a file may have")
+        raise UserError(f"{where} holds a NUL character, which a path cannot have; leave it out")
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
         user = Path(text).parts[0]
         raise UserError(
-            f"{where} is {text}; {user} is no user here (write ./{user} for a folder of that name)"
+            f"{where} is {text}, and this machine has no user {user[1:]}; write ./{user} for a "
+            "folder of that name"
         ) from error
 
     # The system itself tells whether a name is possible.

@@ -91,7 +91,10 @@ def check_stage(folder: Path, names: Sequence[str] = (), *, finished: bool = Tru
     """
     if not (folder / MARKER).is_file():
         if finished:
-            raise UserError(f"{folder} is not finished: its {MARKER} is missing")
+            raise UserError(
+                f"{folder} is not finished: its {MARKER} is missing; run the experiment again, "
+                "which finishes it"
+            )
         return
 
     recorded = read_stage(folder)["files"]
@@ -132,7 +135,9 @@ def read_array(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged: it is no readable NumPy file ({error})") from error
+        raise UserError(
+            f"{path} is damaged: it cannot be read as a NumPy file ({error})"
+        ) from error
 
 
 # ------------------------------------------------------------------------------- kinds of folders

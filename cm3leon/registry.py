@@ -372,9 +372,11 @@ def _load_entry_point(entry_point: importlib.metadata.EntryPoint) -> None:
 def _load_path(path: Path) -> None:
     package_file = path / "__init__.py"
     if not path.exists():
-        raise UserError(f"the plugin {path} does not exist")
+        raise UserError(
+            f"plugins: {path} does not exist; give a .py file, or a folder with an __init__.py"
+        )
     if path.is_dir() != package_file.is_file() or (path.is_file() and path.suffix != ".py"):
-        raise UserError(f"the plugin {path} must be a .py file or a folder with an __init__.py")
+        raise UserError(f"plugins: {path} must be a .py file or a folder with an __init__.py")
     if _is_shipped(path):
         return  # already loaded
     with _plugin(_module_name(path), str(path)) as name:

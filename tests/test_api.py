@@ -397,7 +397,7 @@ def test_edits_and_what_goes_on_in_turn(model: CM3Leon) -> None:
 
 
 def test_mistakes_are_said(model: CM3Leon, tmp_path: Path) -> None:
-    sentence = r"is no run with a finished pretraining, .*config.yaml is missing"
+    sentence = r"is not the folder of a run with a finished pretraining: .*config.yaml is missing"
     with pytest.raises(UserError, match=sentence):
         CM3Leon.load(tmp_path)
 
@@ -970,7 +970,7 @@ def test_a_flipped_bit_or_a_cut_file_is_refused_wherever_it_is_read(
             json.dumps({"fingerprint": "0" * 64, "seconds": 1, "files": {}}),
             "does not name config.json; run the experiment again",
         ),
-        (None, "is no run with a finished pretraining, .*stage.json is missing"),
+        (None, "is not the folder of a run with a finished pretraining: .*stage.json is missing"),
     ],
 )
 def test_a_record_cannot_switch_the_comparison_off(
@@ -1090,8 +1090,8 @@ def test_trust_loads_all_plugins_of_a_run(model: CM3Leon, tmp_path: Path, regist
         (["run={run}"], "`generate` needs a text: prompt=TEXT, for example"),
         (["run={run}", "prompt=a", "prompts=b"], "prompt and prompts are both given"),
         (["run={run}", "prompts={run}/none.txt"], "none.txt cannot be read"),
-        (["run={run}/none", "prompt=a"], "is no run with a finished pretraining"),
-        (["run={run}", "prompt=a", "n=2", "keep=3"], "keep is 3, of n = 2 images"),
+        (["run={run}/none", "prompt=a"], "is not the folder of a run with a finished pretraining"),
+        (["run={run}", "prompt=a", "n=2", "keep=3"], "keep is 3; it must be at most n, which is 2"),
         (["run={run}", "prompt=a", "decoder=topp"], "topp"),
         (
             ["run={run}", "prompt=a", "weights=fp8"],

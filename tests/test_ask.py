@@ -212,7 +212,10 @@ def test_images_that_cannot_be_used_are_named_and_tried_again(
             ["caption", "run=x"],
             "`caption` needs an image file: image=FILE, for example image=seven.png",
         ),
-        (["caption", "run=x", "image={images}/gone"], "gone is not there; give an image file, or"),
+        (
+            ["caption", "run=x", "image={images}/gone"],
+            "gone does not exist; give an image file, or",
+        ),
         (["caption", "run=x", "image={images}/none"], "none holds no image files"),
         (
             ["answer", "run=x", "image={images}"],

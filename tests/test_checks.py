@@ -46,7 +46,7 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(
         "retriever_training: warmup_steps 90 must be below steps 10",
         "training: warmup_steps 50 must be below steps 20",
         "model.seq_len is 18",
-        f"training.start: {tmp_path / 'nowhere'} is no run with a finished pretraining",
+        f"training.start: {tmp_path / 'nowhere'} is not the folder of a run with a finished pretraining",
     ]
 
     # Nothing was written: neither the run folder nor anything else.

@@ -87,8 +87,11 @@ def test_an_aim_of_a_figure_that_is_not_there_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("aim", "sentence"),
     [
-        ({"evaluation": "b"}, "aims: mine: evaluation is b; known: a"),
-        ({"row": "documents 2"}, "aims: mine: row is documents 2, which a has not; did you mean"),
+        ({"evaluation": "b"}, "aims: mine: evaluation is b, which is not known; known: a"),
+        (
+            {"row": "documents 2"},
+            "aims: mine: row is documents 2, which a does not have; did you mean",
+        ),
     ],
 )
 def test_an_aim_of_a_row_that_is_not_there_is_refused(
@@ -204,7 +207,7 @@ def test_values_of_a_point_take_the_place_of_a_setting_s() -> None:
     ("words", "sentence"),
     [
         (["evaluations.text_to_image.best_of=guidence"], "did you mean guidance?"),
-        (["evaluations.text_to_image.best_of=caption"], "no evaluation above"),
+        (["evaluations.text_to_image.best_of=caption"], "not an evaluation before it"),
         (["evaluations.guidance.best_of=guidance"], "none is known"),
         (["evaluations.guidance.sweep={decoder.cgf: [1]}"], "did you mean cfg?"),
         (["evaluations.text_to_image.setting.decoder=greedy"], "text_to_image.setting.decoder"),

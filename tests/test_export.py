@@ -399,11 +399,11 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
         ({"to": "hf", "run": 7, "out": "y"}, r"^run is 7; it must be a path$"),
         (
             {"to": "hf", "run": "no/such", "out": "y"},
-            r"^run: no/such is no run with a finished pretraining, no/such/config.yaml is missing",
+            r"^run: no/such is not the folder of a run with a finished pretraining: no/such/config.yaml is missing",
         ),
         (
             {"to": "cm3leon", "hf": "no/such", "out": "y"},
-            r"^hf: no/such/config.json does not exist; hf is a folder that",
+            r"^hf: no/such/config.json does not exist; give the folder of a model",
         ),
     ],
 )
@@ -455,9 +455,12 @@ def with_more_sentinels(folder: Path) -> None:
     [
         (
             without_marker,
-            r"^run: .* is no run with a finished pretraining, .*pretraining/stage.json is missing$",
+            r"^run: .* is not the folder of a run with a finished pretraining: .*pretraining/stage.json is missing$",
         ),
-        (without_tokenizer, r"^run: .* is no run with .*/text_tokenizer/stage.json is missing$"),
+        (
+            without_tokenizer,
+            r"^run: .* is not the folder of a run with .*/text_tokenizer/stage.json is missing$",
+        ),
         (
             with_more_layers,
             r"^run: the model of .*/config.yaml is not the one that was trained; "

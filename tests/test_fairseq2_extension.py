@@ -260,7 +260,7 @@ def test_ids_are_those_of_our_documents(run: Path, families: None) -> None:
 
     with pytest.raises(UserError, match="has the modes prompt, text_to_image, as_is"):
         tokenizer.create_encoder(mode="source")
-    with pytest.raises(UserError, match="'no token' is no token"):
+    with pytest.raises(UserError, match="'no token' is not a token"):
         shown.decode_from_tokens(["no token"])
 
 
@@ -347,7 +347,7 @@ def test_mistakes_in_the_data_end_in_a_sentence(run: Path, families: None, tmp_p
 
     with pytest.raises(UserError, match=r"run is missing; set dataset.config_overrides.run"):
         open_blocks(BlocksConfig())
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         open_blocks(BlocksConfig(run=tmp_path))
 
     shutil.copy(run / "config.yaml", tmp_path)
@@ -529,7 +529,7 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(
             {"dataset.config_overrides.run": run, "model.config_overrides.seq_len": 32},
             "it has 32 positions, the blocks",
         ),
-        ({"dataset.config_overrides.run": tmp_path}, "is no run folder"),
+        ({"dataset.config_overrides.run": tmp_path}, "is not a run folder"),
     ):
         small = {"model.arch": "cm3leon_tiny", "common.torch.allow_tf32": "false", **changes}
 

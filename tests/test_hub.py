@@ -765,7 +765,9 @@ def test_a_path_is_never_looked_up_on_the_hub(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
-    with pytest.raises(UserError, match="runs/digts is no run with a finished pretraining"):
+    with pytest.raises(
+        UserError, match="runs/digts is not the folder of a run with a finished pretraining"
+    ):
         CM3Leon.load("runs/digts")
     with pytest.raises(UserError, match="revision is given, which only a model on the Hub has"):
         CM3Leon.load("runs/digts", revision="main")

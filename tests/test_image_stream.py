@@ -191,7 +191,7 @@ def test_seeds_differ() -> None:
 )
 def test_a_corpus_without_images_is_a_sentence(settings: dict[str, Any]) -> None:
     with pytest.raises(
-        UserError, match=r"^data: the corpus has no image to train the image tokenizer on$"
+        UserError, match=r"^data: the corpus has no image to train the image tokenizer on; "
     ):
         stream(*settings.pop("sizes"), **settings).next()
 

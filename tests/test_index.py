@@ -123,7 +123,7 @@ def test_another_encoder_is_refused_in_a_sentence(tmp_path: Path) -> None:
     ):
         VectorShards(folder, {**HEADER, "encoder": "xyz"})
     (folder / "index.json").unlink()
-    with pytest.raises(UserError, match="is no finished folder of shards"):
+    with pytest.raises(UserError, match="is not a finished folder of shards"):
         VectorShards(folder)
 
 
@@ -458,7 +458,7 @@ def test_neighbours_are_read_back_from_shards(tmp_path: Path) -> None:
         path = shard_path(tmp_path, number, 3)
         write_neighbour_shard(path, rows_VBK[:, chosen], {"verdicts": {}})
     # The folder counts only when it is finished.
-    with pytest.raises(UserError, match="is no finished folder"):
+    with pytest.raises(UserError, match="is not a finished folder"):
         NeighbourShards(tmp_path)
 
     finish_neighbours(tmp_path, 3)

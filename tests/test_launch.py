@@ -448,7 +448,7 @@ BREAKS_OUT = "x\n#SBATCH --wrap='touch /tmp/owned'\ntouch owned"
     ],
 )
 def test_no_setting_ends_a_line_of_the_script(fields: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"control characters|no option of sbatch") as error:
+    with pytest.raises(UserError, match=r"control characters|not an option of sbatch") as error:
         launcher("slurm", **fields)
     assert str(error.value).count("\n") == 0
 
@@ -674,7 +674,7 @@ def test_the_batch_script_looks_back(
 def test_names_and_order_of_jobs_are_checked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="job a/b: its name must be"):
         submit([Job("a/b", (("x",),))], tmp_path, launcher("here"))
-    with pytest.raises(UserError, match="job a is after b, which is no job before it"):
+    with pytest.raises(UserError, match="job a is after b, which is not a job before it"):
         submit([Job("a", (("x",),), after=("b",))], tmp_path, launcher("here"))
 
 

@@ -19,9 +19,10 @@ LONGEST = 300
 TELEGRAMS = (
     r"\b(is|are|was|were) none\b(?! of)",
     r"\bthat (has|have) none\b",
-    r"\bwhich (has|have|had) not\b",
+    r"\bwhich (\{\} )?(has|have|had) not\b",
+    r"(?<!there )\b(is|are) no (?!longer\b)",
 )
-"""What only the writer of a message understands, such as "a folder that is none"."""
+"""Words of telegrams, not of sentences: "a folder that is none", "is no run folder"."""
 PASSED_ON = (
     "cm3leon/api/model.py: {where} ({shortened(texts[number])}): {reason}",
     "cm3leon/commands/asking.py: {some[0]}",

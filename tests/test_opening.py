@@ -114,7 +114,9 @@ def test_a_stage_that_is_not_finished_is_refused(run: Path, verify: bool) -> Non
     opened = open_run(run, Opening(verify=verify))
     with pytest.raises(UserError, match=r"documents is not finished: its stage.json is missing"):
         _ = opened.corpus
-    with pytest.raises(UserError, match=r"no run with a finished documents, .* is missing"):
+    with pytest.raises(
+        UserError, match=r"not the folder of a run with a finished documents: .* is missing"
+    ):
         open_run(run, needs=["documents"])
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.stack
     ("name", "sentence"),
     [
         ("a\0b", "holds a NUL character"),
-        ("~nobody-of-this-name/x", "~nobody-of-this-name is no user here"),
+        ("~nobody-of-this-name/x", "this machine has no user nobody-of-this-name"),
         ("x" * 300, "file name too long"),
         ("x/" * 3000, "file name too long"),
     ],

@@ -110,7 +110,7 @@ def test_other_formats(tmp_path: Path, suffix: str) -> None:
         ({"runs": ["{run}"], "out": "p.doc"}, "must end in one of .png, .svg, .pdf"),
         (
             {"runs": ["{run}/none"]},
-            "none is not a run folder with validation figures, .*config.yaml is missing",
+            "none is not the folder of a run with validation figures: .*config.yaml is missing",
         ),
         (
             {"runs": ["{run}"], "of": "loss_txt"},

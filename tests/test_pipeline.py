@@ -327,7 +327,8 @@ def test_a_second_process_is_refused_and_a_kill_loses_nothing(folder: Path) -> N
         with pytest.raises(UserError) as refusal:
             run_stages([], Fake(), folder, print)
         assert str(refusal.value) == (
-            f"run: another process is working in {folder}; wait for it, or choose another run="
+            f"run: another process is working in {folder}; wait for it, or choose another "
+            "folder with run=DIR"
         )
 
         assert first.poll() is None

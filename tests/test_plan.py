@@ -167,7 +167,7 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
     ("words", "sentence"),
     [
         (["gpu=h20"], "gpu is h20, which is not known; did you mean h200?"),
-        (["mfu=1.5"], "mfu is 1.5; it is a share of the peak"),
+        (["mfu=1.5"], "mfu is 1.5; it must be a share of the peak"),
         (["mfu=0"], "mfu is 0"),
         (["format=xml"], 'format is "xml"; it must be one of text, json'),
         (
@@ -219,6 +219,6 @@ def test_another_model_cannot_be_planned_for(registries: None) -> None:
 
     # The planner asks the model what its layers hold, and this one does not tell.
     with pytest.raises(
-        UserError, match="model other cannot be planned for: it does not say what its layers hold"
+        UserError, match=r"model\.name is other, which cannot be planned for: it does not say"
     ):
         planned("pretrain_7b", "model=other")

@@ -120,7 +120,7 @@ def test_file_and_package_given_by_path(tmp_path: Path) -> None:
 def test_path_that_is_no_plugin(tmp_path: Path, name: str, registries: None) -> None:
     (tmp_path / "empty_folder").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    refusal = rf"the plugin .*{name} (does not exist|must be a \.py file or a folder)"
+    refusal = rf"plugins: .*{name} (does not exist|must be a \.py file or a folder)"
     with pytest.raises(UserError, match=refusal):
         discover([tmp_path / name])
 

@@ -55,7 +55,7 @@ def test_mistakes_are_said(saved: tuple[Path, Transformer], tmp_path: Path) -> N
         with pytest.raises(UserError, match=sentence):
             load_model(saved[0])
 
-    with pytest.raises(UserError, match=r"none holds no trained decoder, .*config.json is missing"):
+    with pytest.raises(UserError, match=r"none holds no trained model: .*config.json is missing"):
         load_model(tmp_path / "none")
 
     # A config that is damaged, or does not fit the weights beside it.

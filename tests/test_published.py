@@ -726,13 +726,13 @@ def test_folders(tmp_path: Path) -> None:
     second = "model-00002-of-00002.safetensors"
     (folder / second).unlink()
     with pytest.raises(
-        UserError, match=r"names model-00002-of-00002\.safetensors, which is no file beside"
+        UserError, match=r"names model-00002-of-00002\.safetensors, which must be a file beside"
     ):
         build(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(second, "../config.json"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"names \.\./config\.json, which is no file beside"):
+    with pytest.raises(UserError, match=r"names \.\./config\.json, which must be a file beside"):
         build(folder)
 
     (folder / "model.safetensors.index.json").unlink()

@@ -459,7 +459,7 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
         "images/generations",
         {"prompt": "a", "decoder": "greedy", "guidance": 2},
         400,
-        "the decoder greedy has none",
+        "the decoder greedy has no weight of guidance",
     ),
     "documents": ("images/generations", {"prompt": "a", "retrieve": 99}, 400, "at most 16"),
     "messages": ("chat/completions", {"messages": [3]}, 400, "messages.0 must be"),
@@ -483,7 +483,7 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
             {"type": "image_url", "image_url": {"url": "data:image/png;base64,%%"}}
         )},
         400,
-        "no image in base64",
+        "it must be an image file in base64",
     ),
     "no file": ("retrieve", {"image": base64.b64encode(b"GIF89a").decode()}, 400, "cannot be used"),
     "bomb": ("retrieve", {"image": base64.b64encode(bomb()).decode()}, 400, "too large: 5000x5000"),

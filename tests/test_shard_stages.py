@@ -243,7 +243,7 @@ def test_a_text_corpus_borrows_tokenizers_and_bank_and_is_mixed_into_another_run
         *arguments(tars, run, *borrowed, f'shards.mix={{"{tmp_path}/none": 0.5}}'), check=False
     )
     assert said.returncode == 2
-    assert "none is no run with finished neighbours" in said.stderr
+    assert "none is not the folder of a run with finished neighbours" in said.stderr
 
 
 def test_the_bank_answers_by_text_and_image_and_takes_more_documents(
@@ -334,7 +334,7 @@ def test_other_tokenizers_are_refused_in_a_sentence(
     [
         (
             ["stage=pretraining", "part=0/2"],
-            "made in one piece; those that workers share are: tokens, vectors, index, neighbours",
+            "made in one piece; workers share: tokens, vectors, index, neighbours",
         ),
         (["stage=token", "part=0/2"], "tokens"),
         (["stage=tokens", "part=2/2"], "write part=k/n"),

@@ -239,7 +239,9 @@ def test_other_tokenizers_are_refused_in_a_sentence(tmp_path: Path) -> None:
 def test_an_unfinished_folder_is_one_sentence(tmp_path: Path) -> None:
     write_plan(tmp_path, {"tokenizers": asdict(SMALL)})
     write_token_shard(shard_path(tmp_path, 0, 2), some(3), SMALL)
-    with pytest.raises(UserError, match=r"is no finished folder of shards: index\.json is missing"):
+    with pytest.raises(
+        UserError, match=r"is not a finished folder of shards: index\.json is missing"
+    ):
         TokenShards(tmp_path)
 
     with pytest.raises(
@@ -434,7 +436,7 @@ def test_every_flipped_bit_of_the_layout_is_found_or_changes_nothing(tmp_path: P
 def test_a_cut_shard_is_named(size: int, tmp_path: Path) -> None:
     path = shard_path(write(tmp_path / "tokens", some(40)), 0, 1)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(DamagedShard, match=f"{path.name} is no readable shard"):
+    with pytest.raises(DamagedShard, match=f"{path.name} cannot be read as a shard"):
         open_shard(path)
 
 
@@ -442,7 +444,7 @@ def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
     for number, content in enumerate((b"PAR1", b"\0" * 5000, os.urandom(5000))):
         path = tmp_path / f"{number}.arrow"
         path.write_bytes(content)
-        with pytest.raises(DamagedShard, match="is no readable shard"):
+        with pytest.raises(DamagedShard, match="cannot be read as a shard"):
             open_shard(path)
 
     # A file of Arrow that was not written as a shard.
@@ -452,14 +454,14 @@ def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
         pa.ipc.new_file(file, pa.schema([("a", pa.int64())])) as writer,
     ):
         writer.write_batch(pa.record_batch({"a": [1, 2]}))
-    with pytest.raises(DamagedShard, match="is no readable shard"):
+    with pytest.raises(DamagedShard, match="cannot be read as a shard"):
         open_shard(plain)
 
     # The same without a batch.
     with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int64())])):
         pass
     with pytest.raises(
-        DamagedShard, match=r"plain\.arrow is no readable shard \(Batch number 0 out of range"
+        DamagedShard, match=r"plain\.arrow cannot be read as a shard \(Batch number 0 out of range"
     ):
         open_shard(plain)
 
@@ -470,7 +472,7 @@ def test_a_header_that_somebody_changed_is_named(tmp_path: Path) -> None:
     batch = pa.record_batch({"a": pa.array([1, 2])})
     for header, columns, sentence in (
         ('{"tokenizers": "other"}', [["a", "int64"]], None),
-        ("no json", [["a", "int64"]], "is no readable shard"),
+        ("no json", [["a", "int64"]], "cannot be read as a shard"),
         ("{}", [["a", "uint64"]], "is damaged: its checksum does not match"),
     ):
         # The frame's checksum is over header, columns and rows; the other over frame and values.

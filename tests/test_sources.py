@@ -1429,7 +1429,7 @@ def test_instances_of_no_use(tmp_path: Path) -> None:
     unnamed = {"annotations": [], "categories": [{"id": 1}]}
     (tmp_path / "instances.json").write_text(json.dumps(unnamed))
     with pytest.raises(
-        UserError, match=r"^data\.instances: .* has a category without an id or a name$"
+        UserError, match=r"^data\.instances: .* has a category without an id or a name; "
     ):
         build("coco", **settings)
 

@@ -773,7 +773,10 @@ def test_combinations_are_the_product():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["evaluations.images.protocol.task=dance"], "task is dance; scenes have: text_to_image"),
+        (
+            ["evaluations.images.protocol.task=dance"],
+            "task is dance; it must be one of: text_to_image",
+        ),
         (["evaluations.images.protocol=vqax"], "vqax"),
         (["evaluations.images.sweep.documents=[-1]"], "documents is -1"),
         (["evaluations.images.models={}"], "models is empty"),
@@ -786,13 +789,16 @@ def test_combinations_are_the_product():
             ["runs.fist.training.steps=9"],
             "runs.fist is not a run of this study; did you mean first",
         ),
-        (["aims.0.row=first"], "aims: right: row is first, which images has not"),
+        (["aims.0.row=first"], "aims: right: row is first, which images does not have"),
         (
             ["aims=[]", "evaluations.images.setting.documnets=2"],
             "evaluations.images.setting.documnets is not a known key; did you mean documents",
         ),
-        (["aims.0.evaluation=image"], "evaluation is image; did you mean images"),
-        (["until=later"], "until is later, which is no part of this study"),
+        (
+            ["aims.0.evaluation=image"],
+            "evaluation is image, which is not known; did you mean images",
+        ),
+        (["until=later"], "until is later, which is not a run or an evaluation"),
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_runs(made, words, sentence, capsys):
@@ -814,7 +820,7 @@ def test_a_study_is_no_experiment_for_the_other_commands(made, capsys):
 def test_a_model_that_is_not_there_is_named(made, tmp_path):
     study = load_study(str(made[0]), (), tmp_path)
     study.runs = {}
-    with pytest.raises(UserError, match="is no run with a finished pretraining"):
+    with pytest.raises(UserError, match="is not the folder of a run with a finished pretraining"):
         run_study(study)
 
 

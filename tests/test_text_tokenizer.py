@@ -455,7 +455,7 @@ def test_a_damaged_file_is_refused(saved: Path, tmp_path: Path, damage: str) -> 
         content = whole[: len(whole) // 2]
     (tmp_path / "tokenizer.json").write_text(content)
 
-    with pytest.raises(UserError, match=r"is damaged or no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"is damaged, or not a tokenizer\.json"):
         TextTokenizer.load(tmp_path, TextTokenizerConfig())
 
 

@@ -258,7 +258,7 @@ def test_training_twice_gives_the_same_ids() -> None:
 
 def test_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"tokenizer\.json does not exist, train the tokenizer first"
+        UserError, match=r"tokenizer\.json does not exist; train the tokenizer first"
     ):
         TextTokenizer.load(tmp_path, TextTokenizerConfig())
 

@@ -229,7 +229,7 @@ def test_the_default_is_the_papers_geometry() -> None:
         ({"attention_levels": [2]}, "attention_levels has 2; there are the levels 0 to 1"),
         (
             {"discriminator_layers": 4},
-            "images of 32 pixels are too small for it, they must have 48",
+            "images of 32 pixels are too small; take fewer layers, or an image_size of at least 48",
         ),
         ({"perceptual_file": "nowhere.pth"}, "nowhere.pth"),
     ],

@@ -162,7 +162,7 @@ class AskedFilling(AskedRun):
         height, width = read_given_image(image, "image").shape[:2]
         grid = self.run.grid_for(height, width)
         if box is not None and mask_HW is not None:
-            raise UserError("box and mask are both given; one of them says what is made anew")
+            raise UserError("box and mask are both given; give one of them")
         if box is not None:
             return box_spans(box, segment=1, grid=grid, width=width, height=height, layout=layout)
         assert mask_HW is not None
@@ -174,7 +174,8 @@ class AskedFilling(AskedRun):
         spans = code_spans(mask_codes(mask_HW, grid), segment=1, layout=layout)
         if not spans:
             raise UserError(
-                "mask has no pixel in the central square of the image, which is what the model sees"
+                "mask has no pixel in the central square of the image, which is all that the model "
+                "sees; mark a part of it"
             )
         return spans
 

@@ -43,7 +43,10 @@ def opened_model(
     if is_hub_folder(folder):
         for name, value in {"bank": bank, "checkpoint": checkpoint}.items():
             if value is not None:
-                raise UserError(f"{name} is given, which an exported model does not have: {given}")
+                raise UserError(
+                    f"{name} is given, but the exported model {given} has no memory bank and no "
+                    "checkpoints; leave it out"
+                )
         lora = None if adapter is None else model_folder(adapter, where="adapter")
         exported = open_hub_folder(folder, device, adapter=lora)
         assert exported.hub is not None
@@ -51,8 +54,8 @@ def opened_model(
 
     if adapter is not None:
         raise UserError(
-            f"adapter is given, which is merged into an exported model; {given} is a run, "
-            "whose own is merged already"
+            f"adapter is given, which is for an exported model, but {given} is a run, whose own "
+            "adapter is merged already; leave it out"
         )
 
     # A run folder, with its own memory bank or that of another run.

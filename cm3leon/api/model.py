@@ -186,8 +186,8 @@ class CM3Leon(AskedPages, AskedFilling):
             own = to_mapping(self.run.experiment.decoder)
             if "cfg" not in own:
                 raise UserError(
-                    f"guidance_scale is given, and the decoder {own['name']} of this run has no "
-                    "weight of guidance"
+                    f"guidance_scale is given, but the decoder {own['name']} of this run has no "
+                    "weight of guidance (cfg); leave it out"
                 )
             decoder = {**own, "cfg": guidance_scale}
 
@@ -341,7 +341,7 @@ class CM3Leon(AskedPages, AskedFilling):
             UserError: if neither is given, or for a run without a memory bank.
         """
         if text is None and image is None:
-            raise UserError("text and image are both missing; give what documents are searched by")
+            raise UserError("text and image are both missing; give at least one to search by")
         self._check_bank("search")
         pixels_HWC = None if image is None else self._pixels(image)
         found = found_rows(self.run, text, pixels_HWC, min(count, len(self.run.bank)))

@@ -87,7 +87,9 @@ class AskedPages(AskedRun):
             max_tokens: largest number of pieces; a warning tells if the text was cut there.
         """
         if not parts or isinstance(parts[-1], str):
-            raise UserError("parts does not end in an image, behind which a text is asked for")
+            raise UserError(
+                "parts does not end in an image; it must, as the text is about that one"
+            )
 
         page = self._page(parts)
         (rows,) = self.retrieved(None, self._square(parts[-1]), "image", retrieve)

@@ -201,7 +201,7 @@ def _images(path: Path) -> dict[str, Path]:
         return found
 
     if not path.is_file():
-        raise UserError(f"image: {path} is not there; give an image file, or a folder of images")
+        raise UserError(f"image: {path} does not exist; give an image file, or a folder of images")
     return {path.name: path}
 
 

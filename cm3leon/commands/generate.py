@@ -94,7 +94,7 @@ class Options(OwnDocuments, AskingOptions):
         if self.prompt is not None and self.prompts is not None:
             raise UserError("prompt and prompts are both given; give one of them")
         if self.keep is not None and self.keep > self.n:
-            raise UserError(f"keep is {self.keep}, of n = {self.n} images; it can be at most n")
+            raise UserError(f"keep is {self.keep}; it must be at most n, which is {self.n}")
         if self.layout == "plain":
             return
         if self.prompts is None:

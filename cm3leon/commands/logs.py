@@ -74,7 +74,10 @@ def _chosen(found: Sequence[tuple[Submitted, State]], options: Options) -> Submi
         if options.job in (None, each.job) and options.number in (None, each.number):
             fit.append((each, state))
     if not fit:
-        raise UserError(f"number is {options.number}, which no job has")
+        numbers = [str(each.number) for each, _ in found if options.job in (None, each.job)]
+        raise UserError(
+            f"number is {options.number}, which no job has; choose one of {', '.join(numbers)}"
+        )
 
     running = [each for each, state in fit if state.word in ("running", "ending")]
     printed = [each for each, _ in fit if each.log and each.log.is_file()]

@@ -208,7 +208,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _existing(file: Path, folder: Path) -> Path:
     if not file.is_file():
         raise UserError(
-            f"runs: {folder} is not a run folder with validation figures, {file} is missing"
+            f"runs: {folder} is not the folder of a run with validation figures: {file} is missing"
         )
     return file
 

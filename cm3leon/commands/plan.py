@@ -57,7 +57,9 @@ class Options(ExperimentOptions):
         if self.gpu not in GPUS:
             raise UserError(f"gpu is {self.gpu}, which is not known; {choices(self.gpu, GPUS)}")
         if self.mfu > 1:
-            raise UserError(f"mfu is {self.mfu:g}; it is a share of the peak, from above 0 to 1")
+            raise UserError(
+                f"mfu is {self.mfu:g}; it must be a share of the peak, above 0 and at most 1"
+            )
 
 
 def main(options: Options) -> None:
@@ -150,8 +152,8 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         model = run.empty_model()
     if model.layer_bytes(sharded=False, frozen=False) is None:
         raise UserError(
-            f"model {experiment.model.name} cannot be planned for: it does not say what its layers "
-            "hold in a training"
+            f"model.name is {experiment.model.name}, which cannot be planned for: it does not say "
+            "what its layers hold in a training"
         )
 
     launcher = LAUNCHERS.build(experiment.launcher)

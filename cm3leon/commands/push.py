@@ -47,11 +47,13 @@ class Options:
     def check(self) -> None:
         if self.every is not None and "://" not in self.to:
             raise UserError(
-                "every is given, which is for an address such as s3://bucket/runs/tars; "
-                f"to is {self.to}"
+                f"every is given, which is for an address such as s3://bucket/runs/tars, but to is "
+                f"{self.to}; leave it out"
             )
         if self.revision is not None and "://" in self.to:
-            raise UserError(f"revision is given, which only the Hub has; to is {self.to}")
+            raise UserError(
+                f"revision is given, which only the Hub has, but to is {self.to}; leave it out"
+            )
 
 
 def main(options: Options) -> None:

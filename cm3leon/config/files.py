@@ -69,11 +69,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
             or another top.
     """
     if not path.is_file():
-        raise UserError(f"{path} is not a file")
+        raise UserError(f"{path} is not a file; it must be a YAML file")
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+        raise UserError(f"{path} is not UTF-8 text; save it in that encoding") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_reason(error)}") from error
     if not isinstance(content, dict):

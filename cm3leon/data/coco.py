@@ -72,7 +72,10 @@ class CocoSource(FileSource):
     def parts(self) -> list[str]:
         entries = self._captions.entries
         if not entries:
-            raise UserError(f"data.path: {self.config.path} lists no images")
+            raise UserError(
+                f"data.path: {self.config.path} lists no images; give the captions JSON of a split, "
+                "such as annotations/captions_train2017.json"
+            )
         return [f"{self._captions.name} {number}" for number in range(-(-len(entries) // CHUNK))]
 
     images_apart = True
@@ -184,7 +187,8 @@ class CocoSource(FileSource):
             return dict(sorted(categories.items()))
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"data.instances: {self.config.instances} has a category without an id or a name"
+                f"data.instances: {self.config.instances} has a category without an id or a name; "
+                "give a JSON file in COCO's format"
             ) from error
 
     @cached_property

@@ -291,7 +291,8 @@ def _scikit_image(module: str) -> Any:
         return importlib.import_module(f"skimage.{module}")
     except ImportError as error:
         raise UserError(
-            "this feature needs the package scikit-image (pip install scikit-image)"
+            "data.extractor: this extractor needs the package scikit-image: pip install "
+            "scikit-image"
         ) from error
 
 
@@ -300,7 +301,8 @@ def _controlnet_aux() -> Any:
         import controlnet_aux
     except ImportError as error:
         raise UserError(
-            "this feature needs the package controlnet_aux (pip install controlnet_aux)"
+            "data.extractor: this extractor needs the package controlnet_aux: pip install "
+            "controlnet_aux"
         ) from error
     return controlnet_aux
 
@@ -316,7 +318,8 @@ def _transformers(path: Path, kind: str) -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise UserError(
-            "this feature needs the package transformers (pip install transformers)"
+            "data.extractor: this extractor needs the package transformers: pip install "
+            "transformers"
         ) from error
     check_folder_readable(path)
     check_no_adapter(path)

@@ -146,7 +146,10 @@ class ImageStream:
                     yield found, [position, item]
             fruitless += 1
             position, item = position + self._lane_count, 0
-        raise UserError("data: the corpus has no image to train the image tokenizer on")
+        raise UserError(
+            "data: the corpus has no image to train the image tokenizer on; give a corpus with "
+            "images, or use the tokenizers of another run with shards.tokenizers=DIR"
+        )
 
 
 def random_square(pixels_HWC: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

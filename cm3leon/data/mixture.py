@@ -87,8 +87,8 @@ class Mixture:
         self._seeds = [mixed(seed, source) for source in range(len(counts))]
         if not len(self):
             raise UserError(
-                f"an epoch of the mixture is empty: its sources have {list(counts)} rows at "
-                f"{list(rates)}"
+                f"an epoch of the mixture is empty: its sources have {list(counts)} documents, "
+                f"taken {list(rates)} times each; raise a share or give more documents"
             )
 
     def __len__(self) -> int:

@@ -47,7 +47,10 @@ def all_paths(given: str | Iterable[str], where: str) -> list[str]:
             for expanded in [each] if os.path.lexists(each) else expand(each):
                 paths[expanded] = None
                 if len(paths) > MOST_PATHS:
-                    raise UserError(f"{where}: {path} stands for more than {MOST_PATHS:,} paths")
+                    raise UserError(
+                        f"{where}: {path} stands for more than {MOST_PATHS:,} paths; give a folder "
+                        "or a glob instead"
+                    )
     return list(paths)
 
 
@@ -122,7 +125,9 @@ def _in_range(inner: str) -> Iterator[str]:
         begin, end = int(first), int(last)
     by = abs(int(step or 1)) or 1
     if abs(end - begin) // by >= MOST_PATHS:
-        raise UserError(f"{{{inner}}} stands for more than {MOST_PATHS:,} paths")
+        raise UserError(
+            f"{{{inner}}} stands for more than {MOST_PATHS:,} paths; give a folder or a glob instead"
+        )
 
     # As in a shell, all numbers are as wide as the widest if one begins with a zero.
     padded = not first_letter and any(re.match(r"-?0\d", number) for number in (first, last))

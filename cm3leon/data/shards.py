@@ -161,7 +161,7 @@ def open_shard(path: Path, *, verify: bool = True, scattered: bool = False) -> S
 
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise DamagedShard(
-            f"{path} is no readable shard ({error}); delete it and make it again"
+            f"{path} cannot be read as a shard ({error}); delete it and make it again"
         ) from error
     if not intact:
         raise DamagedShard(
@@ -346,7 +346,7 @@ class ShardFolder(Generic[T]):
             self.rows = np.array(self.index["rows"], np.int64)
         except (UserError, OverflowError) as error:
             raise UserError(
-                f"{folder} is no finished folder of shards: {INDEX} is missing or unreadable"
+                f"{folder} is not a finished folder of shards: {INDEX} is missing or unreadable"
             ) from error
         self.ends = np.cumsum(self.rows)
         self._columns = columns

@@ -325,7 +325,7 @@ def fill_in(
     """
     caption = (caption or "").strip()
     if len(caption) > LONGEST_TEXT:
-        raise UserError(f"caption has more than {LONGEST_TEXT} characters")
+        raise UserError(f"caption is too long; it must have at most {LONGEST_TEXT} characters")
     text, words = words_of(caption)
     brushed = brushed_HW is not None and bool(brushed_HW.any())
     if not brushed and box is None and words is None:

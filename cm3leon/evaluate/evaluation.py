@@ -412,8 +412,8 @@ class Evaluation:
         """Raise UserError for a setting that does not fit the protocol."""
         if self.protocol.ranks and row.setting.samples > 1:
             raise UserError(
-                f"setting.samples is {row.setting.samples}; candidates are ranked once, it must be "
-                "1"
+                f"setting.samples is {row.setting.samples}; it must be 1, as candidates are ranked "
+                "once"
             )
         if row.setting.max_tokens is not None and self.max_tokens(row) is None:
             answers = "candidates that are ranked" if self.protocol.ranks else "images"

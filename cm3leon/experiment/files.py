@@ -214,9 +214,9 @@ def _refuse_earlier(name_or_path: str, mapping: Mapping[str, Any]) -> None:
     found = [section for section in EARLIER if section in mapping]
     if found:
         raise UserError(
-            f"{name_or_path}: {', '.join(found)} of earlier versions are no sections any more; "
-            "write what the model is asked as evaluations, for example evaluations={caption: "
-            "{title: Captions, protocol: {name: corpus, task: caption}}} (docs/evaluation.md)"
+            f"{name_or_path} has sections of earlier versions: {', '.join(found)}; write what the "
+            "model is asked as evaluations, for example evaluations={caption: {title: Captions, "
+            "protocol: {name: corpus, task: caption}}} (docs/evaluation.md)"
         )
 
 

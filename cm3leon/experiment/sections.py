@@ -218,7 +218,7 @@ class Experiment:
                 twice.add(name)
         if twice:
             raise UserError(
-                f"loggers: {', '.join(sorted(twice))} is named twice; each may stand there once"
+                f"loggers: {', '.join(sorted(twice))} is named twice; name each logger once"
             )
         self._check_aims(self._rows())
 
@@ -234,8 +234,8 @@ class Experiment:
             if evaluation.best_of is not None:
                 if evaluation.best_of not in points:
                     raise UserError(
-                        f"evaluations.{name}.best_of is {evaluation.best_of}, which is no "
-                        f"evaluation above; {choices(evaluation.best_of, points)}"
+                        f"evaluations.{name}.best_of is {evaluation.best_of}, which is not an "
+                        f"evaluation before it; {choices(evaluation.best_of, points)}"
                     )
                 # Which row is the best is not known yet, but all of them set the same keys.
                 best = points[evaluation.best_of][0]
@@ -292,12 +292,12 @@ class Experiment:
         for aim in self.aims:
             if aim.evaluation not in rows:
                 raise UserError(
-                    f"aims: {aim.label}: evaluation is {aim.evaluation}; "
+                    f"aims: {aim.label}: evaluation is {aim.evaluation}, which is not known; "
                     f"{choices(aim.evaluation, rows)}"
                 )
             if aim.row not in rows[aim.evaluation]:
                 raise UserError(
-                    f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} has not; "
+                    f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} does not have; "
                     f"{choices(aim.row, rows[aim.evaluation])}"
                 )
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm3leon.config import Component, from_mapping, to_mapping
+from cm3leon.config import Component, choices, from_mapping, to_mapping
 from cm3leon.experiment import Experiment
 from cm3leon.io import read_json, write_json
 from cm3leon.models.adapter import has_adapter, merge_adapter
@@ -71,8 +71,8 @@ class HubFolder:
         file = self.folder / "config.json"
         if not file.is_file():
             raise UserError(
-                f"{self.where}: {file} does not exist; {self.where} is a folder that transformers "
-                "reads"
+                f"{self.where}: {file} does not exist; give the folder of a model as transformers "
+                "saves it"
             )
         return read_json(file)
 
@@ -119,7 +119,8 @@ class HubFolder:
             return None
         if family not in FAMILIES:
             raise UserError(
-                f"{self.where}: {self.folder / EXTRAS}: family is {family}, which is not known"
+                f"{self.where}: {self.folder / EXTRAS}: family is {family}, which is not known; "
+                f"{choices(str(family), FAMILIES)}"
             )
         file = self.folder / TOKENIZER
         return renumbered(read_json(file), FAMILIES[family], f"{self.where}: {file}")
@@ -130,7 +131,10 @@ class HubFolder:
         holder = self.settings if self.vocab is None else self.extras
         given = holder.get("vocab_size")
         if type(given) is not int or given < 1:
-            raise UserError(f"{self.where}: {self.folder}: vocab_size must be a positive number")
+            raise UserError(
+                f"{self.where}: {self.folder}: vocab_size is {json.dumps(given)}; it must be a "
+                "whole number, at least 1"
+            )
         return given
 
     @cached_property
@@ -303,6 +307,7 @@ def open_hub_folder(
     run = ExportedRun(experiment, folder, device, finished=True, verify=False, hub=hub)
     if hub.vocab_size != run.vocab.size:
         raise UserError(
-            f"{where}: {folder} has {hub.vocab_size} ids, its tokenizers {run.vocab.size}"
+            f"{where}: {folder} has a vocabulary of {hub.vocab_size} ids, but its tokenizers make "
+            f"one of {run.vocab.size}; export the run again"
         )
     return run

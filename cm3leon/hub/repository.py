@@ -65,7 +65,8 @@ def model_folder(given: str | Path, *, revision: str | None = None, where: str =
     if local:
         if revision is not None:
             raise UserError(
-                f"revision is given, which only a model on the Hub has; {where} is {given}, a path"
+                f"revision is given, which only a model on the Hub has, but {where} is {given}, a "
+                "path; leave it out"
             )
         return path
 

@@ -164,7 +164,7 @@ def begin_launch(folder: Path) -> Launch:
         launch.journal("", 0).parent.mkdir()
     except OSError as error:
         raise UserError(
-            f"run: {error.filename or folder} cannot be written, {error.strerror}"
+            f"run: {error.filename or folder} cannot be written: {error.strerror}"
         ) from error
     return launch
 
@@ -176,13 +176,13 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if not re.fullmatch(r"[\w.-]+", job.name) or job.name in known:
             raise UserError(
-                f"job {job.name}: its name must be of letters, digits, -, _ and ., and no other "
-                "job's"
+                f"job {job.name}: its name must be of letters, digits, -, _ and . only, and no other "
+                "job may have it"
             )
         for name in job.after:
             if name not in known:
                 raise UserError(
-                    f"job {job.name} is after {name}, which is no job before it; "
+                    f"job {job.name} is after {name}, which is not a job before it; "
                     f"{choices(name, known)}"
                 )
         known.append(job.name)

@@ -239,7 +239,7 @@ class Slurm(Launcher):
             for key, value in self.sbatch.items():
                 if not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
                     raise UserError(
-                        f"sbatch.{printable(key)} is no option of sbatch; write it in small "
+                        f"sbatch.{printable(key)} is not an option of sbatch; write it in small "
                         "letters, without the dashes before it"
                     )
                 texts[f"sbatch.{key}"] = str(value)

@@ -55,8 +55,8 @@ class MLflow(Logger):
         known = self._client.get_experiment_by_name(self.config.experiment)
         if known and known.lifecycle_stage == "deleted":
             raise UserError(
-                f"the experiment {self.config.experiment} was deleted in MLflow; "
-                "restore it there, or name another one"
+                f"loggers: the experiment {self.config.experiment} was deleted in MLflow; restore "
+                "it there, or set experiment to another name"
             )
         experiment = (
             known.experiment_id if known else self._client.create_experiment(self.config.experiment)

@@ -123,7 +123,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     if settings.get("bias", "none") != "none":
         raise UserError(
             f"{file}: bias is {json.dumps(settings['bias'])}; "
-            "this decoder has no biases, it must be none"
+            "it must be none, as the model has no biases"
         )
 
     # Some ways to initialise the matrices change the weights below them, which are not in the file.

@@ -99,7 +99,9 @@ class Model(nn.Module):
             UserError: for a number of ranks that does not divide the heads, or a model whose layers
                 cannot be shared.
         """
-        raise UserError(f"several ranks cannot share the layers of a {type(self).__name__}")
+        raise UserError(
+            f"several ranks cannot share the layers of a {type(self).__name__}; start one process"
+        )
 
     def reset_parameters(self) -> None:
         """Initialise the parameters by `firsts`, from torch's stream of random numbers."""

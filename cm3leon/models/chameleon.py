@@ -103,7 +103,10 @@ def to_chameleon_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]
         UserError: for a model without norms of queries and keys, which a Chameleon always has.
     """
     if not config.qk_norm:
-        raise UserError("model.qk_norm is false; a Chameleon normalises its queries and keys")
+        raise UserError(
+            "model.qk_norm is false; it must be true for a Chameleon, which normalises its queries "
+            "and keys"
+        )
     return {
         **{key: value for key, value in FIXED.items() if key != "model_type"},
         **to_llama_config(config, vocab_size),

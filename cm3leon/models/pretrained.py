@@ -48,7 +48,7 @@ def load_model(
     check_readable(file)
     check_no_adapter(folder)
     if not file.is_file():
-        raise UserError(f"{folder} holds no trained decoder, {file} is missing")
+        raise UserError(f"{folder} holds no trained model: {file} is missing")
     if verify:
         check_stage(folder, (file.name, WEIGHTS), finished=False)
 

@@ -47,8 +47,8 @@ def keep_weights(model: Model, kind: Weights) -> None:
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     ):
         raise UserError(
-            f"weights are fp8, which {device.type} does not compute in; "
-            "it needs CUDA of capability 8.9"
+            f"weights are fp8, which {device.type} does not compute in, as it needs CUDA of "
+            "capability 8.9; take bf16 or int8"
         )
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_

@@ -43,7 +43,10 @@ class EncoderConfig:
 
     def check(self) -> None:
         if self.pretrained and not self.architecture:
-            raise UserError("pretrained is set, then architecture must name an open_clip model")
+            raise UserError(
+                "pretrained is set, so architecture must name an open_clip model, for example "
+                "ViT-B-32"
+            )
         if self.width % _HEAD:
             raise UserError(f"width {self.width} must be a multiple of {_HEAD}")
         if self.image_size % self.patch_size:
@@ -149,8 +152,8 @@ def _pretrained(config: EncoderConfig) -> tuple[Any, Any]:
 
     if config.architecture not in open_clip.list_models():
         raise UserError(
-            f"retriever.encoder.architecture: open_clip has no {config.architecture!r}, "
-            "see open_clip.list_models(), for example ViT-B-32"
+            f"retriever.encoder.architecture is {config.architecture}, which open_clip does not "
+            "have; choose one of open_clip.list_models(), for example ViT-B-32"
         )
     try:
         model = open_clip.create_model(config.architecture, pretrained=config.pretrained)
@@ -210,7 +213,8 @@ def _patch_dropout(visual: Any, share: float, seed: int) -> Iterator[None]:
         return
     if not hasattr(visual, "patch_dropout"):
         raise UserError(
-            "retriever.query_dropout: this image tower has no patches to drop; use a ViT, or 0"
+            f"retriever.query_dropout is {share}, and this image tower has no patches to drop; "
+            "use a ViT, or 0"
         )
     usual = visual.patch_dropout
     visual.patch_dropout = PatchDropout(share).train()

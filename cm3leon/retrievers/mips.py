@@ -55,8 +55,8 @@ def _check_packages() -> None:
     found = [name for name in PACKAGES if _is_installed(name)]
     if len(found) > 1:
         raise UserError(
-            f"{' and '.join(found)} are installed together and overwrite each other: pip uninstall "
-            "all of them, install one again"
+            f"{' and '.join(found)} are installed together and overwrite each other; pip uninstall "
+            "all of them, then install one again"
         )
 
 

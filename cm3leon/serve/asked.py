@@ -176,9 +176,11 @@ class RetrieveAsked(Asked):
 
     def check(self) -> None:
         if self.text is None and self.image is None:
-            raise UserError("text and image are missing; give what documents are searched by")
+            raise UserError("text and image are missing; give at least one to search by")
         if self.text is not None and len(self.text) > LONGEST_TEXT:
-            raise UserError(f"text is too long; it must have at most {LONGEST_TEXT} characters")
+            raise UserError(
+                f"text has {len(self.text)} characters; it must have at most {LONGEST_TEXT}"
+            )
 
 
 def read_asked(cls: type[C], mapping: Any) -> C:
@@ -233,7 +235,7 @@ def form_values(cls: type[Asked], items: Mapping[str, str]) -> dict[str, Any]:
         if section:
             inner = values.setdefault(section[1], {})
             if not isinstance(inner, dict):
-                raise UserError(f"{name} and {section[1]} are both given")
+                raise UserError(f"{name} and {section[1]} are both given; give one of them")
             inner[section[2]] = _json_or_text(value)
         elif hints.get(name) in (str, str | None):
             values[name] = value
@@ -267,7 +269,10 @@ def decoder_of(
     names = [each.name for each in fields(component.config)]
     weight = next((name for name in ("cfg", "text") if name in names), None)
     if weight is None:
-        raise UserError(f"guidance is {guidance}, and the decoder {component.name} has none")
+        raise UserError(
+            f"guidance is {guidance}, but the decoder {component.name} has no weight of guidance; "
+            "leave it out"
+        )
     return {**to_mapping(component), weight: guidance}
 
 
@@ -302,7 +307,8 @@ def _part(part: Any, where: str) -> str | bytes:
     if kind == "text" and isinstance(part.get("text"), str):
         if len(part["text"]) > LONGEST_TEXT:
             raise UserError(
-                f"{where}.text is too long; it must have at most {LONGEST_TEXT} characters"
+                f"{where}.text has {len(part['text'])} characters; it must have at most "
+                f"{LONGEST_TEXT}"
             )
         return str(part["text"])
     if kind == "image_url" and isinstance(part.get("image_url"), Mapping):
@@ -322,4 +328,6 @@ def file_of(text: str, where: str) -> bytes:
     try:
         return base64.b64decode(text[found.end() if found else 0 :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError(f"{where} is no image in base64: {error}") from error
+        raise UserError(
+            f"{where} is not base64 ({error}); it must be an image file in base64, or a data URL"
+        ) from error

@@ -140,8 +140,8 @@ class Conversation:
         images = [part for part in given if not isinstance(part, str)]
         if not images:
             raise UserError(
-                "messages has no image: give one to be described, or ask for images by modalities: "
-                '["text", "image"]'
+                "messages has no image; give one to be described, or ask for images with "
+                'modalities: ["text", "image"]'
             )
 
         # What the model was trained or tuned to do with such parts.
@@ -159,8 +159,8 @@ class Conversation:
                 "alone, which is described, or end with one"
             )
         raise UserError(
-            "a question is about one image: give one, or end with an image, behind which the model "
-            "goes on"
+            f"messages has {len(images)} images and a question; a question is about one image: give "
+            "one, or end with an image, after which the model writes a text"
         )
 
     def _pixels(self, image: bytes) -> np.ndarray:

@@ -148,13 +148,13 @@ def edit(setting: Setting, asked: EditAsked, files: Mapping[str, bytes]) -> Draw
     """
     unknown = set(files) - {"image", "mask"}
     if unknown:
-        raise UserError(f"{min(unknown)} is not a known file; image and mask are")
+        raise UserError(f"{min(unknown)} is not a known file; known: image, mask")
     if "image" not in files:
         raise UserError("image is missing; give an image file")
     image, mask = files["image"], files.get("mask")
     limits = setting.limits
     if mask is not None and asked.box is not None:
-        raise UserError("mask and box are both given; one of them says what is made anew")
+        raise UserError("mask and box are both given; give one of them")
     look = partial(given_pixels, image, "image", size=setting.size, max_pixels=limits.pixels)
     if mask is None and asked.box is None:
         return _instruction(setting, asked, look)

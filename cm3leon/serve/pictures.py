@@ -79,8 +79,8 @@ def given_mask(
     except UnusableImage as error:
         which = "mask" if mask is not None else "image"
         raise UserError(
-            f"{which} cannot be used: {error}; an image and a mask with transparent pixels, where "
-            "it is made anew, are needed"
+            f"{which} cannot be used: {error}; give an image, and a mask whose transparent pixels "
+            "are made anew"
         ) from error
 
     if asked_HW.shape != (height, width):
@@ -93,7 +93,8 @@ def given_mask(
     codes_GG = mask_codes(asked_HW, (grid, grid))
     if not codes_GG.any():
         raise UserError(
-            "nothing is to be made anew in the central square of the image, which is what the model sees"
+            "nothing is to be made anew in the central square of the image, which is all that the "
+            "model sees; mark a part of it"
         )
     return codes_GG
 

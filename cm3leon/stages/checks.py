@@ -91,7 +91,7 @@ def _check_split(name: str, share: float, stage: str) -> None:
     if share == 0:
         raise UserError(
             f"split.{name} is 0, and the stage {stage} needs documents of that split; give it a "
-            "share, or stop before with until"
+            f"share, for example split.{name}=0.05, or stop before that stage with until"
         )
 
 

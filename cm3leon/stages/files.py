@@ -24,7 +24,10 @@ def recorded_digest(stage: Path, name: str) -> str:
     """The recorded digest of a file of a finished stage."""
     files = read_stage(stage)["files"]
     if name not in files:
-        raise UserError(f"{stage / MARKER} does not name {name}; run the experiment again")
+        raise UserError(
+            f"{stage / MARKER} does not name {name}; run the experiment again, which makes the "
+            "stage anew"
+        )
     return files[name]
 
 
@@ -33,5 +36,8 @@ def opened_stage(folder: Path, *files: str, verify: bool = True, finished: bool 
     if verify:
         check_stage(folder, files, finished=finished)
     elif finished and not (folder / MARKER).is_file():
-        raise UserError(f"{folder} is not finished: its {MARKER} is missing")
+        raise UserError(
+            f"{folder} is not finished: its {MARKER} is missing; run the experiment again, which "
+            "finishes it"
+        )
     return folder

@@ -118,7 +118,7 @@ class Published:
         for a tokenizer.json that is not of the family."""
         file = self.folder / TOKENIZER
         if not file.is_file():
-            raise UserError(f"hf: {file} does not exist; it is a part of what is published")
+            raise UserError(f"hf: {file} does not exist; give the whole folder as it was published")
         return renumbered(read_json(file), self.family, f"hf: {file}")
 
     @cached_property
@@ -281,8 +281,8 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
     codes = run.image_tokenizer_shape.codebook_size
     if codes != vocab.image_size:
         raise UserError(
-            f"image tokenizer: {image_tokenizer} has {codes} codes, the vocabulary of {hf} has "
-            f"{vocab.image_size}"
+            f"image tokenizer: {image_tokenizer} has {codes} codes, but the vocabulary of {hf} has "
+            f"{vocab.image_size}; give the image tokenizer that these weights were trained with"
         )
     layout = LayoutTable.from_names(vocab.table, f"hf: {hf / TOKENIZER}").layout
     if layout.sizes and run.grid not in layout.sizes:

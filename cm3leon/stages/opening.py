@@ -63,8 +63,8 @@ def open_run(
     config = folder / CONFIG
     for file in (config, *(folder / stage / MARKER for stage in needs)):
         if not file.is_file():
-            what = f"run with a finished {needs[-1]}" if needs else "run folder"
-            raise UserError(f"{where}: {folder} is no {what}, {file} is missing")
+            what = f"the folder of a run with a finished {needs[-1]}" if needs else "a run folder"
+            raise UserError(f"{where}: {folder} is not {what}: {file} is missing")
 
     check_generations(folder, needs, where)
     experiment = load_experiment(

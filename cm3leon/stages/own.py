@@ -30,7 +30,7 @@ def with_own_documents(run: RunFolder, path: Path) -> RunFolder:
             raise UserError(f"own: {item.file}: {item.reason}")
         documents.append(item)
     if not documents:
-        raise UserError(f"own: {path} has no documents")
+        raise UserError(f"own: {path} has no documents; give files with at least one")
     bank = copy(run.bank)
     bank.add([document.id for document in documents], document_parts(run, documents))
     # A run is frozen, as is its copy, which shares all that was read of it already.

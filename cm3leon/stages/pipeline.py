@@ -171,7 +171,7 @@ def run_part(
     if stage.make_part is None:
         shared = ", ".join(other.name for other in stages if other.make_part)
         raise UserError(
-            f"stage is {name}, made in one piece; those that workers share are: {shared or 'none'}"
+            f"stage is {name}, which is made in one piece; workers share: {shared or 'no stage'}"
         )
     if not folder.is_dir():
         raise UserError(f"run: {folder} does not exist; make the stages before {name} first")

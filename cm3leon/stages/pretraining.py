@@ -226,9 +226,9 @@ def load_checkpoint(
     assert config.start is not None
     if not (config.start / "pretraining" / WEIGHTS).is_file():
         raise UserError(
-            f"checkpoint: those of {folder} are adapters of the run {config.start} "
-            "(training.start), which is not there; put it back, or take the run's end, without "
-            "checkpoint"
+            f"checkpoint: the checkpoints of {folder} are adapters of the run {config.start} "
+            "(training.start), which is missing; put that run back, or leave checkpoint out to "
+            "take the weights of the training's end"
         )
     adapted = load_model(config.start, verify=verify)
     add_lora(adapted, config.lora_rank, config.lora_alpha)

@@ -136,6 +136,6 @@ def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[l
         yield batch
     if found < len(wanted):
         raise UserError(
-            f"data: {parts[number]} has changed since its tokens were made, it no longer holds "
+            f"data: {parts[number]} has changed since its tokens were made, and no longer holds "
             f"{wanted[found]}; delete {shard.path} and make it again"
         )

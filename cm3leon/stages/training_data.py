@@ -83,7 +83,8 @@ def start_digest(run: RunFolder) -> str | None:
         if is_export:
             hint = f"; make one of it: import from=export hf={config.start} out=DIR"
         raise UserError(
-            f"training.start: {config.start} is no run with a finished pretraining{hint}"
+            f"training.start: {config.start} is not the folder of a run with a finished "
+            f"pretraining{hint}"
         ) from error
     check_generations(config.start, ("pretraining",), where="training.start")
     if config.start_with == "weights":
@@ -107,8 +108,8 @@ def _fingerprints(folder: Path) -> list[str]:
         return [read_stage(stage)["fingerprint"] for stage in stages]
     except (OSError, UserError) as error:
         raise UserError(
-            f"shards.mix: {folder} is no run with finished neighbours; make it with "
-            "until=neighbours first"
+            f"shards.mix: {folder} is not the folder of a run with finished neighbours; make it "
+            "with until=neighbours first"
         ) from error
 
 

@@ -105,11 +105,13 @@ class StudyConfig:
 
     def check(self) -> None:
         if not (self.runs or self.evaluations):
-            raise UserError("runs and evaluations are both empty; a study needs at least one")
+            raise UserError(
+                "runs and evaluations are both empty; a study needs at least one run or evaluation"
+            )
         for aim in self.aims:
             if aim.evaluation not in self.evaluations:
                 raise UserError(
-                    f"aims: {aim.label}: evaluation is {aim.evaluation}; "
+                    f"aims: {aim.label}: evaluation is {aim.evaluation}, which is not known; "
                     f"{choices(aim.evaluation, self.evaluations)}"
                 )
 

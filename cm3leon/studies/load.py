@@ -261,7 +261,7 @@ def _check_rows(config: StudyConfig) -> None:
         names = named[aim.evaluation]
         if aim.row not in names:
             raise UserError(
-                f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} has not; "
+                f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} does not have; "
                 f"{choices(aim.row, names)}"
             )
 

@@ -128,12 +128,13 @@ def named_points(
         name = name_of(point) if name_of else point_name(point, short)
         if name in named:
             raise UserError(
-                f"sweep: two points are named {name}; the values of a key must differ in what they "
-                "show"
+                f"sweep: two points are named {name}, by which their folders could not be told "
+                "apart; give values that are written differently"
             )
         if len(name) > MAX_NAME:
             raise UserError(
-                f"sweep: the name {name[:40]}... has more than {MAX_NAME} letters; sweep fewer keys"
+                f"sweep: the name of a point, {name[:40]}..., has more than {MAX_NAME} letters; "
+                "sweep fewer keys"
             )
         named[name] = point
     return named

@@ -197,7 +197,8 @@ def parts_until(study: Study, until: str | None) -> list[str]:
         return names
     if until not in names:
         raise UserError(
-            f"until is {until}, which is no part of this study; {choices(until, names)}"
+            f"until is {until}, which is not a run or an evaluation of this study; "
+            f"{choices(until, names)}"
         )
     return names[: names.index(until) + 1]
 

@@ -139,7 +139,7 @@ def masked(
     if first + len(indices) > vocab.sentinels:
         raise UserError(
             f"document {document.id}: {first} spans and {len(indices)} masked segments need a "
-            f"sentinel each, the vocabulary has {vocab.sentinels}"
+            f"sentinel each, but the vocabulary has {vocab.sentinels}; mask fewer of them"
         )
     segments = list(document.segments)
     for number, index in enumerate(sorted(indices), first):

@@ -43,8 +43,8 @@ def spans_prompt(
     """
     if not 0 < len(spans) <= vocab.sentinels:
         raise UserError(
-            f"{len(spans)} spans are asked for; it must be from 1 to {vocab.sentinels}, one a "
-            "sentinel"
+            f"{len(spans)} spans are asked for; there must be from 1 to {vocab.sentinels} of them, "
+            "one for each sentinel"
         )
 
     # Positions of the spans in the sample.
@@ -56,7 +56,7 @@ def spans_prompt(
         found.append((first + span.start, first + span.end))
     empty = any(start >= end for start, end in found)
     if empty or any(one[1] > next_one[0] for one, next_one in pairwise(found)):
-        raise UserError("spans must not be empty, and stand in order without overlap")
+        raise UserError("spans must not be empty or overlap, and must stand in order")
 
     # Keep the first sentinel of what the rotation moved behind the sample; the rest is the answer.
     rotated_T, _ = rotate(laid_out.ids_T, found, vocab)

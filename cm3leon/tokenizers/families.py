@@ -234,7 +234,7 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
     """
     model = published.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or "vocab" not in model:
-        raise UserError(f"{where} is no tokenizer.json of byte-level BPE")
+        raise UserError(f"{where} is not the tokenizer.json of a byte-level BPE")
     added = {token["content"]: token["id"] for token in published.get("added_tokens", [])}
     ids: dict[str, int] = {**model["vocab"], **added}
     if sorted(ids.values()) != list(range(len(ids))):

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from cm3leon.config import choices
 from cm3leon.types import TokenSegment, UserError
 
 PAD, EOS, BREAK, END_OF_SPAN = range(4)
@@ -222,7 +223,8 @@ class LayoutTable:
             if key in ("specials", "pieces"):
                 continue
             if key not in {each.name for each in fields(Layout)}:
-                raise UserError(f"{where}: {key} is not known")
+                known = [*(each.name for each in fields(Layout)), "specials", "pieces"]
+                raise UserError(f"{where}: {key} is not a known key; {choices(key, known)}")
             if key == "unconditional_text":
                 if value not in get_args(Unconditional):
                     raise UserError(f"{where}: {key} is {value!r}; it must be mask or none")
@@ -245,8 +247,8 @@ class LayoutTable:
         layout = Layout(**given)
         if layout._unclosed and any(rows == 1 for rows, _ in layout.sizes):
             raise UserError(
-                f"{where}: sizes has images of one row, whose row nothing closes where "
-                "last_row_closed is false"
+                f"{where}: sizes has images of one row, which nothing closes if last_row_closed is "
+                "false; set it to true, or leave those sizes out"
             )
         return cls(tuple(names), layout)
 

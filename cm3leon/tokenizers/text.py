@@ -119,8 +119,8 @@ class TextTokenizer:
             first = next(stretches, None)
             if first is None:
                 raise UserError(
-                    "text_tokenizer: the corpus holds no text to train on, "
-                    "at least one caption is needed"
+                    "text_tokenizer: the corpus holds no text to train on; give one with at least "
+                    "one caption"
                 )
             learner.train_from_iterator(itertools.chain([first], stretches), trainer)
 
@@ -142,12 +142,12 @@ class TextTokenizer:
         path = folder / FILE
         check_readable(path)
         if not path.is_file():
-            raise UserError(f"text_tokenizer: {path} does not exist, train the tokenizer first")
+            raise UserError(f"text_tokenizer: {path} does not exist; train the tokenizer first")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(
-                f"text_tokenizer: {path} is damaged or no tokenizer.json: {error}"
+                f"text_tokenizer: {path} is damaged, or not a tokenizer.json: {error}"
             ) from error
 
         # Any tokenizer.json may lie there: what this class promises is checked, not believed.
@@ -155,7 +155,8 @@ class TextTokenizer:
         problem = _problem(tokenizer, specials)
         if problem:
             raise UserError(
-                f"text_tokenizer: {path} is no tokenizer of this project: {problem}; train one here"
+                f"text_tokenizer: {path} is not a tokenizer of this project: {problem}; train one "
+                "here"
             )
         if tokenizer.get_vocab_size() > config.vocab_size:
             raise UserError(
@@ -244,7 +245,7 @@ class TextTokenizer:
         """Invert `tokens`: ids (T,), int64. Raises UserError for an unknown name."""
         ids = [self._tokenizer.token_to_id(token) for token in tokens]
         if None in ids:
-            raise UserError(f"{tokens[ids.index(None)]!r} is no token of this tokenizer")
+            raise UserError(f"{tokens[ids.index(None)]!r} is not a token of this tokenizer")
         return np.asarray(ids, dtype=np.int64)
 
 

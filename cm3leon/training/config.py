@@ -120,7 +120,10 @@ class TrainingConfig:
         if not isinstance(self, DecoderTrainingConfig):
             for name, value in (("optimizer", "muon"), ("precision", "float8")):
                 if getattr(self, name) == value:
-                    mistakes.append(f"{name} {value} is for the decoder's training only")
+                    mistakes.append(
+                        f"{name} is {value}, which only the model's own training can use "
+                        "(the section training); choose another"
+                    )
         return mistakes
 
 
@@ -182,7 +185,10 @@ class DecoderTrainingConfig(TrainingConfig):
     def _mistakes(self) -> list[str]:
         mistakes = super()._mistakes()
         if self.start_with == "everything" and self.start is None:
-            mistakes.append("start_with is everything, but start names no run folder")
+            mistakes.append(
+                "start_with is everything, but start names no run folder; give one, for example "
+                "training.start=runs/digits"
+            )
         if self.lora_rank and (self.start is None or self.start_with == "everything"):
             mistakes.append(
                 "lora_rank adapts trained weights: set start to a run folder, and "
@@ -190,7 +196,8 @@ class DecoderTrainingConfig(TrainingConfig):
             )
         if self.lora_rank and self.precision == "float8":
             mistakes.append(
-                "precision float8 computes no adapters; take bf16, or leave lora_rank out"
+                "precision is float8, which cannot train adapters; take bf16, or leave lora_rank "
+                "out"
             )
         return mistakes
 

@@ -197,7 +197,7 @@ def joined(
         if rank.local_number >= torch.cuda.device_count():
             raise UserError(
                 f"rank {rank.number} is number {rank.local_number} on its node, which has "
-                f"{torch.cuda.device_count()} GPUs; start one process a GPU"
+                f"{torch.cuda.device_count()} GPUs; start one process per GPU"
             )
         device = torch.device("cuda", rank.local_number)
         torch.cuda.set_device(device)

@@ -48,7 +48,8 @@ class RankedAnswers(Protocol):
         def check(self) -> None:
             if self.data.name != "visdial" or not self.data.config.relevance:
                 raise UserError(
-                    "data must be visdial, with the file of its dense annotations as data.relevance"
+                    "data must be visdial with its dense annotations: data.name=visdial and "
+                    "data.relevance=FILE"
                 )
 
     config: Config
@@ -107,7 +108,8 @@ class TextAnswers(Protocol):
         def check(self) -> None:
             if not issubclass(SOURCES.get(self.data.name), InstructionSource):
                 raise UserError(
-                    f"data.name is {self.data.name}, which has no instructions with known answers"
+                    f"data.name is {self.data.name}, which has no instructions with known answers; "
+                    "choose a source of instructions, for example vqa"
                 )
 
     config: Config

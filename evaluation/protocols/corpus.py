@@ -92,7 +92,9 @@ class CorpusTask(Protocol):
 
         def check(self) -> None:
             if self.task not in TASKS.names():
-                raise UserError(f"task is {self.task}; {choices(self.task, TASKS.names())}")
+                raise UserError(
+                    f"task is {self.task}, which is not known; {choices(self.task, TASKS.names())}"
+                )
 
     config: Config
     lowest_is_best = ("copies",)

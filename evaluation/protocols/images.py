@@ -95,7 +95,9 @@ class CaptionedImages(Protocol):
             wanted = f"{config.count} captions are asked for"
             if config.count < least:
                 wanted = f"the covariance of {self._features} features needs {least} images or more"
-            raise UserError(f"protocol.count: {wanted}, {len(chosen)} are there")
+            raise UserError(
+                f"protocol.count is {config.count}: {wanted}, but the corpus has {len(chosen)}"
+            )
         return [Item(id_, "text_to_image", documents[id_]) for id_ in sorted(chosen)]
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:

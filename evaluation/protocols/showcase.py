@@ -75,7 +75,8 @@ class Showcase(Protocol):
                     raise UserError(f"prompts.{number} has {has}; {self.task} takes {takes}")
                 if prompt.get("feature", "depth") not in FEATURES:
                     raise UserError(
-                        f"prompts.{number}.feature: {choices(prompt['feature'], FEATURES)}"
+                        f"prompts.{number}.feature is {prompt['feature']}, which is not known; "
+                        f"{choices(prompt['feature'], FEATURES)}"
                     )
 
     config: Config
@@ -134,12 +135,12 @@ class Showcase(Protocol):
         try:
             return read_image(_existing(path), self.config.max_pixels)
         except UnusableImage as error:
-            raise UserError(f"prompts: {path} is no image that can be read: {error}") from error
+            raise UserError(f"prompts: {path} cannot be read as an image: {error}") from error
 
 
 def _existing(path: str) -> Path:
     """The file at a path of a prompt. Raises UserError if there is none."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"prompts: there is no image {path}")
+        raise UserError(f"prompts: {path} does not exist; give the path of an image")
     return file

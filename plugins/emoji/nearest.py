@@ -158,7 +158,7 @@ def _scikit_image(module: str) -> Any:
         return import_module(f"skimage.{module}")
     except ImportError as error:
         raise UserError(
-            "protocol: emoji compares images by scikit-image (pip install scikit-image)"
+            "protocol.name is emoji, which needs the package scikit-image: pip install scikit-image"
         ) from error
 
 

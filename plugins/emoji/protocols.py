@@ -69,7 +69,9 @@ class EmojiTask(Protocol):
             if self.task == "edit":
                 for kind in self.kinds or ():
                     if kind not in ("tone", "gender", "time"):
-                        raise UserError(f"kinds holds {kind}; edits are of tone, gender or time")
+                        raise UserError(
+                            f"kinds holds {kind}; for task=edit each must be tone, gender or time"
+                        )
             else:
                 check_kinds(self.kinds or [])
 
@@ -83,7 +85,11 @@ class EmojiTask(Protocol):
     def items(self) -> list[Item]:
         items = self._edits() if self.config.task == "edit" else self._drawings()
         if not items:
-            raise UserError("protocol: there is no drawing of these kinds in this part")
+            kinds = ", ".join(self.config.kinds or ["any"])
+            raise UserError(
+                f"protocol.kinds: the part {self.config.part} has no drawing of these kinds "
+                f"({kinds}); choose others, or another protocol.part"
+            )
         return items
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:

@@ -30,7 +30,7 @@ def check_kinds(kinds: list[str]) -> None:
     """Check that all kinds exist. Raises UserError."""
     for kind in kinds:
         if kind not in KINDS:
-            raise UserError(f"kinds holds {kind}; {choices(kind, KINDS)}")
+            raise UserError(f"kinds holds {kind}, which is not known; {choices(kind, KINDS)}")
 
 
 @dataclass(kw_only=True)

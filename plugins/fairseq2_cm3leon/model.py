@@ -39,7 +39,8 @@ class Fairseq2Transformer(Model):
         def check(self) -> None:
             if self.attention not in ATTENTION:
                 raise UserError(
-                    f"attention is {self.attention}; {choices(self.attention, ATTENTION)}"
+                    f"attention is {self.attention}, which is not known; "
+                    f"{choices(self.attention, ATTENTION)}"
                 )
             if self.width % self.head_size:
                 raise UserError(f"head_size {self.head_size} must divide width {self.width}")

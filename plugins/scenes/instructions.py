@@ -63,7 +63,7 @@ class SceneInstructionsSource(DrawnSource):
         def check(self) -> None:
             DrawnConfig.check(self)
             if self.task not in TASKS:
-                raise UserError(f"task is {self.task}; scenes have: {', '.join(TASKS)}")
+                raise UserError(f"task is {self.task}; it must be one of: {', '.join(TASKS)}")
 
     config: Config
 

@@ -78,8 +78,8 @@ class SceneTask(Protocol):
                 return items
             if tried == 100 * config.count:
                 raise UserError(
-                    f"protocol.task: hardly a scene of this world is one that {config.task} can be "
-                    "about"
+                    f"protocol.task is {config.task}, which hardly a scene of this world can be "
+                    "about; change protocol.world, or choose another task"
                 )
             found = source.example(config.first + tried)
             if not isinstance(found, Skipped):

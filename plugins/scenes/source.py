@@ -42,7 +42,9 @@ class DrawnConfig:
     def check(self) -> None:
         self.world.check()
         if self.side < 24:
-            raise UserError(f"side is {self.side}; things are told apart from 24 pixels on")
+            raise UserError(
+                f"side is {self.side}; it must be at least 24 pixels, or things cannot be told apart"
+            )
 
 
 class DrawnSource(Source):

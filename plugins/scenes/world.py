@@ -133,7 +133,9 @@ class World:
                 raise UserError(f"{name} {what}; it takes some of: {', '.join(allowed)}")
 
         if not self.things or max(self.things) > 9:
-            raise UserError(f"things is {self.things}; a scene has from 1 to 9 of them")
+            raise UserError(
+                f"things is {self.things}; it must be a list of at least one number from 1 to 9"
+            )
         if self.entity_share and not self.entities:
             raise UserError("entity_share is above 0 while entities is 0; raise entities")
 

@@ -112,7 +112,10 @@ class InstructionSource(FileSource):
         if self._entries is None:
             self._entries = self.entries()
         if not self._entries:
-            raise UserError(f"data.path: {self.config.path} lists no examples")
+            raise UserError(
+                f"data.path: {self.config.path} lists no examples; give a file of the source "
+                "that is not empty"
+            )
         return [str(number) for number in range(-(-len(self._entries) // CHUNK))]
 
     def fingerprint(self) -> str:

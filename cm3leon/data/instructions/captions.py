@@ -54,8 +54,8 @@ class KarpathySource(InstructionSource):
                     of_split.append(image)
         if images and not of_split:
             raise UserError(
-                f"data.split is {self.config.split}, {self.config.path} has: "
-                f"{', '.join(sorted(there))}"
+                f"data.split is {self.config.split}, which {self.config.path} does not have; it "
+                f"has: {', '.join(sorted(there))}"
             )
 
         # An image without sentences still has an entry, which is then skipped with a reason.
@@ -100,12 +100,17 @@ class ImageParagraphSource(InstructionSource):
     def entries(self) -> list[Any]:
         content = read_json(self.files, "data.path")
         if not isinstance(content, list):
-            raise UserError(f"data.path: {self.config.path} is no list; give paragraphs_v1.json")
+            raise UserError(
+                f"data.path: {self.config.path} is not a JSON list; give paragraphs_v1.json"
+            )
         if self.config.ids is None:
             return content
         ids = read_json(Files(self.config.ids, "data.ids"), "data.ids")
         if not isinstance(ids, list):
-            raise UserError(f"data.ids: {self.config.ids} is no list of image ids")
+            raise UserError(
+                f"data.ids: {self.config.ids} is not a JSON list of image ids; give a file such as "
+                "train_split.json"
+            )
 
         chosen = set(map(str, ids))
         return [

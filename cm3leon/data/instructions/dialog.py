@@ -139,8 +139,8 @@ class VisDialSource(InstructionSource):
             return None
         content = read_json(Files(self.config.relevance, "data.relevance"), "data.relevance")
         wrong = UserError(
-            f"data.relevance: {self.config.relevance} is no list of image_id, round_id and "
-            f"gt_relevance; give VisDial's dense annotations"
+            f"data.relevance: {self.config.relevance} is not a list of image_id, round_id and "
+            "gt_relevance; give VisDial's dense annotations"
         )
         if not isinstance(content, list):
             raise wrong

@@ -29,7 +29,8 @@ class InstructPix2PixSource(InstructionSource):
         content = read_json(self.files, "data.path")
         if not isinstance(content, list):
             raise UserError(
-                f"data.path: {self.config.path} is no list; give InstructPix2Pix's seeds.json"
+                f"data.path: {self.config.path} is not a JSON list; give InstructPix2Pix's "
+                "seeds.json"
             )
         return content
 

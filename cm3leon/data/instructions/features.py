@@ -58,7 +58,7 @@ class FeaturesSource(InstructionSource):
                 raise UserError(f"extractor and folder are both {both}; give one of them")
             if self.folder is not None and self.kind not in FEATURES:
                 raise UserError(
-                    f"kind is {self.kind}; feature images of a folder are one of: "
+                    f"kind is {self.kind}; for feature images of a folder it must be one of: "
                     f"{', '.join(FEATURES)}"
                 )
 

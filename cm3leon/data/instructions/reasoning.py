@@ -39,7 +39,8 @@ class ScienceQaSource(InstructionSource):
         content = read_json(self.files, "data.path")
         if not isinstance(content, Mapping):
             raise UserError(
-                f"data.path: {self.config.path} is no object; give ScienceQA's problems.json"
+                f"data.path: {self.config.path} is not a JSON object; give ScienceQA's "
+                "problems.json"
             )
         found: list[Any] = []
         for id_, problem in content.items():

@@ -97,7 +97,7 @@ def check_templates(task: str, templates: list[str], where: str = "data.template
         wrong = [slot for slot in slots if slot not in known]
         if wrong:
             raise UserError(
-                f"{where} has {{{wrong[0]}}}, which {task} does not fill; it has: "
+                f"{where} has {{{wrong[0]}}}, which {task} does not fill; it fills: "
                 f"{', '.join(sorted(known))}"
             )
         answers = [slot for slot in slots if ROLES[task].get(slot) == "answer"]

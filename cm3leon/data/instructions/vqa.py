@@ -112,7 +112,8 @@ class VizWizSource(InstructionSource):
         content = read_json(self.files, "data.path")
         if not isinstance(content, list):
             raise UserError(
-                f"data.path: {self.config.path} is no list; give the annotations JSON of VizWiz"
+                f"data.path: {self.config.path} is not a JSON list; give the annotations JSON of "
+                "VizWiz"
             )
         return content
 

@@ -67,8 +67,8 @@ class Emu3VQ(ImageTokenizer):
             return
         if config.path is None:
             raise UserError(
-                "image_tokenizer.path is missing; it must be a published folder of Emu3, or "
-                "shards.tokenizers a run that was made from one"
+                "image_tokenizer.path is missing; set it to a published folder of Emu3, or "
+                "shards.tokenizers to a run that was made from one"
             )
 
         weights = open_weights(config.path)
@@ -131,7 +131,9 @@ class Emu3VQ(ImageTokenizer):
         return self._geometry
 
     def training_module(self) -> TokenizerTraining:
-        raise UserError("the image tokenizer emu3 is used as it is; to train one, take vqgan or vq")
+        raise UserError(
+            "image_tokenizer.name is emu3, which is used as it is; to train one, take vqgan or vq"
+        )
 
     def fingerprint(self) -> str:
         """Return a checksum of the contents of the files of weights."""

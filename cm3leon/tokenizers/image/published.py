@@ -110,8 +110,8 @@ class PublishedVQ(VQModel):
             # A plan needs the sizes only, before there are any files.
             if self.known is None or torch.get_default_device().type != "meta":
                 raise UserError(
-                    "image_tokenizer.path is missing; it must be a published file, or "
-                    "shards.tokenizers a run that was made from one"
+                    "image_tokenizer.path is missing; set it to a published file, or "
+                    "shards.tokenizers to a run that was made from one"
                 )
             self._build(config, self.known)
             return
@@ -185,7 +185,8 @@ class PublishedVQ(VQModel):
 
     def training_module(self) -> TokenizerTraining:
         raise UserError(
-            "the image tokenizer pretrained is used as it is; to train one, take vqgan or vq"
+            "image_tokenizer.name is pretrained, which is used as it is; to train one, take vqgan "
+            "or vq"
         )
 
     def fingerprint(self) -> str:

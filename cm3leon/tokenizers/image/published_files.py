@@ -103,7 +103,7 @@ def open_weights(path: Path, *, adapter_allowed: bool = False) -> Weights:
         raise UserError(f"there are no weights at {path}")
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{path} has no config.json, so it is no Hugging Face folder; "
+            f"{path} has no config.json, so it is not a Hugging Face folder; "
             "give the file of weights itself"
         )
     if not adapter_allowed:
@@ -129,7 +129,7 @@ def _weight_files(folder: Path) -> list[Path]:
             parts = sorted(set(read_json(index, {"weight_map": {str: str}})["weight_map"].values()))
             for part in parts:
                 if Path(part).name != part or not (folder / part).is_file():
-                    raise UserError(f"{index} names {part}, which is no file beside it")
+                    raise UserError(f"{index} names {part}, which must be a file beside it")
             return [folder / part for part in parts]
 
     raise UserError(

@@ -83,7 +83,10 @@ class VQGAN(VQModel):
                     )
 
             if not self.multipliers:
-                raise UserError("multipliers is empty; it must name at least one level")
+                raise UserError(
+                    "multipliers is empty; it must have a number for each level, for example "
+                    "[1, 2, 4]"
+                )
             downsampling = 2 ** (len(self.multipliers) - 1)
             if self.image_size % downsampling:
                 raise UserError(
@@ -94,8 +97,9 @@ class VQGAN(VQModel):
             least = 3 * 2**self.discriminator_layers
             if self.adversarial and self.image_size < least:
                 raise UserError(
-                    f"discriminator_layers is {self.discriminator_layers}; images of "
-                    f"{self.image_size} pixels are too small for it, they must have {least}"
+                    f"discriminator_layers is {self.discriminator_layers}, for which images of "
+                    f"{self.image_size} pixels are too small; take fewer layers, or an image_size "
+                    f"of at least {least}"
                 )
 
             for level in self.attention_levels:
