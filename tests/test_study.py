@@ -1,4 +1,4 @@
-"""Studies: runs in their order, evaluations that go on where they stopped, one result."""
+"""Studies: runs in their order, evaluations that are resumed, and one file of results."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ WORLD = yaml.safe_load(MODEL.read_text())["data"]["world"]
 
 
 def section(task: str, count: int) -> dict:
+    """The settings of a protocol that asks for a task in rendered scenes."""
     return {"name": "scene_task", "task": task, "count": count, "side": 48, "world": WORLD}
 
 
@@ -86,6 +87,7 @@ def study_file(folder: Path) -> Path:
         "objective": {"name": "instruct"},
         "training.start": "{run}/first",
     }
+
     content = {
         "title": "Two runs",
         "runs": {
@@ -124,6 +126,7 @@ def study_file(folder: Path) -> Path:
             },
         ],
     }
+
     file = folder / "two.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
@@ -147,6 +150,7 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def results(folder: Path) -> dict:
+    """The results that a study wrote into its folder."""
     return json.loads((folder / "results.json").read_text())
 
 
@@ -159,10 +163,12 @@ def test_results_have_every_row_with_ceiling_and_chance(made):
         "tuned, cfg 1",
         "tuned, cfg 2",
     ]
+
     assert [row["row"] for row in found["questions"]] == ["tuned"]
     for row in [*found["images"], *found["questions"]]:
         assert {"right"} <= set(row["metrics"]) == set(row["ceiling"]) == set(row["chance"])
     assert found["questions"][0]["ceiling"]["right"]["value"] == 1.0
+
     assert found["images"][0]["model"] == "first"
     assert found["images"][1]["identity"]["setting"]["decoder"]["cfg"] == 2.0
     assert set(results(folder)["seconds"]) == {"first", "tuned"}
@@ -183,6 +189,7 @@ def test_the_page_says_what_made_it_and_what_its_runs_are(made):
     assert results(folder)["again"] in html.unescape(page)
     assert f">{file}<" in page
     assert re.search(r"page made</th>\s*<td>\d{4}-\d\d-\d\d \d\d:\d\d UTC<", page)
+
     assert '<a href="./first/report.html">report</a>' in page or (
         '<a href="./first/reconstruction/report.html">reconstructions</a>' in page
     )
@@ -203,39 +210,45 @@ def test_again_only_what_is_missing_is_made(made, capsys):
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
     lost = sorted(path for path in times if path.name == "00001.npz")[0]
     lost.unlink()
+
     study = load_study(str(file), (), folder)
     run_study(study)
-    assert {path: path.stat().st_mtime_ns for path in times if path != lost} == {
-        path: time for path, time in times.items() if path != lost
-    }
+    kept = {path: time for path, time in times.items() if path != lost}
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert lost.is_file()
     assert results(folder)["evaluations"] == before["evaluations"]
     assert "[9/9]" not in capsys.readouterr().out.replace("up to date", "")
 
 
 def answers(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of every file of answers, by its path, without the seconds that they took."""
     found = {}
     for path in sorted((folder / "answers").rglob("*.npz")):
         with np.load(path) as held:
-            found[str(path.relative_to(folder))] = {
-                name: held[name] for name in held if name != "seconds"
-            }
+            arrays = {name: held[name] for name in held if name != "seconds"}
+        found[str(path.relative_to(folder))] = arrays
     return found
 
 
 def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[file][name], other[file][name])
-        if one[file][name].dtype.kind != "f"
-        else np.allclose(one[file][name], other[file][name], atol=1e-5)
-        for file in one
-        for name in one[file]
-    )
+    """Whether two folders hold the same answers; numbers with fractions may differ a little."""
+    if one.keys() != other.keys():
+        return False
+    for file in one:
+        for name, array in one[file].items():
+            if array.dtype.kind == "f":
+                is_same = np.allclose(array, other[file][name], atol=1e-5)
+            else:
+                is_same = np.array_equal(array, other[file][name])
+            if not is_same:
+                return False
+    return True
 
 
 def test_shares_of_two_workers_are_the_whole(made, capsys):
     file, folder = made
     whole = answers(folder)
+
     (folder / "answers").rename(folder / "whole")
     try:
         for number in range(2):
@@ -251,31 +264,26 @@ def test_shares_of_two_workers_are_the_whole(made, capsys):
 def test_more_samples_add_to_those_that_are_there(made, tmp_path):
     file, folder = made
     base = yaml.safe_load(file.read_text())
-    asked = base["evaluations"]["images"]
-    content = {
-        "title": "Samples",
-        "evaluations": {
-            "images": {
-                **asked,
-                "protocol": section("text_to_image", 6),
-                "models": {"first": str(folder / "first")},
-                "sweep": {"samples": [1, 3]},
-            }
-        },
+    asked = {
+        **base["evaluations"]["images"],
+        "protocol": section("text_to_image", 6),
+        "models": {"first": str(folder / "first")},
     }
-    alone = {
-        **content,
-        "evaluations": {"images": {**content["evaluations"]["images"], "sweep": {"samples": [3]}}},
-    }
+
+    # Three samples are drawn at once, or one first and then two more.
     found = []
-    for name, each in (("swept", content), ("alone", alone)):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(each))
+    for name, samples in (("swept", [1, 3]), ("alone", [3])):
+        images = {**asked, "sweep": {"samples": samples}}
+        content = {"title": "Samples", "evaluations": {"images": images}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
         run_study(load_study(str(tmp_path / f"{name}.yaml"), (), tmp_path / name))
         found.append(answers(tmp_path / name))
     assert same(*found)
     (held,) = found[0].values()
     assert held["codes"].shape == (6, 3, 36)
     assert held["clip"].shape == (6, 3)
+
     # The page has all three, the best first, behind the answer that counts.
     page = (tmp_path / "alone" / "report.html").read_text()
     folded = page[page.index("<summary>All 3 samples of first, samples 3") :]
@@ -290,35 +298,38 @@ def test_more_samples_add_to_those_that_are_there(made, tmp_path):
 
 
 def test_rows_say_how_many_prompts_had_all_their_documents(made, tmp_path, monkeypatch):
-    """Of six prompts three find both documents; nine documents are found, and have no room."""
+    """Of six prompts three find both documents; nine documents are found, but have no room."""
     found = {2: [2, 1, 0, 2, 2, 1], 9: [9] * 6}
-    monkeypatch.setattr(
-        CM3Leon,
-        "retrieved",
-        lambda self, texts, images_BHWC, by, count: [list(range(n)) for n in found[count]],
-    )
+
+    def retrieved(self, texts, images_BHWC, by, count):
+        return [list(range(n)) for n in found[count]]
+
+    monkeypatch.setattr(CM3Leon, "retrieved", retrieved)
     images = {
         "title": "Documents",
         "protocol": section("text_to_image", 6),
         "models": {"first": str(made[1] / "first")},
         "sweep": {"documents": [0, 2, 9]},
     }
+
     file, folder = tmp_path / "documents.yaml", tmp_path / "run"
     file.write_text(yaml.safe_dump({"title": "Documents", "evaluations": {"images": images}}))
     run_study(load_study(str(file), (), folder))
+
     without, two, nine = results(folder)["evaluations"]["images"]
     assert "all_documents" not in without
     assert (two["all_documents"]["value"], two["all_documents"]["n"]) == (0.5, 6)
     assert nine["all_documents"]["value"] == 0.0
     assert ">all documents</th>" in (folder / "report.html").read_text()
 
-    # Files of an older version do not say it: they are read, and nothing is asked again.
+    # Files of an older version do not hold it: they are read, and nothing is asked again.
     for path in (folder / "answers").rglob("*.npz"):
         with np.load(path) as held:
             older = {name: held[name] for name in held if name != "documents"}
         np.savez_compressed(path, **older)
     for path in (folder / "answers").rglob("result-*.json"):
         path.unlink()
+
     monkeypatch.setattr(CM3Leon, "ask", None)
     run_study(load_study(str(file), (), folder))
     again = results(folder)["evaluations"]["images"]
@@ -346,7 +357,7 @@ def questions_study(made: tuple[Path, Path], place: Path, **setting: object) -> 
 def test_truncated_answers_are_counted_stored_and_shown(
     made, tmp_path, monkeypatch, capsys, endless, share
 ):
-    """The first of the answers never end, the others do behind the last piece that leaves room for it."""
+    """The first answers have no end; the others end at the last place where they can."""
     asked: list[int] = []
 
     def drawn_by(self, requests):
@@ -360,11 +371,13 @@ def test_truncated_answers_are_counted_stored_and_shown(
 
     monkeypatch.setattr(CM3Leon, "_answers", drawn_by)
     row = questions_study(made, tmp_path)
+
     assert asked == [32] * 10
     assert row["max_tokens"] == row["identity"]["setting"]["max_tokens"] == 32
     assert (row["truncated"]["value"], row["truncated"]["n"]) == (share, 10)
     held = np.concatenate([each["truncated"] for each in answers(tmp_path / "run").values()])
     assert held.tolist() == [[number < endless] for number in range(10)]
+
     assert f"truncated at 32 tokens {shown(share)}" in capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text()
     assert ">truncated</th>" in page
@@ -372,7 +385,7 @@ def test_truncated_answers_are_counted_stored_and_shown(
 
 
 def test_another_length_is_another_row(made, tmp_path, monkeypatch):
-    """What the protocol allows is the same row whether it is said or not; another length is asked anew."""
+    """The protocol's own length gives the same row as none at all; another one gives another."""
 
     def rows_answered() -> int:
         return len({Path(name).parent for name in answers(tmp_path / "run")})
@@ -384,7 +397,7 @@ def test_another_length_is_another_row(made, tmp_path, monkeypatch):
     assert shorter["identity"]["setting"]["max_tokens"] == 3
     assert rows_answered() == 2
 
-    # Where the protocol's own length changes, its rows are asked anew, too.
+    # Where the protocol's own length changes, its rows are asked anew as well.
     before = Evaluation.max_tokens
     monkeypatch.setattr(Evaluation, "max_tokens", lambda *of: before(*of) and 33)
     assert questions_study(made, tmp_path)["identity"]["setting"]["max_tokens"] == 33
@@ -397,6 +410,7 @@ def test_a_length_of_images_is_refused(made, tmp_path):
     content = yaml.safe_load(made[0].read_text())
     images = {**content["evaluations"]["images"], "models": {"first": str(made[1] / "first")}}
     images["setting"] = {"max_tokens": 8, "decoder": {"name": "top_p"}}
+
     file = tmp_path / "images.yaml"
     file.write_text(yaml.safe_dump({"title": "Images", "evaluations": {"images": images}}))
     with pytest.raises(
@@ -411,21 +425,23 @@ def test_a_model_that_learned_other_tasks_says_so(made):
         warnings.simplefilter("error", UntunedWarning)
         m.answer(image, "What is it?", max_tokens=2)
         m.score(image=image, texts=["a"], question="What is it?")
+
     said = "edit needs .* of the task edit; the run .*tuned was fine-tuned on vqa alone"
     with pytest.warns(UntunedWarning, match=said):
         assert len(m.edit(image, "make it red")) == 1
 
 
 def test_tasks_of_mixed_runs_and_of_those_before_are_learned_too(made, tmp_path):
-    first, tuned = (
-        load_experiment(str(made[1] / name / "config.yaml")) for name in ("first", "tuned")
-    )
+    first = load_experiment(str(made[1] / "first" / "config.yaml"))
+    tuned = load_experiment(str(made[1] / "tuned" / "config.yaml"))
     assert tuned_on(first) == set()
     assert tuned_on(tuned) == {"vqa"}
+
     task = SOURCES.build({**section("edit", 1), "name": "scene_instructions"} | {"count": 300})
     edits = replace(tuned.data, config=task.config)
 
     def with_folders(start: Path, **mix: float) -> Experiment:
+        """The run of edits, with another start and with other runs mixed in."""
         return replace(
             tuned,
             data=edits,
@@ -435,11 +451,10 @@ def test_tasks_of_mixed_runs_and_of_those_before_are_learned_too(made, tmp_path)
 
     assert tuned_on(with_folders(made[1] / "first")) == {"edit"}
     assert tuned_on(with_folders(made[1] / "tuned")) == {"edit", "vqa"}
-    assert tuned_on(with_folders(made[1] / "first", **{str(made[1] / "tuned"): 1.0})) == {
-        "edit",
-        "vqa",
-    }
-    # Nothing is said where a run is gone, or a source has documents of any task.
+    mixed = with_folders(made[1] / "first", **{str(made[1] / "tuned"): 1.0})
+    assert tuned_on(mixed) == {"edit", "vqa"}
+
+    # Nothing is known where a run is gone, or a source has documents of any task.
     assert tuned_on(with_folders(tmp_path / "gone")) is None
     assert tuned_on(with_folders(made[1] / "first", **{str(made[1] / "first"): 1.0})) is None
 
@@ -450,45 +465,53 @@ def test_the_best_of_several_samples_needs_a_clip(made, tmp_path, monkeypatch):
     evaluation.sweep, evaluation.setting = {"samples": [1, 2]}, {}
     evaluation.models = {"first": made[1] / "first"}
     asked = Evaluation(evaluation.protocol, tmp_path)
+
     one, two = rows("images", evaluation)
     with pytest.raises(UserError, match=r"setting\.samples is 2, .* has no CLIP .*must be 1"):
         asked.answer(two, [0])
     assert not list(tmp_path.rglob("*.npz"))
+
     asked.answer(one, [0])
     assert len(list(tmp_path.rglob("*.npz"))) == 1
 
 
 def test_features_of_answers_are_kept_by_whoever_draws_them(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(CaptionedImages, "_features", 2)  # so few need few images
+    # As many images are needed as there are features: with so few of these, twelve are enough.
+    monkeypatch.setattr(CaptionedImages, "_features", 2)
     monkeypatch.setattr(captioning, "cell_features", lambda images_BHWC: images_BHWC.mean((1, 2)))
     data = {"name": "scenes", "count": 20, "side": 48}
     section = {"name": "captioned_images", "data": data, "count": 12, "size": 48}
+
     evaluation = load_study(str(made[0]), (), made[1]).evaluations["images"]
     evaluation.sweep, evaluation.setting = {}, {}
     evaluation.models = {"first": made[1] / "first"}
     (row,) = rows("images", evaluation)
     protocol = PROTOCOLS.check(section, "protocol")
-    for number in range(2):  # two parts, each its files
+
+    # Two workers answer a part each, and each keeps the features of its own answers.
+    for number in range(2):
         Evaluation(protocol, tmp_path).answer(row, [number])
     kept = sorted(tmp_path.glob("*/features-1-*/*.npz"))
     assert [file.name for file in kept] == ["00000.npz", "00001.npz"]
 
+    # The figures are those of the images, and for them no image is decoded again.
     asked = Evaluation(protocol, tmp_path)
     images = [answer for number in range(2) for answer in asked._answers_of(row, number)]
     expected = asked.protocol.score(asked.items(row), images)
     last = Evaluation(protocol, tmp_path)
-    monkeypatch.setattr(last, "_answers_of", None)  # not one image is decoded for the figures
+    monkeypatch.setattr(last, "_answers_of", None)
     found = last.measure(row)["metrics"]
-    assert {name: figure["value"] for name, figure in found.items()} == {
-        name: figure.value for name, figure in expected.items()
-    }
+    assert found.keys() == expected.keys()
+    for name, figure in found.items():
+        assert figure["value"] == expected[name].value
 
-    # Answers that are gone, and so may be others, take their features with them.
+    # Once a file of answers is gone, its features are computed anew.
     answers = kept[1].parents[1] / "00001.npz"
     answers.unlink()
     before = kept[1].stat().st_mtime_ns
     asked.answer(row, range(2))
     assert kept[1].stat().st_mtime_ns > before
+
     kept[0].write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"00000\.npz is damaged; remove it"):
         asked.answers(row)
@@ -501,19 +524,24 @@ def test_the_page_has_the_documents_that_stood_in_the_prompts(made, tmp_path):
     evaluation.sweep, evaluation.models = {"documents": [0, 2]}, {"first": folder / "first"}
     evaluation.setting = {"decoder": {"name": "top_p"}}
     none, two = rows("images", evaluation)
+
     asker = Evaluation(evaluation.protocol, tmp_path)
     for row in (none, two):
         asker.answer(row, range(asker.shards(row)))
     assert all(not example.retrieved for example in asker.shown(none))
+
+    # Examples are shown by kind: their items are found by their texts.
     model = CM3Leon.load(folder / "first")
-    asked_for = {item.document.text: item for item in asker.items(two)}  # they are shown by kind
+    asked_for = {item.document.text: item for item in asker.items(two)}
     for example in asker.shown(two):
         item = asked_for[example.text]
         texts = [each.text for each in example.retrieved]
         (found,) = model.retrieved([item.document.text], None, "text", 2)
         wanted = [model.run.tokenizer.caption(model.run.bank_document(row)) for row in found]
         assert wanted
-        assert texts == wanted[len(wanted) - len(texts) :]  # as many as have room, the closest ones
+
+        # The prompt has as many of the documents as have room, and these are the closest ones.
+        assert texts == wanted[len(wanted) - len(texts) :]
         card = _card(example)
         assert [picture.label for picture in card.retrieved] == texts
 
@@ -538,11 +566,14 @@ def test_answers_of_weights_that_a_run_holds_no_more_are_not_kept(made, tmp_path
     row = rows("images", evaluation)[0]
     before = Evaluation(evaluation.protocol, tmp_path).folder_of(row)
     assert Evaluation(evaluation.protocol, tmp_path).folder_of(row) == before
+
+    # The run was trained anew elsewhere: its record has another checksum of the weights.
     record = tmp_path / "first" / "pretraining" / "stage.json"
     content = json.loads(record.read_text())
-    content["files"]["model.safetensors"] = "0" * 64  # trained anew, on another machine
+    content["files"]["model.safetensors"] = "0" * 64
     record.write_text(json.dumps(content))
     assert Evaluation(evaluation.protocol, tmp_path).folder_of(row) != before
+
     record.write_text("[]")
     with pytest.raises(UserError, match=r"stage.json is \[\]; it must be an object"):
         Evaluation(evaluation.protocol, tmp_path).folder_of(row)
@@ -551,41 +582,37 @@ def test_answers_of_weights_that_a_run_holds_no_more_are_not_kept(made, tmp_path
 def test_a_checkpoint_is_asked_and_its_compute_is_that_of_the_log(made, tmp_path):
     file, folder = made
     asked = yaml.safe_load(file.read_text())["evaluations"]["images"]
-    content = {
-        "title": "Compute",
-        "evaluations": {
-            "images": {
-                **asked,
-                "protocol": section("text_to_image", 6),
-                "models": {"first": str(folder / "first"), "tuned": str(folder / "tuned")},
-                "sweep": {"checkpoint": [1, 2]},
-                "against": "compute",
-            }
-        },
+    images = {
+        **asked,
+        "protocol": section("text_to_image", 6),
+        "models": {"first": str(folder / "first"), "tuned": str(folder / "tuned")},
+        "sweep": {"checkpoint": [1, 2]},
+        "against": "compute",
     }
+    content = {"title": "Compute", "evaluations": {"images": images}}
     (tmp_path / "compute.yaml").write_text(yaml.safe_dump(content))
     study = load_study(str(tmp_path / "compute.yaml"), (), tmp_path / "run")
     run_study(study)
-    found = {
-        row["row"]: row["training_flops"]
-        for row in results(tmp_path / "run")["evaluations"]["images"]
-    }
+
+    found = {}
+    for row in results(tmp_path / "run")["evaluations"]["images"]:
+        found[row["row"]] = row["training_flops"]
     assert list(found) == [
         "first, checkpoint 1",
         "first, checkpoint 2",
         "tuned, checkpoint 1",
         "tuned, checkpoint 2",
     ]
-    log = [
-        json.loads(line)
-        for line in (folder / "first" / "pretraining" / "log.jsonl").read_text().splitlines()
-    ]
+
+    # The log has the FLOPs and tokens per second of each step, which has two sequences of 256.
+    lines = (folder / "first" / "pretraining" / "log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
     steps = [2 * 256 * line["flops_per_second"] / line["tokens_per_second"] for line in log]
     assert found["first, checkpoint 1"] == pytest.approx(steps[0])
     assert found["first, checkpoint 2"] == pytest.approx(sum(steps))
-    assert (
-        found["tuned, checkpoint 1"] > found["first, checkpoint 2"]
-    )  # it has that of the run that it started from
+
+    # A tuned run counts the compute of the run that it started from as well.
+    assert found["tuned, checkpoint 1"] > found["first, checkpoint 2"]
     assert "FLOPs of training" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -596,45 +623,48 @@ def test_candidates_are_ranked_by_the_likelihoods_of_whole_sequences(made, tmp_p
         "relevance": dense_annotations(tmp_path),
         **visdial(tmp_path),
     }
-    content = {
-        "title": "Dialogues",
-        "evaluations": {
-            "dialogues": {
-                "title": "VisDial",
-                "protocol": {"name": "ranked_answers", "data": data},
-                "models": {"first": str(made[1] / "first")},
-            }
-        },
+    dialogues = {
+        "title": "VisDial",
+        "protocol": {"name": "ranked_answers", "data": data},
+        "models": {"first": str(made[1] / "first")},
     }
+    content = {"title": "Dialogues", "evaluations": {"dialogues": dialogues}}
     (tmp_path / "dialogues.yaml").write_text(yaml.safe_dump(content))
     run_study(load_study(str(tmp_path / "dialogues.yaml"), (), tmp_path / "run"))
+
     (row,) = results(tmp_path / "run")["evaluations"]["dialogues"]
     assert 0 <= row["metrics"]["NDCG"]["value"] <= 1
     (held,) = answers(tmp_path / "run").values()
     assert held["scores"].shape == (2, 1, 5)
 
-    # The first item's candidates once more, each in a document of its own that is laid out whole.
+    # The first item's candidates once more, each in a document of its own that is laid out whole:
+    # its log likelihood is the sum over the candidate's tokens and the end.
     m, source = CM3Leon.load(made[1] / "first", precision="float32"), SOURCES.build(data)
     document = next(document for document, _ in source.asked())
     for number, option in enumerate(["yes", "no", "red"]):
-        segments = tuple(
-            replace(s, text=f" {option}") if getattr(s, "role", "") == "answer" else s
-            for s in document.segments
-        )
-        whole = replace(document, segments=segments)
+        segments = []
+        for segment in document.segments:
+            if getattr(segment, "role", "") == "answer":
+                segment = replace(segment, text=f" {option}")
+            segments.append(segment)
+        whole = replace(document, segments=tuple(segments))
+
         sized = squared(whole, m.run.image_tokenizer.image_size)
         (tokens,) = token_documents(m.run, [sized])
+
         prompt = m._task("instruction").prompt(tokens).ids_T
         answer = next(s for s in tokens.segments if s.role == "answer").ids_T
         ids_T = torch.from_numpy(np.concatenate([prompt, answer, [m.run.vocab.end_of_span]]))
+
         with torch.inference_mode():
             logits_TV = m.run.model(ids_T[None]).double()[0]
         logp_T = logits_TV.log_softmax(-1)[:-1].gather(1, ids_T[1:, None])[len(prompt) - 1 :]
+
+        # Alone it is computed in float32; the study may have computed it in bf16.
         ((alone,),) = m.rank([tokens], [[]], [[answer]])
-        assert alone == pytest.approx(float(logp_T.sum()), rel=1e-4)
-        assert held["scores"][0, 0, number] == pytest.approx(
-            float(logp_T.sum()), rel=0.03
-        )  # in bf16 maybe
+        expected = float(logp_T.sum())
+        assert alone == pytest.approx(expected, rel=1e-4)
+        assert held["scores"][0, 0, number] == pytest.approx(expected, rel=0.03)
 
 
 def test_weights_of_a_checkpoint_are_those_of_the_step(made):
@@ -642,6 +672,7 @@ def test_weights_of_a_checkpoint_are_those_of_the_step(made):
     last = CM3Leon.load(folder).run.model.state_dict()
     same_step = CM3Leon.load(folder, checkpoint=2).run.model.state_dict()
     before = CM3Leon.load(folder, checkpoint=1).run.model.state_dict()
+
     assert all(torch.equal(last[name], same_step[name]) for name in last)
     assert not all(torch.equal(last[name], before[name]) for name in last)
     with pytest.raises(UserError, match=r"checkpoint is 3, which .* does not have; it has 1, 2"):
@@ -649,7 +680,7 @@ def test_weights_of_a_checkpoint_are_those_of_the_step(made):
 
 
 def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, capsys):
-    """The first seed's run and answers are those of the study with one seed."""
+    """The first of two seeds has the run and the answers of the study with one seed."""
     file, folder = made
     content = yaml.safe_load(file.read_text())
     content["seeds"] = 2
@@ -657,6 +688,8 @@ def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, c
     images = content["evaluations"]["images"]
     del images["models"]["tuned"], images["sweep"], images["plot"]
     content["aims"][0]["row"] = "first"
+
+    # The first seed's run is there already.
     several = tmp_path / "several.yaml"
     several.write_text(yaml.safe_dump(content))
     study = load_study(str(several), (), tmp_path / "run")
@@ -668,18 +701,21 @@ def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, c
     other = tmp_path / "run" / "first-seed_1"
     assert load_experiment(str(other / "config.yaml")).seed == 1
     (row,) = results(tmp_path / "run")["evaluations"]["images"]
+
+    # The figure is the mean of both seeds, with their standard deviation.
     found = row["metrics"]["right"]
     one, two = found["runs"]["values"]
     assert one == results(folder)["evaluations"]["images"][0]["metrics"]["right"]["value"]
     assert found["value"] == pytest.approx((one + two) / 2)
     assert found["runs"]["deviation"] == pytest.approx(abs(one - two) / 2**0.5)
+
     assert [each["setting"]["seed"] for each in row["identities"]] == [0, 2**20]
     assert row["identities"][0]["model"] != row["identities"][1]["model"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "the mean over 2 seeds" in page
     assert "±" in capsys.readouterr().out
 
-    # What is written down is read again as it is, and makes nothing anew.
+    # The study that the folder holds is read as it is, and makes nothing anew.
     again = load_study(str(tmp_path / "run" / "study.yaml"), (), tmp_path / "run")
     assert list(again.runs) == list(study.runs)
     run_study(again)
@@ -695,12 +731,13 @@ def test_documents_are_not_found_by_the_true_answer():
     assert text_asked(caption) == "a red cube"
 
 
-# ------------------------------------------------------------------------------------------------ what it says
+# ------------------------------------------------------------------------------------- what it says
 
 
 def test_runs_of_another_seed_refer_to_runs_of_that_seed(tmp_path):
     study = load_study("scenes", ["seeds=3"], tmp_path)
     assert study.runs["tuned-seed_2"].overrides["training.start"] == f"{tmp_path}/pretrain-seed_2"
+
     assert {run.overrides.get("seed", 0) for run in study.runs.values()} == {0, 1, 2}
     first = rows("text_to_image", study.evaluations["text_to_image"])[0]
     (of_seeds, *_) = rows_of_seeds(study, "text_to_image")
@@ -729,10 +766,11 @@ def test_runs_and_evaluations_take_the_values_of_sweeps(tmp_path, values):
         "evaluations.text_to_image.sweep.decoder.cfg=1,2.5",
     ]
     study = load_study("scenes", words, tmp_path)
+
     swept = [run.overrides for name, run in study.runs.items() if name.startswith("tuned-")]
-    assert [(run["seed"], run["training.learning_rate"]) for run in swept] == [
-        (seed, rate) for seed in range(3) for rate in (1e-3, 2e-3)
-    ]
+    expected = [(seed, rate) for seed in range(3) for rate in (1e-3, 2e-3)]
+    assert [(run["seed"], run["training.learning_rate"]) for run in swept] == expected
+
     evaluation = study.evaluations["text_to_image"]
     assert evaluation.sweep["documents"] == [0, 1, 2]
     assert evaluation.sweep["decoder.cfg"] == [1, 2.5]
@@ -743,7 +781,8 @@ def test_runs_and_evaluations_take_the_values_of_sweeps(tmp_path, values):
     [
         (
             "evaluations.text_to_image.sweep.documents=uniform(0,2)",
-            "evaluations.text_to_image: sweep.documents is uniform(0,2), a range to draw from, which is for sweeps",
+            "evaluations.text_to_image: sweep.documents is uniform(0,2), a range to draw from, "
+            "which is for sweeps",
         ),
         (
             "runs.tuned.sweep.seed=rage(3)",
@@ -761,11 +800,9 @@ def test_values_that_are_none_are_refused(tmp_path, word, sentence):
 def test_combinations_are_the_product():
     assert list(combinations({})) == [{}]
     assert list(combinations({"a": [1, 2], "b": ["x"]})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
-    assert (shown(3.0), shown("cd_k"), shown({"name": "cd_k", "cfg": 2.5})) == (
-        "3",
-        "cd_k",
-        "cd_k cfg 2.5",
-    )
+    assert shown(3.0) == "3"
+    assert shown("cd_k") == "cd_k"
+    assert shown({"name": "cd_k", "cfg": 2.5}) == "cd_k cfg 2.5"
     mixture = {"name": "mixture", "decoders": [{"name": "top_p", "cfg": 1.0}, "cd_k"]}
     assert shown(mixture) == "mixture decoders top_p cfg 1 and cd_k"
 
@@ -844,28 +881,30 @@ def test_every_shipped_study_loads(tmp_path):
 
 
 def contrastive(decoder: Component | None) -> list[Any]:
-    """The settings of CD-K in a decoder, of those in a mixture too."""
+    """The settings of each CD-K in a decoder, also of those in a mixture."""
     if decoder is None:
         return []
-    inner = getattr(decoder.config, "decoders", [])
-    own = [decoder.config] if decoder.name == "cd_k" else []
-    return [*own, *(config for each in inner for config in contrastive(each))]
+    found = []
+    if decoder.name == "cd_k":
+        found.append(decoder.config)
+    for inner in getattr(decoder.config, "decoders", []):
+        found += contrastive(inner)
+    return found
 
 
 def test_shipped_studies_say_that_cd_k_is_not_tuned(tmp_path):
-    """Those for 8,192 codes do not take over what was best for the digits' 128, and all pages say so."""
+    """The best values for the digits' 128 codes are not used for 8,192, and each page says so."""
     used = {}
     for name in filter(is_study, list_experiments()):
         study = load_study(name, (), tmp_path)
-        found = [
-            (config.alpha, config.k)
-            for key, evaluation in study.evaluations.items()
-            for row in rows(key, evaluation)
-            for config in contrastive(row.setting.decoder)
-        ]
+        found = set()
+        for key, evaluation in study.evaluations.items():
+            for row in rows(key, evaluation):
+                found |= {(each.alpha, each.k) for each in contrastive(row.setting.decoder)}
         if found and name != "eval_cd_k_sweep":
-            used[name] = set(found)
+            used[name] = found
             assert "not tuned" in study.config.about, name
+
     paper, digits = {(0.1, 32)}, {(0.3, 2)}
     assert used == {
         "eval_samples_sweep": paper,
@@ -880,6 +919,7 @@ def test_cd_k_is_tuned_on_captions_that_no_other_study_measures(tmp_path):
     tuning = load_study("eval_cd_k_sweep", (), tmp_path).evaluations["tuning"]
     settings = [contrastive(row.setting.decoder)[0] for row in rows("tuning", tuning)]
     assert {(0.1, 32), (0.3, 2)} <= {(config.alpha, config.k) for config in settings}
+
     others = set()
     for name in filter(is_study, list_experiments()):
         for key, evaluation in load_study(name, (), tmp_path).evaluations.items():

@@ -1,4 +1,4 @@
-"""Tokenizers made by a run that stops at them, and taken over by another run."""
+"""Tokenizers are made by a run that stops at them, and taken over by another run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import cm3leon
 from corpora import digit_tars
 from metric_weights import inception_weights, vgg_weights, write_inception, write_vgg
@@ -52,7 +53,19 @@ def arguments(tars: Path, run: Path, *more: str) -> list[str]:
 
 
 def figures(run: Path) -> dict[str, Any]:
+    """The figures of a run's reconstructions."""
     return json.loads((run / "reconstruction" / "figures.json").read_text())
+
+
+def training_log(run: Path) -> list[dict[str, Any]]:
+    """What the training of a run's image tokenizer logged, step by step."""
+    lines = (run / "image_tokenizer" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def trained_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's image tokenizer by their names."""
+    return load_file(run / "image_tokenizer" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +77,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run without interruption, and what it said."""
+    """A run without interruption, and what it printed."""
     run = tmp_path_factory.mktemp("run") / "whole"
     return run, cm3leon(*arguments(tars, run)).stdout
 
@@ -74,30 +87,28 @@ def test_the_run_ends_with_a_page_of_reconstructions(finished: tuple[Path, str])
     assert "[4/4] reconstruction: done" in said
     assert f"report: file://{run}/reconstruction/report.html" in said
     assert "no perceptual distance in the loss" in said
+
     page = (run / "reconstruction" / "report.html").read_text()
     assert "32x32 pixels to 8x8 codes of 32" in page
+
     measured = figures(run)
     assert measured["psnr_db"]["low"] <= measured["psnr_db"]["value"] <= measured["psnr_db"]["high"]
     assert 0 < measured["ssim"]["value"] < 1
     assert measured["lpips"] is None  # without weights
     assert measured["rfid"] is None
+
     assert not (run / "pretraining").exists()
     assert str(run) not in page  # the same page wherever the run lies
 
 
 def test_training_is_logged_with_reconstructions(finished: tuple[Path, str]) -> None:
     run, _ = finished
-    log = [
-        json.loads(line)
-        for line in (run / "image_tokenizer" / "log.jsonl").read_text().splitlines()
-    ]
+    log = training_log(run)
     assert ["discriminator_loss" in record for record in log] == [False] * 3 + [True] * 5
+
     events = EventAccumulator(str(run / "image_tokenizer" / "tensorboard")).Reload()
-    assert {
-        "validation/psnr_db",
-        "validation/codebook_use",
-        "validation/codebook_perplexity",
-    } <= set(events.Tags()["scalars"])
+    scalars = {"validation/psnr_db", "validation/codebook_use", "validation/codebook_perplexity"}
+    assert scalars <= set(events.Tags()["scalars"])
     assert [picture.step for picture in events.Images("reconstructions")] == [4, 8]
 
 
@@ -105,8 +116,10 @@ def test_training_is_logged_with_reconstructions(finished: tuple[Path, str]) -> 
 def test_an_interrupted_run_makes_the_same_tokenizer(
     tars: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """The last checkpoints are taken away, as a kill would have left the folder: discriminator, average and place in
-    the corpus come back from the one before."""
+    """The newest checkpoint is taken away, as a kill would have left the folder.
+
+    Discriminator, average and position in the corpus come back from the checkpoint before it.
+    """
     run = tmp_path / "again"
     cm3leon(*arguments(tars, run))
 
@@ -114,6 +127,7 @@ def test_an_interrupted_run_makes_the_same_tokenizer(
     page = Path("reconstruction/report.html")
     assert (run / page).read_bytes() == (finished[0] / page).read_bytes()
 
+    # Without its results and its newest checkpoint, the stage looks as if it had been killed.
     folder = run / "image_tokenizer"
     for name in ("stage.json", "model.safetensors", "codes.npy"):
         (folder / name).unlink()
@@ -121,10 +135,9 @@ def test_an_interrupted_run_makes_the_same_tokenizer(
     for file in newest.iterdir():
         file.unlink()
     newest.rmdir()
+
     assert "going on where it stopped" in cm3leon(*arguments(tars, run)).stdout
-    one, other = (
-        load_file(path / "image_tokenizer/model.safetensors") for path in (run, finished[0])
-    )
+    one, other = trained_weights(run), trained_weights(finished[0])
     assert all((one[name] == weight).all() for name, weight in other.items())
     assert figures(run) == figures(finished[0])
     assert (run / page).read_bytes() == (finished[0] / page).read_bytes()
@@ -136,9 +149,7 @@ def test_the_whole_corpus_or_the_sample_trains_it(
 ) -> None:
     run = tmp_path / "sample"
     cm3leon(*arguments(tars, run, "shards.tokenizer_images=sample"))
-    one, other = (
-        load_file(path / "image_tokenizer/model.safetensors") for path in (run, finished[0])
-    )
+    one, other = trained_weights(run), trained_weights(finished[0])
     assert any((one[name] != weight).any() for name, weight in other.items())
 
 
@@ -146,23 +157,21 @@ def test_files_of_weights_add_a_loss_and_two_figures(tars: Path, tmp_path: Path)
     vgg = write_vgg(tmp_path / "vgg16.pth", vgg_weights())
     inception = write_inception(tmp_path / "inception.pth", inception_weights())
     run = tmp_path / "run"
+    training = ("image_tokenizer_training.steps=2", f"image_tokenizer.perceptual_file={vgg}")
     said = cm3leon(
-        *arguments(
-            tars, run, "image_tokenizer_training.steps=2", f"image_tokenizer.perceptual_file={vgg}"
-        ),
+        *arguments(tars, run, *training),
         f"reconstruction.perceptual_file={vgg}",
         f"reconstruction.inception_file={inception}",
     ).stdout
     assert "no perceptual distance" not in said
-    log = [
-        json.loads(line)
-        for line in (run / "image_tokenizer" / "log.jsonl").read_text().splitlines()
-    ]
-    assert all(record["perceptual"] > 0 for record in log)
+    assert all(record["perceptual"] > 0 for record in training_log(run))
+
     measured = figures(run)
     assert measured["lpips"]["value"] > 0
     assert measured["rfid"] > 0
-    weights = load_file(run / "image_tokenizer" / "model.safetensors")
+
+    # The networks of the loss are no part of the tokenizer.
+    weights = trained_weights(run)
     assert not [name for name in weights if "perceptual" in name or "discriminator" in name]
 
 
@@ -178,6 +187,7 @@ def test_another_run_takes_the_tokenizers_over_and_trains_its_own_encoder(
         "retriever.encoder.layers=1",
         "retriever.encoder.embed_dim=16",
     )
+
     cm3leon(*arguments(tars, run, f"shards.tokenizers={finished[0]}", "until=retriever", *small))
     for name in ("text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors"):
         assert (run / name).read_bytes() == (finished[0] / name).read_bytes()
@@ -190,6 +200,7 @@ def test_published_weights_are_used_without_training(
 ) -> None:
     (tmp_path / "file").mkdir()
     config = IMAGE_TOKENIZER_FILES["pretrained"](tmp_path / "file")
+
     run = tmp_path / "run"
     words = (
         "experiment=tokenizer_256",
@@ -199,19 +210,23 @@ def test_published_weights_are_used_without_training(
         "image_tokenizer=pretrained",
         *(f"image_tokenizer.{key}={value}" for key, value in config.items()),
     )
+
     cm3leon(*words, "image_tokenizer.image_size=32")
     assert not (run / "image_tokenizer" / "log.jsonl").exists()
     assert figures(run)["images"] > 0
     codes_MN = np.load(run / "image_tokenizer" / "codes.npy")
     assert codes_MN.shape[0] == 60
     assert "up to date" in cm3leon(*words, "image_tokenizer.image_size=32").stdout
-    Path(config["path"]).write_bytes(b"no checkpoint")
+
     # The run has the weights: it is opened without the file, from any folder.
+    Path(config["path"]).write_bytes(b"no checkpoint")
     monkeypatch.chdir(tmp_path)
     opened = open_run(run)
     encoded_MN = opened.image_tokenizer.encode(opened.corpus.images_BHWC)
     assert np.array_equal(encoded_MN, codes_MN)
     assert opened.image_tokenizer_shape.codebook_size == opened.vocab.image_size
+
+    # To make the tokenizer, the file is needed.
     failed = cm3leon(*words, "image_tokenizer.image_size=32", check=False)
     assert failed.returncode == 2
     assert str(config["path"]) in failed.stderr

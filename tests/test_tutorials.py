@@ -8,9 +8,9 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 SMALL = {"own_pictures": "pictures, tokenizer_steps, steps = 40, 30, 25", "write_a_plugin": ""}
-"""What takes the place of a notebook's cell of parameters, if it has one."""
+"""What takes the place of a notebook's cell of parameters; empty if the notebook has none."""
 ELSEWHERE = {"look_and_draw"}
-"""A notebook that asks a finished run has a test that makes one."""
+"""Notebooks that need a finished run: the test that makes one runs them as well."""
 
 
 def test_every_notebook_has_a_test() -> None:
@@ -25,14 +25,13 @@ def test_a_notebook_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     notebook = jupytext.read(file, fmt="py:percent")
     if small := SMALL[file.stem]:
-        (given,) = [
-            each for each in notebook.cells if "parameters" in each.metadata.get("tags", ())
-        ]
+        tagged = [each for each in notebook.cells if "parameters" in each.metadata.get("tags", ())]
+        (given,) = tagged
         names = {line.partition(" = ")[0] for line in given.source.splitlines() if " = " in line}
         assert names == set(small.partition(" = ")[0].split(", "))
         given.source = small
 
-    # Its kernel is this interpreter's own; what it and IPython keep for a user stays in the test's folder.
+    # The kernel is this interpreter's own; what it and IPython keep stays in the test's folder.
     for variable in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
     work = tmp_path / "work"

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def call(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Run a command that has to succeed, and return what it prints."""
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -32,42 +33,27 @@ def call(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the wheel was installed, which was built from the sdist, as packagers do it.
+    """A folder with the installed wheel, which was built from the sdist, as packagers do it.
 
     The sdist is made of a copy, so that no build folder appears in the tree.
     """
     base = tmp_path_factory.mktemp("wheel")
-    files = call(
-        "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT
-    ).splitlines()
+    listed = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    files = call(*listed, cwd=ROOT).splitlines()
     for file in files:
         if (ROOT / file).exists():
             (base / "source" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, base / "source" / file, follow_symlinks=False)
+
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     call(sys.executable, "-c", build, base, cwd=base / "source")
+
+    # Nothing is fetched: the packages that build it are there, those that it needs are left out.
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    call(
-        *pip,
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        base,
-        *base.glob("*.tar.gz"),
-        cwd=base,
-    )
-    call(
-        *pip,
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        base / "site",
-        *base.glob("*.whl"),
-        cwd=base,
-    )
+    wheel = ("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", base)
+    call(*pip, *wheel, *base.glob("*.tar.gz"), cwd=base)
+    install = ("install", "--no-deps", "--no-index", "--target", base / "site")
+    call(*pip, *install, *base.glob("*.whl"), cwd=base)
     return base / "site"
 
 
@@ -84,16 +70,15 @@ def test_wheel_holds_everything_and_takes_no_foreign_name(installed: Path) -> No
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"cm3leon", "bin"}
     for folder in ("cm3leon", "evaluation", "plugins", "experiments"):
-        prefix = Path("cm3leon") / ("" if folder == "cm3leon" else folder)
-        for file in (
-            path
-            for path in (ROOT / folder).rglob("*")
-            if path.suffix in (".py", ".typed", ".yaml", ".json", ".html", ".css")
-        ):
-            assert (installed / prefix / file.relative_to(ROOT / folder)).is_file(), file
-    assert (installed / "cm3leon/experiments.yaml").read_text() == (
-        ROOT / "experiments.yaml"
-    ).read_text()
+        prefix = Path("cm3leon")
+        if folder != "cm3leon":
+            prefix /= folder
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".typed", ".yaml", ".json", ".html", ".css"):
+                assert (installed / prefix / file.relative_to(ROOT / folder)).is_file(), file
+
+    entries = (ROOT / "experiments.yaml").read_text()
+    assert (installed / "cm3leon/experiments.yaml").read_text() == entries
 
 
 def test_list_from_another_folder(installed: Path, elsewhere: Path) -> None:
@@ -160,6 +145,7 @@ def test_what_an_index_of_packages_is_told(installed: Path) -> None:
     assert told["License-Expression"] == "MIT"
     assert told.get_payload().strip() == (ROOT / "README.md").read_text().strip()
     assert told["Project-URL"] == "Paper, https://arxiv.org/abs/2309.02591"
+
     wanted = {"cpu", "cluster", "hf", "eval", "features", "dev", "wandb", "mlflow", "trackio"}
     assert wanted <= set(told.get_all("Provides-Extra", ()))
     core = [line for line in told.get_all("Requires-Dist", ()) if "extra ==" not in line]
