@@ -77,12 +77,14 @@ def serving(
 ) -> Iterator[Served]:
     """Run a server in a thread, on a free port, until the block ends."""
     with Service(model, precision="float32", **fields) as service:
+        # The listener is made beforehand, so that its port, any free one, is known.
         server = Server(service, limits=limits, key=key)
         listener = socket.create_server(("127.0.0.1", 0))
         inner = uvicorn_of(server, grace=10)
         thread = threading.Thread(target=inner.run, kwargs={"sockets": [listener]})
         thread.start()
         served = Served(server, f"http://127.0.0.1:{listener.getsockname()[1]}")
+
         try:
             until(lambda: inner.started)
             yield served
@@ -151,6 +153,8 @@ def test_openais_client_draws_what_the_model_draws(served: Served) -> None:
         size="32x32",  # type: ignore[call-overload]
         extra_body={"seed": 5, "retrieve": 1, "guidance": 2, "decoder": "top_p"},
     )
+
+    # The weight of guidance is a field of the request, and one of the decoder.
     decoder = {"name": "top_p", "cfg": 2}
     expected = served.model.generate("a seven", n=3, seed=5, retrieve=1, decoder=decoder)
 
@@ -634,6 +638,7 @@ def test_a_request_that_is_sent_too_slowly_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr("cm3leon.serve.gate.BODY_SECONDS", 0.05)
     monkeypatch.setattr("cm3leon.serve.gate.DRAIN_SECONDS", 0.05)
 
+    # The client sends nothing, longer than the server waits.
     async def never() -> Any:
         await asyncio.sleep(20)
 
@@ -744,6 +749,7 @@ def test_a_seed_gives_the_same_bytes_beside_any_neighbours(served: Served) -> No
     """Images, streamed and whole, captions and fillings: each alone, and eight at a time."""
     files = {"image": png(picture(3)), "mask": png(masked((3, 3, 20, 12)))}
 
+    # A request of one of four kinds: images, a caption, a filling, and an image that is streamed.
     def ask(number: int) -> Any:
         kind = number % 4
         if kind == 0:
@@ -754,15 +760,18 @@ def test_a_seed_gives_the_same_bytes_beside_any_neighbours(served: Served) -> No
                 "retrieve": number % 2,
             }
             return served.post("images/generations", **body).json()["data"]
+
         if kind == 1:
             messages = conversation(image_part(number))
             found = served.post(
                 "chat/completions", messages=messages, seed=number, max_tokens=9, temperature=1
             )
             return found.json()["choices"]
+
         if kind == 2:
             data = {"prompt": "a", "seed": str(number)}
             return served.http.post("/v1/images/edits", files=files, data=data).json()["data"]
+
         body = {"prompt": f"a {number}", "seed": number, "stream": True, "decoder": "cd_k"}
         lines = served.post("images/generations", **body).text.splitlines()
         last = [line for line in lines if "image_generation.completed" in line][-1]
@@ -1033,6 +1042,7 @@ def test_examples_in_python(served: Served, beside: Path, number: int) -> None:
 def test_examples_of_curl(served: Served, beside: Path) -> None:
     found = [block for block in examples("bash") if "curl" in block]
     assert len(found) >= 4
+
     for block in found:
         # Without --fail-with-body, curl would exit with 0 whatever the server answered.
         script = block.replace("http://127.0.0.1:8000", served.url)

@@ -104,7 +104,7 @@ def test_one_process_makes_a_shard_of_each_part_and_trains_on_them(finished: Pat
     documents = sum(len(open_shard(file)) for file in (finished / "tokens").glob("*.arrow"))
     assert 0.6 * TARS * PER_TAR < documents < TARS * PER_TAR  # the training split, about 80 %
 
-    # The broken image, number 7 of the second tar, is left out and told of.
+    # The broken image, number 7 of the second tar, is left out and written down.
     lines = (finished / "tokens/skipped/00001.jsonl").read_text().splitlines()
     skipped = [json.loads(line) for line in lines]
     assert len(skipped) == 1

@@ -626,6 +626,8 @@ def test_rows_here_and_there_are_read_without_what_is_around_them(tmp_path: Path
     path = shard_path(tmp_path, 0, 1)
     write_shard(path, {"x": pa.array(np.arange(5))}, {})
     finish(tmp_path, 1)
+
+    # Rows here and there are read through one map, whole shards through another one.
     folder = ShardFolder(tmp_path, lambda shard: shard.numbers("x"), verify=True, scattered=True)
 
     here_and_there = folder.shard(0)
@@ -785,6 +787,8 @@ def test_two_writers_of_one_folder_make_the_same_as_one(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_its_first_plan(tmp_path: Path) -> None:
     write_plan(tmp_path, {"tokenizers": {"text": "a"}, "parts": 3})
     write_plan(tmp_path, {"parts": 3, "tokenizers": {"text": "a"}})
+
+    # The order of keys does not make another plan; another value does.
     with pytest.raises(UserError) as refusal:
         write_plan(tmp_path, {"tokenizers": {"text": "b"}, "parts": 3})
     assert str(refusal.value) == (

@@ -256,6 +256,7 @@ def test_no_damage_is_fatal(name: str, tmp_path: Path) -> None:
     settings = CORPORA[name](tmp_path)
     files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
     for _ in range(60):
+        # Up to six bytes of a file are changed, and half of the time it is cut as well.
         file = rng.choice(files)
         content = file.read_bytes()
         damaged = bytearray(content)
@@ -1355,6 +1356,7 @@ def test_ids_match_however_they_are_written(write: Callable[[int], Any], tmp_pat
     settings = CORPORA["coco"](tmp_path)
     whole = list(build("coco", **settings).documents())
 
+    # As strings, with zeros in front, or as numbers with a fraction.
     for name in ("captions.json", "instances.json"):
         content = json.loads((tmp_path / name).read_text())
         for annotation in content["annotations"]:
@@ -1383,6 +1385,8 @@ def test_entries_of_no_use_are_named(tmp_path: Path) -> None:
     ]
 
     source = build("coco", **broken_coco(tmp_path, images=images))
+
+    # Number 9 has no caption; the others lie outside, are not there, or are no entries.
     assert list(good(source)) == ["captions/0-0"]
     assert [reason.partition(":")[0] for _, reason in bad(source)] == [
         "the image '../captions.json' lies outside the folder",

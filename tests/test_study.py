@@ -76,6 +76,7 @@ def section(task: str, count: int) -> dict:
 
 def study_file(folder: Path) -> Path:
     """A study of two runs, the second on instructions, and two evaluations."""
+    # The second run takes tokenizers, bank and weights of the first one.
     borrowed = {
         "shards.tokenizers": "{run}/first",
         "shards.bank": "{run}/first",
@@ -270,7 +271,7 @@ def test_more_samples_add_to_those_that_are_there(made, tmp_path):
         "models": {"first": str(folder / "first")},
     }
 
-    # Three samples are drawn at once, or one first and then two more.
+    # One sample is drawn first and then two more, or three at once.
     found = []
     for name, samples in (("swept", [1, 3]), ("alone", [3])):
         images = {**asked, "sweep": {"samples": samples}}
@@ -360,6 +361,7 @@ def test_truncated_answers_are_counted_stored_and_shown(
     """The first answers have no end; the others end at the last place where they can."""
     asked: list[int] = []
 
+    # Instead of the model's answers: pieces, and an end in the last place if there is one.
     def drawn_by(self, requests):
         drawn = []
         for request in requests:
@@ -476,7 +478,7 @@ def test_the_best_of_several_samples_needs_a_clip(made, tmp_path, monkeypatch):
 
 
 def test_features_of_answers_are_kept_by_whoever_draws_them(made, tmp_path, monkeypatch):
-    # As many images are needed as there are features: with so few of these, twelve are enough.
+    # The number of features decides how many images are needed: for so few, twelve are enough.
     monkeypatch.setattr(CaptionedImages, "_features", 2)
     monkeypatch.setattr(captioning, "cell_features", lambda images_BHWC: images_BHWC.mean((1, 2)))
     data = {"name": "scenes", "count": 20, "side": 48}

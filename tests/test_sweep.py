@@ -274,6 +274,7 @@ def finished_run(folder: Path, loss: float) -> None:
         "reconstruction/figures.json": json.dumps(reconstruction),
         "metrics.json": json.dumps(metrics),
     }
+
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -544,6 +545,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
     """
     names: list[str] = []
 
+    # Instead of a run, the files that one leaves; with this learning rate, its failure.
     def run_experiment(
         experiment: Experiment, folder: Path, *, until: str | None = None, **options: Any
     ) -> None:
@@ -663,6 +665,7 @@ def test_failures_are_listed_and_tried_again_by_the_same_command(
         "sweep.training.learning_rate=1e-3,0.5",
     ]
 
+    # The second start runs the failed point again, and the finished one not.
     for times in (1, 2):
         assert main(words) == 2
         said = capsys.readouterr()

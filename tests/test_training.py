@@ -451,6 +451,7 @@ def test_the_result_is_the_average_of_the_weights_by_hand(tmp_path: Path) -> Non
     def in_float64(module: nn.Module) -> dict[str, Tensor]:
         return {name: w.detach().double().clone() for name, w in module.named_parameters()}
 
+    # The average begins with the weights as they are before the first step.
     module = Tiny()
     average = in_float64(module)
     run(tmp_path, module=module, callback=watch, callback_every=1, average_decay=0.6)
@@ -476,6 +477,7 @@ def test_networks_of_their_own_are_clipped_by_themselves(tmp_path: Path) -> None
 
         return loss_of_two
 
+    # Clipped together, the second network's gradient would leave the first one next to nothing.
     weights = []
     for scale in (1.0, 1000.0):
         module = nn.ModuleList([Tiny(), Tiny()])
@@ -540,6 +542,7 @@ def test_a_step_whose_loss_is_no_number_changes_nothing(
     """The step is written down, and the weights are those of an optimizer that leaves it out."""
     module, log = run(tmp_path, batches=Numbers(bad_at=bad_at, bad=bad))
 
+    # Every step has its own seed and its own rate, whether its gradient is used or not.
     by_hand, batches = Tiny().train(), Numbers()
     optimizer = new_optimizer(by_hand, config())
     for step in range(20):
@@ -597,6 +600,7 @@ def test_spikes_are_written_down_with_their_documents(tmp_path: Path) -> None:
         split=split,
     )
 
+    # Six standard deviations above the mean of the steps before it.
     (event,) = events(tmp_path)
     assert (event["step"], event["event"]) == (50, "loss spike")
     assert event["documents"] == ["document 50"]
@@ -683,6 +687,7 @@ def test_a_result_is_good_or_the_training_has_diverged_and_says_so_again(
 
     Where it is not good, training again does not call it finished.
     """
+    # The second training begins at the last good checkpoint, and comes to the same end.
     for _ in range(2):
         bad_at = 19 if fault == "the last step" else None
         module, batches = Tiny(), Numbers(bad_at=bad_at)

@@ -131,6 +131,7 @@ def test_repeated_documents_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
     for number in (0, 1):
         (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
     (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
+    # The third pair has the image of the first one under another name.
     write_lines(
         tmp_path / "a.jsonl",
         [
@@ -313,6 +314,7 @@ def test_what_the_shell_ignores_is_not_ignored_in_tests(tmp_path: Path) -> None:
         "    assert 'RANK' not in os.environ\n"
     )
 
+    # The shell's settings that would change what tests see: signals, columns, and a rank.
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
         cwd=tmp_path,

@@ -90,6 +90,7 @@ def test_list_from_another_folder(installed: Path, elsewhere: Path) -> None:
 
 
 def test_experiments_are_found_and_no_name_is_shadowed(installed: Path, elsewhere: Path) -> None:
+    # Both packages of each name are imported, those of the folder and those of the wheel.
     code = """
 import evaluation, plugins, cm3leon.evaluation, cm3leon.plugins.example
 from cm3leon.config import SHIPPED
@@ -101,6 +102,7 @@ print(all((SHIPPED / entry.file).is_file() for entry in list_experiments().value
 """
     lines = call(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(installed)).splitlines()
     package = installed / "cm3leon"
+
     assert lines == [
         "evaluation plugins",
         str(package / "evaluation/__init__.py"),
