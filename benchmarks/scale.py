@@ -1,15 +1,11 @@
 """The constants behind docs/scale.md, measured on one core, and a corpus's needs that follow.
 
-    # For 340 million documents.
-    python benchmarks/scale.py
+    # For 340 million documents, with what other benchmarks measured: queries and vectors a second
+    # and core (index.py), and microseconds for the vectors of a candidate (rescoring.py). Hours
+    # that depend on one that is not given are nan.
+    python benchmarks/scale.py --search 444 --add 16667 --candidate 18.8
 
     python benchmarks/scale.py --documents 10000000
-
-    # With queries and vectors a second and core, from index.py.
-    python benchmarks/scale.py --search 444 --add 16667
-
-    # With microseconds for the vectors of a candidate, from rescoring.py.
-    python benchmarks/scale.py --candidate 18.8
 
 A document is a caption of about 60 characters and a JPEG of 256 x 256 pixels, 1,024 codes of 16
 bits. The encoder is CLIP ViT-B/32 and the image tokenizer the registered `vq` at the paper's size,
@@ -149,16 +145,21 @@ def main() -> None:
         ("token shard, read and checked", f"{tokens_rate:,.0f} M tokens/s"),
         ("SHA-256", f"{1 / digest / 1e9:.2f} GB/s"),
         ("strategy, a document and variant", f"{1 / strategy:,.0f} /s"),
-        ("search, from index.py", f"{options.search:,.0f} queries/s"),
-        ("vectors added, from index.py", f"{options.add:,.0f} /s"),
+        ("search, from index.py", given(options.search, "{:,.0f} queries/s")),
+        ("vectors added, from index.py", given(options.add, "{:,.0f} /s")),
         (
             f"vectors of a candidate, from rescoring.py; {read_candidates} a search",
-            f"{options.candidate:,.1f} µs",
+            given(options.candidate, "{:,.1f} µs"),
         ),
     ):
         print(f"| {name} | {value} |")
 
     print_corpus(options, decode, networks, shard, digest, strategy, read_candidates)
+
+
+def given(value: float, text: str) -> str:
+    """The value of an option as the table shows it."""
+    return text.format(value) if value else "not given"
 
 
 def measure_networks(retriever: Retriever, rng: np.random.Generator) -> Networks:
