@@ -90,9 +90,10 @@ def events(launch: Launch, job: str = "run") -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run up to its retriever, made in this process, so that each test begins with a training."""
+    """A run up to its neighbours, made in this process, so that each job begins with the training:
+    on cores that others need, the stages before it would take longer than the shortest job."""
     folder = tmp_path_factory.mktemp("prepared") / "run"
-    assert main([*SETTINGS[:-1], "until=retriever", f"run={folder}"]) == 0
+    assert main([*SETTINGS[:-1], "until=neighbours", f"run={folder}"]) == 0
     return folder
 
 
