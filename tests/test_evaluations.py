@@ -317,7 +317,7 @@ def test_sections_of_earlier_versions_are_refused_with_what_to_write(
     assert main([*command, "experiment=digits_smoke", word, f"run={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"cm3leon: digits_smoke: {section} " in said
+    assert f"cm3leon: digits_smoke has sections of earlier versions: {section}; " in said
     assert "write what the model is asked as evaluations, for example evaluations={caption:" in said
     assert not (tmp_path / "run").exists()
 

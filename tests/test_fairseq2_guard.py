@@ -96,5 +96,7 @@ def test_what_needs_our_own_layers_says_so() -> None:
 
 
 def test_an_attention_that_fairseq2_does_not_have_is_answered_with_those_it_has() -> None:
-    with pytest.raises(UserError, match=r"^model: attention is flex; .*auto.*naive"):
+    with pytest.raises(
+        UserError, match=r"^model: attention is flex, which is not known; .*auto.*naive"
+    ):
         MODELS.check({**SIZES, "attention": "flex"})
