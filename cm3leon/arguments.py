@@ -5,8 +5,8 @@
         ...
 
 `draw("a dog", n=0)` then raises UserError("n is 0; it must be a whole number, at least 1"), and
-with `n=np.int64(2)` the function gets 2. `Annotated[T, check]` is checked by calling `check(value, where)`, and types
-that configs do not have are checked by `isinstance`.
+with `n=np.int64(2)` the function gets 2. `Annotated[T, check]` is checked by calling
+`check(value, where)`, and types that configs do not have are checked by `isinstance`.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ def locked(
     shared: bool = False,
     wait: bool = False,
     where: str = "run",
+    doing: str | None = None,
+    instead: str | None = None,
 ) -> Iterator[None]:
     """Hold a folder alone, or together with any number of other `shared` holders.
 
@@ -52,15 +54,16 @@ def locked(
         shared: whether other shared holders are allowed.
         wait: whether to wait for the present holder; otherwise it is an error.
         where: key of the command line that names the folder, for the message.
+        doing: what the other process is doing, for the message; None = working in the folder.
+        instead: what can be done instead of waiting for it; None = choosing another folder.
 
     Raises:
         UserError: if another process holds it.
         OSError: if no file can be made in the folder.
     """
-    refusal = UserError(
-        f"{where}: another process is working in {folder}; wait for it, or choose another folder "
-        f"with {where}=DIR"
-    )
+    doing = doing or f"working in {folder}"
+    instead = instead or f"choose another folder with {where}=DIR"
+    refusal = UserError(f"{where}: another process is {doing}; wait for it, or {instead}")
     with (folder / name).open("a") as file:
         mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:

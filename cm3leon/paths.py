@@ -30,8 +30,8 @@ def path_of(text: str | Path, where: str) -> Path:
     """Return the path that a user has given, with `~` and `~name` replaced by the home folder.
 
     Raises:
-        UserError: for a user that does not exist, a NUL character, or a name that is longer than
-            the system allows.
+        UserError: for a home folder that is not known, a user that does not exist, a NUL
+            character, or a name that is longer than the system allows.
     """
     if "\0" in str(text):
         raise UserError(f"{where} holds a NUL character, which a path cannot have; leave it out")
@@ -39,6 +39,10 @@ def path_of(text: str | Path, where: str) -> Path:
         path = Path(text).expanduser()
     except RuntimeError as error:
         user = Path(text).parts[0]
+        if user == "~":
+            raise UserError(
+                f"{where} is {text}, but the home folder is not known here; give the whole path"
+            ) from error
         raise UserError(
             f"{where} is {text}, and this machine has no user {user[1:]}; write ./{user} for a "
             "folder of that name"

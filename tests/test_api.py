@@ -308,7 +308,7 @@ def test_pages_are_gone_on_with_by_images_and_texts(model: CM3Leon) -> None:
     of_another = model.page_text(["a farm", picture(1)], decoder=alone, max_tokens=5)
     assert of_one == of_another
 
-    with pytest.raises(UserError, match="parts does not end in an image"):
+    with pytest.raises(UserError, match="parts must end in an image"):
         model.page_text([picture(0), "a farm"])
 
 
@@ -739,7 +739,7 @@ def test_the_best_images_are_kept_where_there_is_a_clip_to_choose_by(
     ]
 
     assert main([*words, "keep=1"]) == 2
-    assert "keep is 1 of n = 2 images, and the run has no CLIP to" in capsys.readouterr().err
+    assert "keep is 1 of n = 2 images, but the run has no CLIP that" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png"))
 
     assert main([*words, "keep=2"]) == 0

@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 
 from cm3leon import provenance
+from cm3leon.commands import logs
 from cm3leon.config import Component
 from cm3leon.experiment import load_experiment
-from cm3leon.launch import Job, follow, jobs, submit, work
+from cm3leon.launch import Job, Submitted, follow, jobs, submit, work
+from cm3leon.launch.follow import State
 from cm3leon.launch.jobs import newest_launch
 from cm3leon.launch.journal import outcome, progress, read_events, write_event
 from cm3leon.launch.machine import LocalJobs
@@ -354,6 +356,26 @@ def test_a_detached_job_is_followed_and_ends(tmp_path: Path, small_code: None, c
     assert "job is d, which was not launched; known: a, b, c" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("numbers", "allowed"),
+    [
+        ({"a": [0], "b": [0], "c": [0]}, "0"),
+        ({"a": [0, 1, 2], "b": [0, 1]}, "one from 0 to 2"),
+        ({"a": [2, 0], "b": [0]}, "0 or 2"),
+    ],
+)
+def test_a_number_that_no_job_has_is_refused_with_those_there_are(
+    numbers: dict[str, list[int]], allowed: str
+) -> None:
+    found = []
+    for name, of_job in numbers.items():
+        found += [(Submitted(name, number, "1", None), State("done")) for number in of_job]
+    options = logs.Options(run=Path("run"), number=7)
+    with pytest.raises(UserError) as refusal:
+        logs._chosen(found, options)
+    assert str(refusal.value) == f"number is 7, which no job has; choose {allowed}"
+
+
 def test_a_detached_job_that_is_cancelled_writes_a_checkpoint(
     tmp_path: Path, small_code: None, capsys: Any
 ) -> None:
@@ -524,11 +546,19 @@ def test_sbatch_is_given_resources_arrays_and_dependencies(tmp_path: Path, slurm
         ),
         (
             {"nodes": 17, "partition": "cpu"},
-            "launcher.nodes is 17; partition cpu has 16 such nodes",
+            "launcher.nodes is 17; partition cpu has only 16 nodes; lower it, or choose another",
         ),
         ({"gpus_per_node": 1, "partition": "cpu"}, "nodes of partition cpu have no GPUs"),
-        ({"gpus_per_node": 9}, "launcher.gpus_per_node is 9; nodes of partition main have 8 GPUs"),
-        ({"gpus_per_node": 4, "nodes": 5}, "launcher.nodes is 5; partition main has 4 such nodes"),
+        (
+            {"gpus_per_node": 9},
+            "launcher.gpus_per_node is 9; nodes of partition main have 8 GPUs; lower it, or choose "
+            "another launcher.partition",
+        ),
+        (
+            {"gpus_per_node": 4, "nodes": 5},
+            "launcher.nodes is 5; partition main has only 4 nodes with 4 GPUs; lower it, or choose "
+            "another launcher.partition",
+        ),
         (
             {"account": "fysics"},
             "launcher.account is fysics, which is not one of yours; did you mean physics?",

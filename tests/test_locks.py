@@ -69,6 +69,14 @@ def test_a_folder_has_one_holder_or_several_that_share_it(tmp_path: Path) -> Non
             ):
                 pass
 
+        # What is held may be a file in the folder, or the folder another one's.
+        busy = "^out: another process is writing to a; wait for it, or choose another file$"
+        with (
+            pytest.raises(UserError, match=busy),
+            locked(tmp_path, where="out", doing="writing to a", instead="choose another file"),
+        ):
+            pass
+
         # A lock of another name in the folder does not matter.
         with locked(tmp_path, ".other"):
             pass

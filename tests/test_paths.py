@@ -55,6 +55,23 @@ def test_a_name_that_no_file_can_have_is_a_sentence_everywhere(name: str, senten
         assert len(done.stderr) < 400
 
 
+@pytest.mark.parametrize("name", ["~", "~/x"])
+def test_without_a_home_folder_the_whole_path_is_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    # As in a container that runs under a number without an entry in /etc/passwd.
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(UserError) as refusal:
+        path_of(name, "out")
+    assert str(refusal.value) == (
+        f"out is {name}, but the home folder is not known here; give the whole path"
+    )
+
+
 @pytest.mark.parametrize("kind", ["a file", "a device", "a pipe"])
 def test_a_run_folder_that_is_something_else_is_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -172,7 +172,8 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
         (["format=xml"], 'format is "xml"; it must be one of text, json'),
         (
             ["launcher.nodes=60"],
-            "a step has 2048 blocks of 4096 tokens, which the 480 GPUs of launcher do not divide",
+            "a step has 2048 blocks of 4096 tokens, which 480 GPUs cannot share evenly; change "
+            "training.batch_size (or training.batch_tokens, if it is set) or the number of GPUs",
         ),
         (
             ["training.replicas=3"],
@@ -184,7 +185,8 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
         ),
         (
             ["training.precision=float32"],
-            "training.precision is float32, which cannot be planned for; only bf16 can",
+            "training.precision is float32, which cannot be planned for; set "
+            "training.precision=bf16",
         ),
         (
             ["training.batch_tokens=5000"],

@@ -45,6 +45,7 @@ from cm3leon.serve.app import Server
 from cm3leon.serve.chat import GrowingText
 from cm3leon.serve.gate import Gate, read_key
 from cm3leon.serve.listening import listen, uvicorn_of
+from cm3leon.serve.pictures import given_mask
 from cm3leon.serve.service import Service, rows_of
 from cm3leon.serve.setting import Limits
 from cm3leon.types import UserError
@@ -552,6 +553,14 @@ def test_mistakes_of_edits(served: Served, name: str) -> None:
     refused(served.http.post("/v1/images/edits", files=files, data=data), 400, words)
 
 
+@pytest.mark.parametrize("unusable", ["image", "mask"])
+def test_of_an_image_and_its_mask_the_one_that_cannot_be_used_is_named(unusable: str) -> None:
+    files = {"image": png(picture()), "mask": png(masked((0, 0, 9, 9)))}
+    files[unusable] = b"not an image"
+    with pytest.raises(UserError, match=f"^{unusable} cannot be used: .*; give "):
+        given_mask(files["image"], files["mask"], None, grid=4, max_pixels=10_000)
+
+
 def test_an_untuned_model_takes_no_instructions(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -939,11 +948,14 @@ def test_mistakes_on_the_command_line(
     monkeypatch.delenv("CM3LEON_API_KEY", raising=False)
     run = f"run={tuned_model.run.folder}"
     assert main(["serve", run, "host=0.0.0.0"]) == 2
-    assert "there is no API key; set CM3LEON_API_KEY" in capsys.readouterr().err
+    assert (
+        "no API key is set; set CM3LEON_API_KEY, give key_file=FILE, or take"
+        in capsys.readouterr().err
+    )
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", run, f"port={taken.getsockname()[1]}"]) == 2
-    assert "cannot be listened at" in capsys.readouterr().err
+    assert "the server cannot listen at host=127.0.0.1 port=" in capsys.readouterr().err
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "cm3leon.serve.listening")

@@ -26,7 +26,7 @@ from cm3leon.api.answers import (
     UsedDocument,
 )
 from cm3leon.api.documents import Documents
-from cm3leon.api.given import DecoderChoice, check_codes, check_ids, check_lengths
+from cm3leon.api.given import DecoderChoice, check_codes, check_ids, check_lengths, check_queries
 from cm3leon.api.loading import opened_model
 from cm3leon.arguments import Text, checked
 from cm3leon.config import Component, NonNegativeInt, PositiveInt
@@ -337,11 +337,9 @@ class AskedRun(Documents):
             by: the modality that is searched with.
             count: number of rows of a query.
         """
-        given: Sequence[Any] | np.ndarray | None = texts if by == "text" else images_BHWC
         if count:
             self._check_bank("retrieve")
-        if given is None:
-            raise UserError(f"by is {by}, and no {'texts' if by == 'text' else 'images'} are given")
+        check_queries(by, texts, images_BHWC)
         return retrieved_rows(self.run, texts, images_BHWC, by, count)
 
     def _check_bank(self, where: str) -> None:

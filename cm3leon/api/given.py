@@ -39,6 +39,15 @@ def check_lengths(**lists: Sequence[Any]) -> None:
             raise UserError(f"{name} has {len(other)} items, and {first} {len(items)}")
 
 
+def check_queries(by: str, texts: Sequence[str] | None, images_BHWC: np.ndarray | None) -> None:
+    """Raise UserError if the texts, or the images, that are to be searched with are missing."""
+    name, given = ("texts", texts) if by == "text" else ("images", images_BHWC)
+    if given is None:
+        raise UserError(
+            f"by is {by}, but no {name} are given; give them, or choose the other value of by"
+        )
+
+
 def check_ids(where: str, ids_T: np.ndarray, size: int) -> None:
     """Raise UserError unless an array is a list of ids of a vocabulary of that size."""
     whole = ids_T.ndim == 1 and np.issubdtype(ids_T.dtype, np.integer)

@@ -54,8 +54,8 @@ def opened_model(
 
     if adapter is not None:
         raise UserError(
-            f"adapter is given, which is for an exported model, but {given} is a run, whose own "
-            "adapter is merged already; leave it out"
+            f"adapter is given, which is for an exported model, but {given} is a run, in which an "
+            "adapter of its own would be merged already; leave it out"
         )
 
     # A run folder, with its own memory bank or that of another run.

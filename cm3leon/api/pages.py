@@ -88,7 +88,8 @@ class AskedPages(AskedRun):
         """
         if not parts or isinstance(parts[-1], str):
             raise UserError(
-                "parts does not end in an image; it must, as the text is about that one"
+                "parts must end in an image, after which the text is written; add one, or leave "
+                "out the texts behind the last image"
             )
 
         page = self._page(parts)

@@ -43,7 +43,12 @@ def main(options: Options) -> None:
     from cm3leon.stages.opening import open_run
 
     run = open_run(options.run, options)
-    with locked(run.bank_folder), naming(run.bank_folder / "index"):
+    bank = run.bank_folder
+    doing = f"working in {bank}"
+    if bank != run.folder:
+        doing += f", whose memory bank {run.folder} uses"
+    another = "choose another run with run=DIR"
+    with locked(bank, doing=doing, instead=another), naming(bank / "index"):
         _add(run, options)
 
 

@@ -124,7 +124,15 @@ def ask(options: ImageOptions, out: Path | None, answer: Answer) -> None:
         # Two commands that append to one file would lose lines of each other.
         if out is not None:
             make_folder(out.parent, "out")
-            held.enter_context(locked(out.parent, f".{out.name}.lock", where="out"))
+            held.enter_context(
+                locked(
+                    out.parent,
+                    f".{out.name}.lock",
+                    where="out",
+                    doing=f"writing to {out}",
+                    instead="choose another file with out=FILE",
+                )
+            )
             held.enter_context(naming(out))
 
         model = load_model(options)

@@ -139,8 +139,8 @@ def main(options: Options) -> None:
         model = load_model(options, ranks if ranks.joined else None)
         if options.keep is not None and options.keep < options.n and not model.has_clip:
             raise UserError(
-                f"keep is {options.keep} of n = {options.n} images, and the run has no CLIP to "
-                "choose by; leave it out"
+                f"keep is {options.keep} of n = {options.n} images, but the run has no CLIP that "
+                "could choose them; leave keep out"
             )
 
         # Prompts without room for an image are found before the first is drawn.

@@ -74,10 +74,12 @@ def _chosen(found: Sequence[tuple[Submitted, State]], options: Options) -> Submi
         if options.job in (None, each.job) and options.number in (None, each.number):
             fit.append((each, state))
     if not fit:
-        numbers = [str(each.number) for each, _ in found if options.job in (None, each.job)]
-        raise UserError(
-            f"number is {options.number}, which no job has; choose one of {', '.join(numbers)}"
-        )
+        # Each job counts its own commands, so several jobs have the same numbers.
+        numbers = sorted({each.number for each, _ in found if options.job in (None, each.job)})
+        allowed = " or ".join(map(str, numbers))
+        if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            allowed = f"one from {numbers[0]} to {numbers[-1]}"
+        raise UserError(f"number is {options.number}, which no job has; choose {allowed}")
 
     running = [each for each, state in fit if state.word in ("running", "ending")]
     printed = [each for each, _ in fit if each.log and each.log.is_file()]

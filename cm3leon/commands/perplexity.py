@@ -180,7 +180,7 @@ def _validations(folder: Path, of: str) -> list[dict[str, Any]]:
     lines = read_json_lines(file, {"step": int, "epoch": (int, float)})
     if not lines:
         raise UserError(
-            f"runs: {file} is empty; the first validation is at step training.callback_every"
+            f"runs: {file} has no records yet; the first is written at step training.callback_every"
         )
 
     found = [line for line in lines if of in line]

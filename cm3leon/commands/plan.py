@@ -166,7 +166,10 @@ def plan(experiment: Experiment, options: Options) -> Plan:
             "a divisor of the number of GPUs"
         )
     if training.precision == "float32":
-        raise UserError("training.precision is float32, which cannot be planned for; only bf16 can")
+        raise UserError(
+            "training.precision is float32, which cannot be planned for; set "
+            "training.precision=bf16"
+        )
     if gpus > 1 and training.optimizer == "adamw_8bit":
         raise UserError(
             "training.optimizer is adamw_8bit, which is for one GPU; choose another, such as "
@@ -175,8 +178,9 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     blocks = training.blocks(model.seq_len)
     if blocks % gpus:
         raise UserError(
-            f"a step has {blocks} blocks of {model.seq_len} tokens, which the {gpus} GPUs of "
-            "launcher do not divide; change training.batch_tokens"
+            f"a step has {blocks} blocks of {model.seq_len} tokens, which {gpus} GPUs cannot share "
+            "evenly; change training.batch_size (or training.batch_tokens, if it is set) or the "
+            "number of GPUs"
         )
 
     # Memory: with the settings as they are, and the most blocks at a time by checkpointing.

@@ -211,12 +211,13 @@ def _number(text: str) -> float:
 
 def look_at_precisions(device: torch.device) -> Iterator[Finding]:
     """Check whether the device computes in bf16 and float8."""
+    name = "the CPU" if device.type == "cpu" else "the GPU"
     if uses_bf16(device, "auto"):
-        yield good("bf16", f"the {device.type} computes in bf16")
+        yield good("bf16", f"{name} computes in bf16")
     else:
         yield warning(
             "bf16",
-            f"the {device.type} does not compute in bf16",
+            f"{name} does not compute in bf16",
             "precision=auto takes float32 here",
         )
 

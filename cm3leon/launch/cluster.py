@@ -79,10 +79,15 @@ def check_fits(
         if most < gpus_per_node:
             has = f"{most} GPUs" if most else "no GPUs"
             raise UserError(
-                f"launcher.gpus_per_node is {gpus_per_node}; nodes of partition {name} have {has}"
+                f"launcher.gpus_per_node is {gpus_per_node}; nodes of partition {name} have {has}; "
+                "lower it, or choose another launcher.partition"
             )
         if fit < nodes:
-            raise UserError(f"launcher.nodes is {nodes}; partition {name} has {fit} such nodes")
+            such = f" with {gpus_per_node} GPUs" if gpus_per_node else ""
+            raise UserError(
+                f"launcher.nodes is {nodes}; partition {name} has only {fit} nodes{such}; lower "
+                "it, or choose another launcher.partition"
+            )
 
 
 def check_account(account: str | None) -> None:

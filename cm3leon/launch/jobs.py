@@ -176,8 +176,8 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if not re.fullmatch(r"[\w.-]+", job.name) or job.name in known:
             raise UserError(
-                f"job {job.name}: its name must be of letters, digits, -, _ and . only, and no other "
-                "job may have it"
+                f"job {job.name}: its name must be of letters, digits, -, _ and . only, and no "
+                "other job may have it"
             )
         for name in job.after:
             if name not in known:

@@ -159,8 +159,8 @@ class Conversation:
                 "alone, which is described, or end with one"
             )
         raise UserError(
-            f"messages has {len(images)} images and a question; a question is about one image: give "
-            "one, or end with an image, after which the model writes a text"
+            f"messages has {len(images)} images and a question; a question is about one image: "
+            "give one, or end with an image, after which the model writes a text"
         )
 
     def _pixels(self, image: bytes) -> np.ndarray:

@@ -69,8 +69,8 @@ def key_to_listen(host: str, file: Path | None, word: str) -> str | None:
     key = read_key(file)
     if key is None and host not in LOCAL:
         raise UserError(
-            f"host is {host}, which others reach, and there is no {word}; set {KEY_VARIABLE}, or "
-            "give key_file=FILE"
+            f"host is {host}, which other machines can reach, but no {word} is set; set "
+            f"{KEY_VARIABLE}, give key_file=FILE, or take host=127.0.0.1"
         )
     return key
 

@@ -90,8 +90,8 @@ def listen(server: Listening, *, host: str, port: int, grace: int, path: str = "
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise UserError(
-            f"host={host} port={port} cannot be listened at: {error.strerror or error}; take "
-            "another port, or 0 for any that is free"
+            f"the server cannot listen at host={host} port={port}: {error.strerror or error}; take "
+            "another port, or port=0 for any that is free"
         ) from error
 
     # The port is open before the address is printed, so that whoever reads it can connect.

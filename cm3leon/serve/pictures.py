@@ -58,30 +58,33 @@ def given_mask(
         box: left, top, right, bottom in pixels, if there is no mask.
 
     Raises:
-        UserError: for a mask of another size or without transparency, a box outside of the image,
-            or one that has nothing in the central square.
+        UserError: for a file that cannot be read, a mask of another size or without transparency, a
+            box outside of the image, or one that has nothing in the central square.
     """
-    # The pixels that are asked for, in the image's own size.
     try:
         height, width = decode_image(image, max_pixels, "image").shape[:2]
-        if mask is not None:
-            asked_HW = decode_transparency(mask, max_pixels)
-        else:
-            assert box is not None
-            left, top, right, bottom = box
-            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-                raise UserError(
-                    f"box is {box}; it must be (left, top, right, bottom) inside the image of "
-                    f"{width} x {height} pixels"
-                )
-            asked_HW = np.zeros((height, width), bool)
-            asked_HW[top:bottom, left:right] = True
     except UnusableImage as error:
-        which = "mask" if mask is not None else "image"
-        raise UserError(
-            f"{which} cannot be used: {error}; give an image, and a mask whose transparent pixels "
-            "are made anew"
-        ) from error
+        raise UserError(f"image cannot be used: {error}; give another image file") from error
+
+    # The pixels that are asked for, in the image's own size.
+    if mask is not None:
+        try:
+            asked_HW = decode_transparency(mask, max_pixels)
+        except UnusableImage as error:
+            raise UserError(
+                f"mask cannot be used: {error}; give an image file whose transparent pixels are "
+                "made anew"
+            ) from error
+    else:
+        assert box is not None
+        left, top, right, bottom = box
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise UserError(
+                f"box is {box}; it must be (left, top, right, bottom) inside the image of "
+                f"{width} x {height} pixels"
+            )
+        asked_HW = np.zeros((height, width), bool)
+        asked_HW[top:bottom, left:right] = True
 
     if asked_HW.shape != (height, width):
         raise UserError(

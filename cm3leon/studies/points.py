@@ -128,8 +128,9 @@ def named_points(
         name = name_of(point) if name_of else point_name(point, short)
         if name in named:
             raise UserError(
-                f"sweep: two points are named {name}, by which their folders could not be told "
-                "apart; give values that are written differently"
+                f"sweep: two points are named {name}, so they would share a folder; leave out "
+                "values that are equal, or that differ only in characters which names of folders "
+                "cannot have"
             )
         if len(name) > MAX_NAME:
             raise UserError(

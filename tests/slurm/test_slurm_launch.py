@@ -237,7 +237,7 @@ def test_the_cluster_is_asked_what_it_has(
     words = [*SETTINGS, f"run={tmp_path / 'run'}", "launcher=slurm"]
     for word, sentence in (
         ("launcher.partition=hihg", "which the cluster does not have; did you mean high?"),
-        ("launcher.nodes=3", "launcher.nodes is 3; partition main has 2 such nodes"),
+        ("launcher.nodes=3", "launcher.nodes is 3; partition main has only 2 nodes"),
         ("launcher.gpus_per_node=3", "nodes of partition main have 2 GPUs"),
         ("launcher.cpus_per_task=100", "sbatch refused the job run, and nothing is queued"),
     ):
