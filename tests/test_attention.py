@@ -538,13 +538,13 @@ def test_xformers_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
         (
             "xformers",
             CPU,
-            "model.attention is xformers, which lacks a CUDA device: "
+            "model.attention is xformers, which needs a CUDA device: "
             "memory_efficient_attention has no",
         ),
         (
             "flex",
             CPU,
-            "model.attention is flex, which lacks a CUDA device: "
+            "model.attention is flex, which needs a CUDA device: "
             "FlexAttention has no gradients elsewhere",
         ),
     ],

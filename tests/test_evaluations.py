@@ -283,7 +283,7 @@ def test_an_item_that_has_no_other_is_given_no_documents_of_another() -> None:
     items = [Item(n, "text_to_image", Document(n, (TextSegment(n),))) for n in "012"]
     check_others(items, "file 0 of cfg 2")
     for few in (items[:1], [*items, dataclasses.replace(items[0], task="caption")]):
-        with pytest.raises(UserError, match=r"file 0 of cfg 2 has a single item of the task"):
+        with pytest.raises(UserError, match=r"file 0 of cfg 2 has only one item of the task"):
             check_others(few, "file 0 of cfg 2")
 
 

@@ -497,8 +497,8 @@ def test_a_model_of_another_class_is_refused(made: Path, tmp_path: Path) -> None
     # Its record is up to date, so that only the class is in the way.
     with pytest.raises(
         UserError,
-        match=r"^run: the model other has no form in hf; "
-        r"only cm3leon and llama and their presets do$",
+        match=r"^run: a model other cannot be exported with to=hf; "
+        r"only cm3leon and llama and their presets can$",
     ):
         convert(to="hf", run=str(tmp_path / "run"), out=str(tmp_path / "out"))
 

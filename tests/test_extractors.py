@@ -272,7 +272,7 @@ def test_weights_that_are_missing_are_a_sentence(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:
     for name in ("depth", "classes"):
-        with pytest.raises(UserError, match="holds no model in transformers' format"):
+        with pytest.raises(UserError, match=r"^data\.extractor\.path is .* saves it$"):
             EXTRACTORS.build({"name": name, "path": str(tmp_path)})
 
 

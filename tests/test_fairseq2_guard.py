@@ -51,7 +51,7 @@ def test_another_version_is_refused_in_a_sentence_and_nothing_is_loaded(
     with pytest.raises(UserError) as refusal:
         MODELS.build(SIZES, vocab_size=10)
     assert str(refusal.value) == (
-        f"model.name is fairseq2_cm3leon, which lacks a fairseq2n built for torch {running}: "
+        f"model.name is fairseq2_cm3leon, which needs a fairseq2n built for torch {running}: "
         "the one installed was built for 2.9.1+cu128 (pip install 'cm3leon[cluster]')"
     )
 
@@ -63,7 +63,7 @@ def test_a_package_that_is_not_installed_is_named(
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda package: None if package == name else object()
     )
-    with pytest.raises(UserError, match=rf"^this lacks the package {name} \(pip install 'cm3leon"):
+    with pytest.raises(UserError, match=rf"^this needs the package {name} \(pip install 'cm3leon"):
         guard.load()
 
 

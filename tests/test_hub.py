@@ -383,7 +383,8 @@ def test_a_start_from_an_exported_folder_says_how_it_becomes_a_run(
 ) -> None:
     words = ["experiment=digits_smoke", f"training.start={opt['hf']}", f"run={tmp_path / 'run'}"]
     assert main(words) == 2
-    assert f"make one of it: import from=export hf={opt['hf']} out=DIR" in capsys.readouterr().err
+    hint = f"make a run of it with: import from=export hf={opt['hf']} out=DIR"
+    assert hint in capsys.readouterr().err
 
 
 def tuned_from(base: Path, folder: Path, *words: str) -> Path:

@@ -107,9 +107,16 @@ def test_any_text_is_at_least_one_path(text: str) -> None:
 
 
 def test_braces_for_too_many_paths_are_one_sentence() -> None:
-    for path in ("{1..10000000000}", "{1..1000}{1..1000}"):
-        with pytest.raises(UserError, match="stands for more than 100,000 paths"):
+    for path, named in (
+        ("x/{1..10000000000}.tar", "{1..10000000000} in x/{1..10000000000}.tar"),
+        ("{1..1000}{1..1000}", "{1..1000}{1..1000}"),
+    ):
+        with pytest.raises(UserError) as refusal:
             all_paths(path, "data.path")
+        assert str(refusal.value) == (
+            f"data.path: {named} stands for more than 100,000 paths; give a folder or a glob "
+            "instead"
+        )
     with pytest.raises(UserError, match=r"data\.path has an empty path"):
         all_paths([], "data.path")
 

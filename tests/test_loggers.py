@@ -407,7 +407,7 @@ def test_what_is_not_installed_and_what_is_named_twice_is_said_before_the_first_
     assert "loggers.1 is odd, which needs the package no_such_package" in refused.stderr
 
     refused = cm3leon(*words, "loggers=[tensorboard, tensorboard]", check=False)
-    sentence = "cm3leon: loggers: tensorboard is named twice; name each logger once\n"
+    sentence = "cm3leon: loggers named twice: tensorboard; name each logger once\n"
     assert refused.stderr == sentence
     assert not (tmp_path / "run").exists()
 

@@ -111,7 +111,7 @@ def test_figures_of_each_kind_add_up_to_those_of_all():
 
 
 def test_a_task_that_a_world_has_no_scenes_for_is_refused():
-    refusal = "which hardly a scene of this world can be about"
+    refusal = "protocol.task is write, but almost no scene of this world fits it; change"
     with pytest.raises(UserError, match=refusal):
         protocol("write", 2).items()
 
@@ -257,11 +257,24 @@ def test_prompts_are_fixed_whatever_the_order_of_the_corpus_and_named_by_a_hash(
 
 
 @pytest.mark.parametrize(
-    ("count", "sentence"), [(60, "needs 110 images or more"), (151, "151 captions are asked for")]
+    ("count", "sentence"),
+    [
+        (
+            10,
+            "protocol.count is 10; it must be at least 110, as the covariance of 108 features "
+            "needs as many images",
+        ),
+        (
+            151,
+            "protocol.count is 151, but the corpus has only 150 images with captions; lower it, "
+            "or give a larger corpus",
+        ),
+    ],
 )
 def test_too_few_images_for_a_covariance_are_refused(count, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError) as refusal:
         captioned(count).items()
+    assert str(refusal.value) == sentence
 
 
 def test_precision_and_recall_are_their_definition():

@@ -73,8 +73,8 @@ class CocoSource(FileSource):
         entries = self._captions.entries
         if not entries:
             raise UserError(
-                f"data.path: {self.config.path} lists no images; give the captions JSON of a split, "
-                "such as annotations/captions_train2017.json"
+                f"data.path: {self.config.path} lists no images; give the captions JSON of a "
+                "split, such as annotations/captions_train2017.json"
             )
         return [f"{self._captions.name} {number}" for number in range(-(-len(entries) // CHUNK))]
 

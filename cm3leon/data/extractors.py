@@ -106,8 +106,9 @@ class _Learned(Extractor):
         super().__init__(config)
         if not (config.path / "config.json").is_file():
             raise UserError(
-                f"path is {config.path}, which holds no model in transformers' format: "
-                "config.json is missing"
+                f"data.extractor.path is {config.path}, which holds no model in transformers' "
+                "format: config.json is missing; give the folder of the model as transformers "
+                "saves it"
             )
 
     @cached_property
@@ -182,8 +183,8 @@ class _Detector(Extractor):
         super().__init__(config)
         if not (config.path / self.weights).is_file():
             raise UserError(
-                f"path is {config.path}, which has no {self.weights}; give the folder of these "
-                "weights, as in lllyasviel/Annotators"
+                f"data.extractor.path is {config.path}, which has no {self.weights}; give the "
+                "folder of these weights, as in lllyasviel/Annotators"
             )
 
     def load(self, package: Any) -> Any:
@@ -329,5 +330,5 @@ def _transformers(path: Path, kind: str) -> tuple[Any, Any]:
             path, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"path is {path}, which cannot be read: {error}") from error
+        raise UserError(f"data.extractor.path is {path}, which cannot be read: {error}") from error
     return processor, model.eval()

@@ -44,7 +44,7 @@ def all_paths(given: str | Iterable[str], where: str) -> list[str]:
     for path in listed:
         written = [path] if os.path.lexists(path) else split_paths(path)
         for each in written:
-            for expanded in [each] if os.path.lexists(each) else expand(each):
+            for expanded in _expanded(each, where):
                 paths[expanded] = None
                 if len(paths) > MOST_PATHS:
                     raise UserError(
@@ -52,6 +52,21 @@ def all_paths(given: str | Iterable[str], where: str) -> list[str]:
                         "or a glob instead"
                     )
     return list(paths)
+
+
+def _expanded(path: str, where: str) -> Iterator[str]:
+    """Yield a path that exists as it is, or what its braces stand for. Raises UserError for a range
+    of too many."""
+    if os.path.lexists(path):
+        yield path
+        return
+    try:
+        yield from expand(path)
+    except OverflowError as error:
+        raise UserError(
+            f"{where}: {error} in {path} stands for more than {MOST_PATHS:,} paths; give a folder "
+            "or a glob instead"
+        ) from error
 
 
 def split_paths(path: str) -> list[str]:
@@ -70,7 +85,11 @@ def split_paths(path: str) -> list[str]:
 
 def expand(path: str) -> Iterator[str]:
     """Yield the paths that `{a,b}` and `{1..3}` in a path stand for, as in a shell; other braces
-    stay as they are."""
+    stay as they are.
+
+    Raises:
+        OverflowError: for a range of more than `MOST_PATHS`; its text is the range.
+    """
     for start, end in _braces(path):
         inner = path[start + 1 : end]
         choices = list(_in_range(inner)) or _alternatives(inner)
@@ -112,7 +131,8 @@ def _alternatives(inner: str) -> list[str]:
 
 
 def _in_range(inner: str) -> Iterator[str]:
-    """The choices in `1..3`, `08..11`, `10..0..-5` or `a..c`; none for anything else."""
+    """The choices in `1..3`, `08..11`, `10..0..-5` or `a..c`; none for anything else. Raises
+    OverflowError for too many."""
     match = _RANGE.fullmatch(inner)
     if match is None:
         return
@@ -125,9 +145,7 @@ def _in_range(inner: str) -> Iterator[str]:
         begin, end = int(first), int(last)
     by = abs(int(step or 1)) or 1
     if abs(end - begin) // by >= MOST_PATHS:
-        raise UserError(
-            f"{{{inner}}} stands for more than {MOST_PATHS:,} paths; give a folder or a glob instead"
-        )
+        raise OverflowError(f"{{{inner}}}")
 
     # As in a shell, all numbers are as wide as the widest if one begins with a zero.
     padded = not first_letter and any(re.match(r"-?0\d", number) for number in (first, last))

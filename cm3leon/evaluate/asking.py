@@ -238,6 +238,7 @@ def check_others(items: Sequence[Item], where: str) -> None:
     for task, of_task in _by_task(items).items():
         if len(of_task) == 1:
             raise UserError(
-                f"setting.shuffled is true, and {where} has a single item of the task {task}, so "
-                "that there are no documents of another one; ask for an item more or fewer"
+                f"setting.shuffled is true, but {where} has only one item of the task {task}, so "
+                "there is no other item whose documents it could get; ask for more items, or leave "
+                "shuffled out"
             )

@@ -218,7 +218,7 @@ class Experiment:
                 twice.add(name)
         if twice:
             raise UserError(
-                f"loggers: {', '.join(sorted(twice))} is named twice; name each logger once"
+                f"loggers named twice: {', '.join(sorted(twice))}; name each logger once"
             )
         self._check_aims(self._rows())
 

@@ -75,7 +75,8 @@ class Exported:
         if form is None:
             known = " and ".join(each.name for each in FORMS.values())
             raise UserError(
-                f"run: the model {name} has no form in hf; only {known} and their presets do"
+                f"run: a model {name} cannot be exported with to=hf; only {known} and their "
+                "presets can"
             )
         form.to_config(config, self.run.vocab.size)
         return form

@@ -272,7 +272,7 @@ def choose(name: str, device: torch.device) -> ChosenAttention:
         missing = ATTENTIONS.get(name).missing(device)
         if missing:
             raise UserError(
-                f"model.attention is {name}, which lacks {missing}; take attention=auto"
+                f"model.attention is {name}, which needs {missing}; take model.attention=auto"
             )
         return ChosenAttention(name, ATTENTIONS.build(name))
 

@@ -90,7 +90,7 @@ def _splits(run: RunFolder, keys: list[str], sample: DocumentSample) -> list[Spl
             if not sample.whole:
                 raise UserError(
                     f"shards.sample: none of the {len(keys)} sampled documents is in the {split} "
-                    "split; raise it"
+                    "split; raise shards.sample"
                 )
             raise UserError(
                 f"split: none of the {len(keys)} usable documents, which are the whole corpus, is "

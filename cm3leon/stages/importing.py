@@ -164,7 +164,7 @@ def import_run(
     }
     experiment = _experiment(published, tokenizer)
     run = RunFolder(experiment, out, torch.device("cpu"))
-    _check(published, run, image_tokenizer or hf)
+    _check(published, run, image_tokenizer)
     ours = Vocab(vocab.text_size, vocab.image_size, vocab.sentinels)
     origin = Origin(
         licence=published.family.licence,
@@ -274,14 +274,15 @@ def _write_run(run: RunFolder, makers: Makers, source: str, said: Mapping[str, A
     write_json(run.folder / IMPORT, {**said, "weights": source})
 
 
-def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
+def _check(published: Published, run: RunFolder, image_tokenizer: Path | None) -> None:
     """Raises UserError for what is missing, left over, or of another shape,
     by names and sizes alone."""
     vocab, hf = published.vocab, published.folder
     codes = run.image_tokenizer_shape.codebook_size
     if codes != vocab.image_size:
+        where = "vqgan" if image_tokenizer else "hf"
         raise UserError(
-            f"image tokenizer: {image_tokenizer} has {codes} codes, but the vocabulary of {hf} has "
+            f"{where}: {image_tokenizer or hf} has {codes} codes, but the vocabulary of {hf} has "
             f"{vocab.image_size}; give the image tokenizer that these weights were trained with"
         )
     layout = LayoutTable.from_names(vocab.table, f"hf: {hf / TOKENIZER}").layout

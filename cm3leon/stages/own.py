@@ -15,13 +15,15 @@ from cm3leon.types import Document, UserError
 
 
 def with_own_documents(run: RunFolder, path: Path) -> RunFolder:
-    """The run whose memory bank has the documents of a source too; its folder and `run` itself stay as they are.
+    """The run whose memory bank has the documents of a source too; its folder and `run` itself stay
+    as they are.
 
     Args:
         path: that a source reads, such as a .jsonl file with an `image` and a `text` a line.
 
     Raises:
-        UserError: for a run without a memory bank, files that tell no source, an item that cannot be used, or none.
+        UserError: for a run without a memory bank, files that tell no source, an item that cannot
+            be used, or none.
     """
     source = SOURCES.build(with_source_name({"path": str(path)}))
     documents: list[Document] = []

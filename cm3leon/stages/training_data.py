@@ -81,7 +81,7 @@ def start_digest(run: RunFolder) -> str | None:
         is_export = (config.start / "config.json").is_file()
         hint = ""
         if is_export:
-            hint = f"; make one of it: import from=export hf={config.start} out=DIR"
+            hint = f"; make a run of it with: import from=export hf={config.start} out=DIR"
         raise UserError(
             f"training.start: {config.start} is not the folder of a run with a finished "
             f"pretraining{hint}"

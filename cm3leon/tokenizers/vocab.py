@@ -65,8 +65,9 @@ class Vocab:
     def __post_init__(self) -> None:
         if self.text_size <= self.specials or self.image_size < 1 or self.sentinels < 1:
             raise UserError(
-                f"a vocabulary needs more than {self.specials} text ids, an image code and a "
-                f"sentinel, got {self.text_size}, {self.image_size}, {self.sentinels}"
+                f"a vocabulary needs more than {self.specials} text ids, and at least one image "
+                f"code and one sentinel; it has {self.text_size}, {self.image_size} and "
+                f"{self.sentinels}"
             )
 
     @property

@@ -170,7 +170,7 @@ def check_missing(skipped: int, usable: int, share: float) -> None:
         raise UserError(
             f"data: {skipped} of {skipped + usable} items cannot be used (missing images, broken "
             f"entries), more than protocol.missing={share:g} allows; complete the data set, or "
-            "raise it"
+            "raise protocol.missing"
         )
 
 

@@ -85,19 +85,23 @@ class CaptionedImages(Protocol):
             elif found.text and found.image is not None:
                 documents[found.id] = replace(found, segments=(TextSegment(found.text),))
 
-        # Digests of ids choose the same documents in whatever order the corpus is read.
         check_missing(skipped, len(documents), config.missing)
-        chosen = sorted(documents, key=self._order)[: config.count]
 
         # With fewer images, the covariance of the features could not have full rank.
         least = self._features + 2
-        if len(chosen) < max(config.count, least):
-            wanted = f"{config.count} captions are asked for"
-            if config.count < least:
-                wanted = f"the covariance of {self._features} features needs {least} images or more"
+        if config.count < least:
             raise UserError(
-                f"protocol.count is {config.count}: {wanted}, but the corpus has {len(chosen)}"
+                f"protocol.count is {config.count}; it must be at least {least}, as the covariance "
+                f"of {self._features} features needs as many images"
             )
+        if len(documents) < config.count:
+            raise UserError(
+                f"protocol.count is {config.count}, but the corpus has only {len(documents)} "
+                "images with captions; lower it, or give a larger corpus"
+            )
+
+        # Digests of ids choose the same documents in whatever order the corpus is read.
+        chosen = sorted(documents, key=self._order)[: config.count]
         return [Item(id_, "text_to_image", documents[id_]) for id_ in sorted(chosen)]
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:

@@ -83,14 +83,7 @@ class EmojiTask(Protocol):
         self.max_tokens = 32
 
     def items(self) -> list[Item]:
-        items = self._edits() if self.config.task == "edit" else self._drawings()
-        if not items:
-            kinds = ", ".join(self.config.kinds or ["any"])
-            raise UserError(
-                f"protocol.kinds: the part {self.config.part} has no drawing of these kinds "
-                f"({kinds}); choose others, or another protocol.part"
-            )
-        return items
+        return self._edits() if self.config.task == "edit" else self._drawings()
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         if self.answers_in == "text":
@@ -155,11 +148,20 @@ class EmojiTask(Protocol):
     # ---------------------------------------------------------------------------------------- parts
 
     def _drawings(self) -> list[Item]:
-        """Items that ask for a drawing or its caption."""
+        """Items that ask for a drawing or its caption.
+
+        Raises:
+            UserError: for kinds of which the part has no drawing. Edits of each kind always exist.
+        """
         config = self.config
         numbers = {emoji.code: number for number, emoji in enumerate(catalogue())}
         images_MHWC = drawings(config.side)
         chosen = [e for e in shown_once(config.part) if not config.kinds or e.kind in config.kinds]
+        if not chosen:
+            raise UserError(
+                f"protocol.kinds: the part {config.part} has no drawing of these kinds "
+                f"({', '.join(config.kinds or ())}); choose others, or another protocol.part"
+            )
         if config.count is not None:
             chosen = sorted(chosen, key=lambda emoji: share(f"asked {emoji.code}"))[: config.count]
         items = []

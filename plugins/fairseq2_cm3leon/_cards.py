@@ -39,7 +39,7 @@ def card_entries(folder: Path) -> dict[str, Any]:
     """The entries of a card, as in a YAML file of fairseq2's asset store.
 
     Raises:
-        UserError: for a folder that is no run, or whose model is not of this family.
+        UserError: for a folder that is not a run's, or whose model is not of this family.
     """
     run = open_run(folder)
     folder = folder.resolve()

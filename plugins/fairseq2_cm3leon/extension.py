@@ -51,7 +51,7 @@ def asset_card(run: str | Path) -> Any:
     that exist.
 
     Raises:
-        UserError: for a folder that is no run, or whose model is not of this family.
+        UserError: for a folder that is not a run's, or whose model is not of this family.
     """
     from cm3leon.plugins.fairseq2_cm3leon._cards import asset_card
 

@@ -70,7 +70,7 @@ def load(what: str = "this") -> ModuleType:
         UserError: if it cannot be used.
     """
     if lacking := missing():
-        raise UserError(f"{what} lacks {lacking}")
+        raise UserError(f"{what} needs {lacking}")
     importlib.import_module("soundfile")  # brings the libsndfile that fairseq2n loads by name
     import fairseq2
     from fairseq2.recipe.internal.log import _StandardLogHelper

@@ -50,8 +50,8 @@ class CM3LeonModel(Base):
     `retrieve` documents before its text.
 
     Raises:
-        UserError: for a folder that is no finished run, and for a request with more or fewer images
-            than are accepted.
+        UserError: for a folder that is not a finished run, and for a request with more or fewer
+            images than are accepted.
     """
 
     def __init__(

@@ -78,8 +78,8 @@ class SceneTask(Protocol):
                 return items
             if tried == 100 * config.count:
                 raise UserError(
-                    f"protocol.task is {config.task}, which hardly a scene of this world can be "
-                    "about; change protocol.world, or choose another task"
+                    f"protocol.task is {config.task}, but almost no scene of this world fits it; "
+                    "change protocol.world, or choose another task"
                 )
             found = source.example(config.first + tried)
             if not isinstance(found, Skipped):

@@ -43,7 +43,8 @@ class DrawnConfig:
         self.world.check()
         if self.side < 24:
             raise UserError(
-                f"side is {self.side}; it must be at least 24 pixels, or things cannot be told apart"
+                f"side is {self.side}; it must be at least 24 pixels, or things cannot be told "
+                "apart"
             )
 
 

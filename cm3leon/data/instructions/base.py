@@ -113,8 +113,8 @@ class InstructionSource(FileSource):
             self._entries = self.entries()
         if not self._entries:
             raise UserError(
-                f"data.path: {self.config.path} lists no examples; give a file of the source "
-                "that is not empty"
+                f"data.path: {self.config.path} has no entries; give the file of the data set, "
+                "with at least one"
             )
         return [str(number) for number in range(-(-len(self._entries) // CHUNK))]
 
