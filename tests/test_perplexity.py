@@ -117,7 +117,7 @@ def test_other_formats(tmp_path: Path, suffix: str) -> None:
             "of is loss_txt, which .* does not have; it has loss, loss_image",
         ),
         ({"runs": ["{run}"], "by": "hours"}, "by is .hours.; it must be one of"),
-        ({"runs": ["{empty}"]}, "the first validation is at step"),
+        ({"runs": ["{empty}"]}, "has no records yet; the first is written at step"),
     ],
 )
 def test_mistakes_are_said(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
