@@ -78,7 +78,10 @@ def missing(site: Path) -> list[str]:
     What is private has no place on it, and is returned as well.
     """
     front = (site / "index.html").read_text()
-    headings = re.findall(r"^#+ (.*)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    # In a block of commands, such a line is a comment.
+    readme = (ROOT / "README.md").read_text()
+    prose = re.sub(r"^```.*?^```$", "", readme, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
     found = [heading for heading in headings if f">{heading}<" not in front]
 
     # Every page of docs, and one for every package but the plugins.
