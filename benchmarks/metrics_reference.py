@@ -366,11 +366,26 @@ def hugging_face_processor(place: Path, pixels: int) -> Any:
 # --------------------------------------------------------------------------------- pairs of images
 
 
+def published_ssim(one_HWC: np.ndarray, other_HWC: np.ndarray) -> float:
+    """SSIM of two uint8 images as it was published, computed by scikit-image."""
+    from skimage.metrics import structural_similarity
+
+    return structural_similarity(
+        one_HWC,
+        other_HWC,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        channel_axis=2,
+        data_range=255,
+    )
+
+
 def of_pairs(images_BHWC: np.ndarray, place: Path) -> list[Row]:
     """PSNR, SSIM and LPIPS of crops and their JPEGs of qualities 5 to 95."""
     import lpips as published
     import torchvision
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    from skimage.metrics import peak_signal_noise_ratio
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     qualities = np.linspace(5, 95, len(images_BHWC)).astype(int)
@@ -395,19 +410,10 @@ def of_pairs(images_BHWC: np.ndarray, place: Path) -> list[Row]:
         one, other = images_BHWC[number], rebuilt_BHWC[number]
         found["psnr"].append(peak_signal_noise_ratio(one, other, data_range=255))
 
-        # With these arguments it computes SSIM as it was published.
-        similarity = structural_similarity(
-            one,
-            other,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            channel_axis=2,
-            data_range=255,
-        )
-        found["ssim"].append(similarity)
+        found["ssim"].append(published_ssim(one, other))
 
-        # Its mean has windows over a mirrored border as well; those within the image are ours.
+        # torchmetrics' mean has windows over a mirrored border as well; those within the image are
+        # ours.
         one_CHW = torch.from_numpy(one.copy()).permute(2, 0, 1).double()
         other_CHW = torch.from_numpy(other.copy()).permute(2, 0, 1).double()
         mean, map_BCHW = structural_similarity_index_measure(
