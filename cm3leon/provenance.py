@@ -118,7 +118,12 @@ def _git(*words: str) -> str:
 
 def environment() -> dict[str, Any]:
     """Collect Python, the machine, versions of all packages, and `VARIABLES`."""
-    packages = {each.name: each.version for each in importlib.metadata.distributions() if each.name}
+    # A distribution parses its metadata each time that its name or version is asked for.
+    packages = {}
+    for distribution in importlib.metadata.distributions():
+        metadata = distribution.metadata
+        if metadata["Name"]:
+            packages[metadata["Name"]] = metadata["Version"]
     packages["cm3leon"] = __version__  # also where it runs from a folder that is not installed
     return {
         "python": platform.python_version(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SHORTEST = 8
@@ -41,9 +41,7 @@ _PARAMETER = re.compile(
 
 def masked(text: str) -> str:
     """Replace the secrets in a text by `***`."""
-    for secret in _values():
-        text = text.replace(secret, HIDDEN)
-    return masked_url(text)
+    return _without(text, _values())
 
 
 def masked_url(text: str) -> str:
@@ -53,12 +51,19 @@ def masked_url(text: str) -> str:
 
 def without_secrets(content: Any) -> Any:
     """Mask every text in plain data (mappings, lists, texts, numbers), including keys."""
+    return _without(content, _values())
+
+
+def _without(content: Any, secrets: Sequence[str]) -> Any:
+    """Mask every text in plain data, given the secrets of the environment."""
     if isinstance(content, str):
-        return masked(content)
+        for secret in secrets:
+            content = content.replace(secret, HIDDEN)
+        return masked_url(content)
     if isinstance(content, Mapping):
-        return {without_secrets(key): without_secrets(value) for key, value in content.items()}
+        return {_without(key, secrets): _without(value, secrets) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [without_secrets(each) for each in content]
+        return [_without(each, secrets) for each in content]
     return content
 
 

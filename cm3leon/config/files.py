@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ def dump_yaml(mapping: Mapping[str, Any]) -> str:
 
 
 def parse_yaml(text: str) -> Any:
+    """Parse a text as YAML; a command reads the same files several times, and parses them once."""
+    return copy.deepcopy(_read(text))
+
+
+@lru_cache(maxsize=64)
+def _read(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -168,7 +169,7 @@ def _pretrained(config: EncoderConfig) -> tuple[Any, Any]:
 
 
 def _small(config: EncoderConfig) -> tuple[Any, Any]:
-    from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, SimpleTokenizer
+    from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     vision = CLIPVisionCfg(
         layers=config.layers,
@@ -183,9 +184,15 @@ def _small(config: EncoderConfig) -> tuple[Any, Any]:
         heads=config.width // _HEAD,
         layers=config.layers,
     )
-    return CLIP(config.embed_dim, vision, text), SimpleTokenizer(
-        context_length=config.context_length
-    )
+    return CLIP(config.embed_dim, vision, text), _tokenizer(config.context_length)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(context_length: int) -> Any:
+    """CLIP's tokenizer, which is the same for all encoders of a context length."""
+    from open_clip import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=context_length)
 
 
 def _drop_tokens(tokens_BT: Tensor, share: float, rng: np.random.Generator) -> Tensor:

@@ -328,30 +328,37 @@ def _from_back_to_front(
     things: list[Thing], pixels_HWC: np.ndarray, side: int
 ) -> tuple[Thing, ...]:
     """Sort things in the order in which they hide each other."""
+    # Noise has dozens of things and a thousand pairs, so what belongs to one thing or one colour
+    # is computed once.
+    masks_THW = [_mask(thing, side) for thing in things]
+    distances = {thing.colour: _distances_to(thing.colour, pixels_HWC) for thing in things}
+
     order = list(things)
-    for first, second in combinations(things, 2):
+    for i, j in combinations(range(len(things)), 2):
         # Where both could be seen, the nearer one's colour is seen.
-        both_HW = _mask(first, side) & _mask(second, side)
+        both_HW = masks_THW[i] & masks_THW[j]
         if both_HW.sum() < 3:
             continue
-        seen_NC = pixels_HWC[both_HW]
-        nearer, farther = second, first
-        if _distance_to(first.colour, seen_NC) < _distance_to(second.colour, seen_NC):
-            nearer, farther = first, second
+        nearer, farther = things[j], things[i]
+        of_first, of_second = (_closest(distances[things[n].colour], both_HW) for n in (i, j))
+        if of_first < of_second:
+            nearer, farther = farther, nearer
         if order.index(nearer) < order.index(farther):
             order.remove(nearer)
             order.insert(order.index(farther) + 1, nearer)
     return tuple(order)
 
 
-def _distance_to(colour: str, pixels_NC: np.ndarray) -> float:
-    """The mean distance of pixels to a colour: to one of its two tones, or to their middle,
-    whichever is closest."""
+def _distances_to(colour: str, pixels_HWC: np.ndarray) -> list[np.ndarray]:
+    """The distances (H, W) of pixels to a colour's two tones and to their middle."""
     tone = np.array(COLOURS[colour], np.float32)
-    distances = []
-    for shade in (1, (1 + DARK) / 2, DARK):
-        distances.append(np.linalg.norm(pixels_NC - tone * shade, axis=-1).mean())
-    return float(min(distances))
+    shades = (1, (1 + DARK) / 2, DARK)
+    return [np.linalg.norm(pixels_HWC - tone * shade, axis=-1) for shade in shades]
+
+
+def _closest(distances_HW: list[np.ndarray], seen_HW: np.ndarray) -> float:
+    """The mean of the distances where a mask is set, of the tone that is closest there."""
+    return min(float(distance_HW[seen_HW].mean()) for distance_HW in distances_HW)
 
 
 def _mask(thing: Thing, side: int) -> np.ndarray:
