@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -323,14 +324,26 @@ def discover(plugins: Sequence[str | Path] = ()) -> None:
             that is not a package.
         PluginError: for a plugin that fails to import; its cause is the plugin's own error.
     """
-    for name in BUILT_IN:
-        if importlib.util.find_spec(f"cm3leon.{name}"):
-            _import_all(f"cm3leon.{name}")
+    _import_built_in()
     _load_plugins_folder()
-    for entry_point in importlib.metadata.entry_points(group="cm3leon.plugins"):
+    for entry_point in _entry_points(tuple(sys.path)):
         _load_entry_point(entry_point)
     for path in plugins:
         _load_path(Path(path).resolve())
+
+
+@cache
+def _import_built_in() -> None:
+    for name in BUILT_IN:
+        if importlib.util.find_spec(f"cm3leon.{name}"):
+            _import_all(f"cm3leon.{name}")
+
+
+@lru_cache(maxsize=8)
+def _entry_points(path: tuple[str, ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
+    """The plugins of the packages that are installed on `sys.path`, which is read once: each of
+    hundreds of packages is a folder of files."""
+    return tuple(importlib.metadata.entry_points(group="cm3leon.plugins"))
 
 
 def _import_all(name: str) -> None:

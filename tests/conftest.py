@@ -61,7 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-WHOLE_RUNS = ("test_end_to_end.py", "test_wheel.py", "test_digits.py")
+WHOLE_RUNS = (
+    *("test_digits.py", "test_end_to_end.py", "test_study.py", "test_tutorials.py"),
+    "test_wheel.py",
+)
 """Files that build a wheel or run whole experiments."""
 
 

@@ -130,7 +130,7 @@ def test_the_commands_that_pages_print_find_everything_done(finished: Path) -> N
     metrics = json.loads((finished / "metrics.json").read_text())
     page = (finished / "report.html").read_text()
     printed = html.unescape(re.search(r"python -m cm3leon\.run [^<\n]+", page)[0])  # type: ignore[index]
-    for command in (metrics["to_run_again"]["command"], printed):
+    for command in {metrics["to_run_again"]["command"], printed}:
         assert cm3leon(*shlex.split(command)[3:]).stdout.count("up to date") == len(STAGES)
 
 
@@ -201,6 +201,7 @@ def test_a_second_run_makes_nothing_again(finished: Path) -> None:
     assert results(finished) == before
 
 
+@pytest.mark.slow
 def test_killed_at_every_stage_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "digits_smoke"
     for stage in KILLED:
@@ -241,24 +242,8 @@ def test_a_changed_setting_makes_only_what_depends_on_it(finished: Path, tmp_pat
     assert (folder / "superseded").is_dir()
 
 
-def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line in two ranks, as `torchrun` starts them."""
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "cm3leon.run",
-    ]
-    return subprocess.run(
-        [*start, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-
-
 @pytest.mark.stack
+@pytest.mark.once
 def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Path) -> None:
     """Its losses are those of one process up to bf16's rounding; the stages after it are made by
     the first rank."""
@@ -268,10 +253,10 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
         shutil.rmtree(folder / stage)
     (folder / "report.html").unlink()
 
-    done = torchrun("experiment=digits_smoke", f"run={folder}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = processes.group("cm3leon.run", ["experiment=digits_smoke", f"run={folder}"], 2)
+    assert processes.finish(ranks) == [0, 0]
 
-    *figures, report, following = done.stdout.splitlines()[-7:]
+    *figures, report, following = ranks[0].said(0).splitlines()[-7:]
     assert report == f"report: file://{folder / 'report.html'}"
     assert [line.split("  ")[1] for line in figures] == [
         "text to image, no documents",
@@ -306,9 +291,11 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
     (tmp_path / "tars").mkdir()
     digit_tars(tmp_path / "tars", 4, 10)
     source = f'data={{"name": "webdataset", "path": "{tmp_path}/tars/*.tar"}}'
-    refused = torchrun("experiment=digits_smoke", source, *SHORT, f"run={tmp_path / 'shards'}")
-    assert refused.returncode != 0
-    assert refused.stderr.count("cm3leon: stage tokens is not finished in") == 1
+    words = ["experiment=digits_smoke", source, *SHORT, f"run={tmp_path / 'shards'}"]
+    refused = processes.group("cm3leon.run", words, 2)
+    assert 0 not in processes.finish(refused)
+    said = "".join(rank.said(1) for rank in refused)
+    assert said.count("cm3leon: stage tokens is not finished in") == 1
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_the_whole_corpus_or_the_sample_trains_it(
     tars: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run = tmp_path / "sample"
-    cm3leon(*arguments(tars, run, "shards.tokenizer_images=sample"))
+    cm3leon(*arguments(tars, run, "shards.tokenizer_images=sample", "until=image_tokenizer"))
     one, other = trained_weights(run), trained_weights(finished[0])
     assert any((one[name] != weight).any() for name, weight in other.items())
 

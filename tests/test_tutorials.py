@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,11 @@ def test_every_notebook_has_a_test() -> None:
     assert {file.stem for file in FOLDER.glob("*.py")} - ELSEWHERE == set(SMALL)
 
 
-@pytest.mark.parametrize("file", [FOLDER / f"{name}.py" for name in SMALL], ids=list(SMALL))
-def test_a_notebook_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param("own_pictures", marks=pytest.mark.slow), "write_a_plugin"]
+)
+def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = FOLDER / f"{name}.py"
     jupytext = pytest.importorskip("jupytext", reason="it makes notebooks of docs/tutorials")
     nbclient = pytest.importorskip("nbclient", reason="it runs notebooks")
     pytest.importorskip("ipykernel", reason="notebooks run in it")
@@ -44,3 +48,20 @@ def test_a_notebook_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     code = [each for each in notebook.cells if each.cell_type == "code"]
     assert len(code) >= 5
     assert all(each.execution_count for each in code)
+
+
+def test_the_settings_for_own_pictures_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notebook up to its first stage, in which all its settings are checked."""
+    monkeypatch.chdir(tmp_path)
+    cells = (FOLDER / "own_pictures.py").read_text().split("# %%")
+    last = next(number for number, cell in enumerate(cells) if "until=documents" in cell)
+    defined: dict[str, Any] = {}
+    for cell in cells[: last + 1]:
+        if "[markdown]" not in cell.partition("\n")[0]:
+            exec(compile("#" + cell, "own_pictures.py", "exec"), defined)
+
+    skipped = (tmp_path / "runs/photos/documents/skipped.jsonl").read_text()
+    assert "notes.png" in skipped
+    assert len(list((tmp_path / "photos").glob("*.txt"))) == defined["pictures"]

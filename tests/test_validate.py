@@ -18,6 +18,7 @@ import pytest
 from corpora import CORPORA, encoded, picture, write_lines, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Forked
 
 from cm3leon.data.formats import told_source
 from cm3leon.data.survey import Seen, quantile, read
@@ -329,17 +330,11 @@ def test_what_the_shell_ignores_is_not_ignored_in_tests(tmp_path: Path) -> None:
 
 def test_ctrl_c_prints_the_report_and_exits_with_130(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", ({"text": str(number)} for number in range(1_000_000)))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cm3leon.run", "validate", f"data.path={tmp_path}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked("cm3leon.run", ["validate", f"data.path={tmp_path}"])
 
     # The report is asked for as soon as some documents were read.
-    assert process.stderr is not None
-    while "documents=" not in process.stderr.read(1) + process.stderr.readline(200):
+    while "documents=" not in process.said(1):
+        assert process.poll() is None, process.said(1)
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
 

@@ -308,7 +308,7 @@ def test_it_learns_to_rebuild_images(tmp_path: Path) -> None:
     log = train(
         module,
         lambda module, batch_BHWC: module.loss(torch.from_numpy(batch_BHWC)),
-        RowStream(64, lambda items: images_BHWC[items], batch_size=8, seed=0),
+        RowStream(64, lambda items: images_BHWC[items], batch_size=4, seed=0),
         config,
         folder=tmp_path,
         device=torch.device("cpu"),

@@ -57,6 +57,7 @@ def shrunk(words: list[str], text_size: int) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_runs_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import cm3leon
 
 from cm3leon import __version__
 from cm3leon.records import STAGES
@@ -89,16 +90,20 @@ def test_list_from_another_folder(installed: Path, elsewhere: Path) -> None:
     assert "EXPERIMENTS" in text
 
 
-def test_experiments_are_found_and_no_name_is_shadowed(installed: Path, elsewhere: Path) -> None:
+def test_experiments_and_templates_are_found_and_no_name_is_shadowed(
+    installed: Path, elsewhere: Path
+) -> None:
     # Both packages of each name are imported, those of the folder and those of the wheel.
     code = """
 import evaluation, plugins, cm3leon.evaluation, cm3leon.plugins.example
 from cm3leon.config import SHIPPED
+from cm3leon.evaluation.report import Report, write_report
 from cm3leon.experiment import list_experiments
 print(evaluation.mine, plugins.mine)
 print(cm3leon.evaluation.__file__)
 print(cm3leon.plugins.example.__file__)
 print(all((SHIPPED / entry.file).is_file() for entry in list_experiments().values()))
+write_report("page.html", Report("<b> & others"))
 """
     lines = call(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(installed)).splitlines()
     package = installed / "cm3leon"
@@ -110,13 +115,6 @@ print(all((SHIPPED / entry.file).is_file() for entry in list_experiments().value
         "True",
     ]
 
-
-def test_a_page_is_made_of_the_templates_inside(installed: Path, elsewhere: Path) -> None:
-    code = """
-from cm3leon.evaluation.report import Report, write_report
-write_report("page.html", Report("<b> & others"))
-"""
-    call(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(installed))
     page = (elsewhere / "page.html").read_text()
     assert "<h1>&lt;b&gt; &amp; others</h1>" in page
     assert "--paper:" in page
@@ -133,10 +131,7 @@ def test_the_console_script_takes_the_same_words_as_the_module(
     installed: Path, elsewhere: Path
 ) -> None:
     words = ("experiment=digits", "seed=3", "--show")
-    module = call(
-        sys.executable, "-m", "cm3leon.run", *words, cwd=elsewhere, PYTHONPATH=str(installed)
-    )
-    assert script(installed, *words, cwd=elsewhere) == module
+    assert script(installed, *words, cwd=elsewhere) == cm3leon(*words).stdout
     assert script(installed, "--version", cwd=elsewhere) == f"{__version__}\n"
 
 
