@@ -18,6 +18,14 @@ Grams = Counter[tuple[str, ...]]
 MAT = ["the cat is on the mat", "there is a cat on the mat"]
 
 
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out METEOR, a program in Java that takes seconds to start; of these words, the official
+    tokenizer, which is another, makes the same."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+
+@pytest.mark.usefixtures("no_java")
 def test_the_classic_pair() -> None:
     """Papineni et al. 2002: seven times "the" has a clipped precision of 2/7."""
     scores = caption_scores(["the the the the the the the", "a dog"], [MAT, ["a dog"]])
@@ -34,6 +42,7 @@ def test_captions_equal_to_all_their_references_have_ten() -> None:
     assert (scores.meteor is None) == (shutil.which("java") is None)
 
 
+@pytest.mark.usefixtures("no_java")
 def test_cider_is_its_formula() -> None:
     """Vedantam et al. 2015, CIDEr-D: the cosine of clipped tf-idf vectors of n-grams.
 

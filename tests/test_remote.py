@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import socket
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -177,7 +176,10 @@ def test_a_file_that_was_replaced_is_not_read_however_often_it_is_asked(
             raw.read(20)
 
 
-def test_a_file_system_that_is_not_installed_is_a_sentence(tmp_path: Path) -> None:
+def test_a_file_system_that_is_not_installed_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
     for path in ("s3://bucket/x.tar", "nosuch://x", "https://localhost/x.tar"):
         with pytest.raises(UserError, match=f"^data.path: {path} cannot be (opened|reached)"):
             Files(path)

@@ -139,6 +139,7 @@ def test_a_training_interrupted_in_four_ways_has_the_losses_of_a_whole_one(
     assert events(one) == ["started", "done"]
 
 
+@pytest.mark.slow
 def test_a_time_limit_reached_too_often_ends_the_job_after_a_checkpoint(
     prepared: Path, tmp_path: Path
 ) -> None:
