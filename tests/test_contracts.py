@@ -230,6 +230,7 @@ def test_retriever_never_returns_the_query_itself(registry: Registry[Any], name:
 
 
 @every(SOURCES)
+@pytest.mark.once
 def test_source_yields_documents_in_a_fixed_order(
     registry: Registry[Any], name: str, tmp_path: Any
 ) -> None:
@@ -262,6 +263,7 @@ def _same_item(a: Any, b: Any) -> bool:
 
 
 @every(SOURCES)
+@pytest.mark.once
 def test_source_goes_on_from_every_item(registry: Registry[Any], name: str, tmp_path: Any) -> None:
     source = registry.build(small(registry, name, **corpus(name, tmp_path)))
     for part in source.parts():

@@ -91,6 +91,7 @@ def objects(address: str) -> set[str]:
 # ------------------------------------------------------------------------------------------ tokens
 
 
+@pytest.mark.once
 def test_tokens_of_tars_on_s3_outlive_a_killed_worker_and_show_no_credentials(
     gate: Gate, bucket: str, tmp_path: Path
 ) -> None:

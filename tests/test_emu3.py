@@ -331,6 +331,7 @@ def test_tensors_are_read_by_their_present_names_too(run: Path, tmp_path: Path) 
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("lora", [0, 2])
 def test_photographs_of_any_shape_are_trained_on(lora: int, run: Path, tmp_path: Path) -> None:
     """With retrieval, in its layout, whose sizes take unequal numbers of tokens."""

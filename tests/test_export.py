@@ -652,6 +652,7 @@ def test_damaged_folders_are_refused(
 # ------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.once
 def test_the_command_in_a_process(made: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -455,6 +455,7 @@ def test_the_licence_of_an_export_is_said_and_its_image_tokenizer_counts(
     assert said[0]["weights"] != said[1]["weights"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("lora", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["opt", "chameleon"])
 def test_a_run_starts_from_an_exported_folder(

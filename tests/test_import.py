@@ -585,6 +585,7 @@ def test_a_size_without_tokens_is_refused(
     assert picture.codes_N.shape == (16,)
 
 
+@pytest.mark.once
 def test_images_that_are_not_square_go_the_whole_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

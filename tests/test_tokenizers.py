@@ -673,6 +673,7 @@ def test_three_retrieved_documents_and_the_query_are_laid_out_as_in_the_paper() 
 
 
 @given(samples)
+@pytest.mark.once
 def test_layout_of_any_sample(sample: Sample) -> None:
     laid = lay_out(sample, TINY)
     parts = [(s, d is sample.query) for d in (*sample.retrieved, sample.query) for s in d.segments]

@@ -760,6 +760,7 @@ def test_a_full_disk_does_not_end_a_training(
     assert f"{tmp_path / 'full'}: tensorboard: No space left on device; " in said
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("place", ["last step", "save", "callback", "last callback", "end"])
 def test_a_signal_at_any_place_of_a_training_stops_it_and_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
