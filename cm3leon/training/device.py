@@ -41,6 +41,17 @@ def device_named(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def seed_devices(seed: int) -> None:
+    """Seed the generators of the CPU and of all GPUs.
+
+    `torch.manual_seed` also keeps a traceback for every kind of device that is not in use, which
+    takes longer than a small training's step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
 def autocast(device: torch.device, precision: TrainingPrecision) -> torch.autocast:
     """A context that computes matrix products in bf16 (weights stay float32), or does nothing for
     float32.

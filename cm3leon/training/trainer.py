@@ -27,7 +27,7 @@ from cm3leon.training.checkpoint import (
 )
 from cm3leon.training.compilation import recompile_limits
 from cm3leon.training.config import TrainingConfig
-from cm3leon.training.device import autocast
+from cm3leon.training.device import autocast, seed_devices
 from cm3leon.training.distributed import Ranks, local
 from cm3leon.training.faults import Spikes, diagnosis, diverged
 from cm3leon.training.log import Tracking, TrainingLog
@@ -229,7 +229,7 @@ def train(
             whole = ranks.tensor(ranks.sum([source.coming_weight()]))[0]
 
         while step < last:
-            torch.manual_seed(nth_seed(seed, step))
+            seed_devices(nth_seed(seed, step))
             set_rate(optimizer, rate := learning_rate(step - first, config))
             before = source.state
             ready = source.next()
