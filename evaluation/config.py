@@ -34,11 +34,14 @@ class AskConfig:
     shuffled: bool = False
     """Whether to give each prompt the documents of another prompt, as a control."""
     samples: PositiveInt = 1
-    """Answers drawn for an item; the best by the run's own CLIP counts."""
+    """Answers drawn for an item; the best by CLIP counts."""
     decoder: Annotated[Component, DECODERS] | None = None
     """How tokens are drawn; null: as the model's own experiment says."""
     bank: Path | None = None
     """Run folder whose documents are the memory bank; null: that of the model's own experiment."""
+    ranker: Path | None = None
+    """Run folder whose retriever's CLIP chooses the best of several samples; null: that of the
+    model's own run."""
     checkpoint: PositiveInt | None = None
     """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept;
     null: the last."""
@@ -57,8 +60,8 @@ class EvaluationConfig:
     protocol: Annotated[Component, PROTOCOLS]
     """What is asked, and how the answers are measured."""
     setting: Annotated[dict[str, Any], Settings(AskConfig)] = field(default_factory=dict)
-    """How models are asked: documents, shuffled, samples, decoder, bank, checkpoint, seed,
-    max_tokens."""
+    """How models are asked: documents, shuffled, samples, decoder, bank, ranker, checkpoint,
+    seed, max_tokens."""
     sweep: Annotated[dict[str, Any], Settings(AskConfig, swept=True)] = field(default_factory=dict)
     """Dotted keys of the setting and their values: a list, `1,2,5` or `range(3)`; each model and
     combination is a row."""

@@ -17,9 +17,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cm3leon import CM3Leon
 from cm3leon.api import UnrankedWarning
+from cm3leon.evaluate import Evaluation, Row
+from cm3leon.evaluate.files import read_answers
+from cm3leon.evaluation.config import AskConfig
 from cm3leon.experiment import load_experiment
 from cm3leon.plugins.scenes.world import entity_name
-from cm3leon.registry import RETRIEVERS, discover
+from cm3leon.registry import PROTOCOLS, RETRIEVERS, discover
 from cm3leon.retrievers.lexical import CELLS, TEXT_DIM, LexicalEncoder, direction
 from cm3leon.retrievers.neighbours import NeighbourShards
 from cm3leon.stages.run_folder import RunFolder
@@ -144,7 +147,9 @@ SMALL = {
 }
 
 
-def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
+def test_a_run_with_it_fits_keeps_finds_and_is_ranked_by_another(
+    tmp_path: Path, tuned_model: CM3Leon
+) -> None:
     experiment = load_experiment("digits_smoke", settings=SMALL)
     run_experiment(experiment, tmp_path)
     run = RunFolder(experiment, tmp_path, best_device())
@@ -174,6 +179,32 @@ def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
     for ask in (model.edit, model.answer):
         with pytest.raises(UserError, match="needs a model that was fine-tuned on instructions"):
             ask(pictures(1)[0], "make it bold")
+
+    # The CLIP of another run ranks the same images; a run without one cannot.
+    other = tuned_model.run.folder
+    ranked = CM3Leon.load(tmp_path, ranker=other).generate(captions[0], n=3, seed=7)
+    encoder = tuned_model.run.retriever.encoder
+    images_BHWC = np.stack([np.asarray(each.image) for each in both[0]])
+    cosines_B = encoder.encode_images(images_BHWC) @ encoder.encode_texts(captions[:1])[0]
+    best_first = np.argsort(-cosines_B)
+    assert [each.seed for each in ranked] == [7 + index for index in best_first.tolist()]
+    assert [each.score for each in ranked] == pytest.approx(cosines_B[best_first], abs=1e-6)
+    with pytest.raises(UserError, match=r"ranker: the retriever lexical of .* has no CLIP"):
+        CM3Leon.load(tmp_path, ranker=tmp_path)
+
+    # An evaluation asks for several samples where a ranker is named, and knows answers by it.
+    protocol = {"name": "corpus", "task": "text_to_image"}
+    evaluation = Evaluation(PROTOCOLS.check(protocol), tmp_path / "answers")
+    settings = (AskConfig(samples=2), AskConfig(samples=2, ranker=other))
+    unranked, by_other = (Row("m", "m", tmp_path, setting, {}) for setting in settings)
+    with pytest.raises(UserError, match=r"samples is 2, .* setting\.ranker must name a run"):
+        evaluation.answer(unranked, [0])
+    evaluation.answer(by_other, [0])
+    (held,) = (tmp_path / "answers").rglob("*.npz")
+    assert np.isfinite(read_answers(held)["clip"]).all()
+    assert evaluation.folder_of(unranked) != evaluation.folder_of(by_other)
+    with pytest.raises(UserError, match=r"setting\.ranker: .* finished retriever"):
+        evaluation.identity(Row("m", "m", tmp_path, AskConfig(ranker=tmp_path / "no"), {}))
 
 
 def test_one_word_is_enough_to_choose_it() -> None:

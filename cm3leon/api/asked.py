@@ -27,7 +27,7 @@ from cm3leon.api.answers import (
 )
 from cm3leon.api.documents import Documents
 from cm3leon.api.given import DecoderChoice, check_codes, check_ids, check_lengths, check_queries
-from cm3leon.api.loading import opened_model
+from cm3leon.api.loading import opened_clip, opened_model
 from cm3leon.arguments import Text, checked
 from cm3leon.config import Component, NonNegativeInt, PositiveInt
 from cm3leon.decoders.base import Decoder
@@ -36,6 +36,7 @@ from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.models.serving import keep_weights, share
 from cm3leon.registry import DECODERS, TASKS
+from cm3leon.retrievers.base import Encoder
 from cm3leon.stages.opening import TUNED, tuned_on
 from cm3leon.stages.prompts import fitting_prompt, retrieved_rows
 from cm3leon.stages.run_folder import RunFolder
@@ -73,8 +74,10 @@ class AskedRun(Documents):
         precision: Precision = "auto",
         window: int | None = None,
         execution: Execution = "eager",
+        ranker: Encoder | None = None,
     ) -> None:
         super().__init__(run)
+        self._ranker = ranker
         self._answerer: Answers = Answerer(run.model, run.vocab, window=window, execution=execution)
         self._decoders: dict[str, Decoder] = {}
         self._notices: list[Notice] | None = None
@@ -93,6 +96,7 @@ class AskedRun(Documents):
         execution: Execution = "eager",
         ranks: Ranks | None = None,
         bank: Path | None = None,
+        ranker: Path | None = None,
         checkpoint: PositiveInt | None = None,
         revision: str | None = None,
         adapter: str | Path | None = None,
@@ -116,6 +120,7 @@ class AskedRun(Documents):
             execution: how steps are run; graph and compiled graph need CUDA.
             ranks: processes that share the model; all of them have to make the same calls.
             bank: run folder whose documents are the memory bank; None = the run's own.
+            ranker: run folder whose retriever's CLIP ranks the images; None = the run's own.
             checkpoint: step of the pretraining whose weights are taken; None = the last.
             revision: a branch, a tag or a commit of a model on the Hub; None = its main branch.
             adapter: PEFT's LoRA to merge into an exported model, a folder or a model on the Hub.
@@ -148,7 +153,8 @@ class AskedRun(Documents):
         keep_weights(model, "float32" if kind == "float32" else "bf16")
         keep_weights(model.to(ranks.device), kind)
         opened = replace(opened, asked_model=model)
-        return cls(opened, precision=precision, window=window, execution=execution)
+        clip = None if ranker is None else opened_clip(ranker, opening, ranks.device)
+        return cls(opened, precision=precision, window=window, execution=execution, ranker=clip)
 
     def _notify(self, notice: Notice, *, stacklevel: int) -> None:
         """Warn the caller of the public method, which is `stacklevel` calls above."""
@@ -362,8 +368,18 @@ class AskedRun(Documents):
 
     @property
     def has_clip(self) -> bool:
-        """Whether the run's retriever has a CLIP, whose cosines rank samples."""
-        return self.run.has_retriever and bool(self.run.retriever.encoder.joint)
+        """Whether there is a CLIP whose cosines rank samples."""
+        return self.clip is not None
+
+    @property
+    def clip(self) -> Encoder | None:
+        """The CLIP whose cosines rank samples: the one that was given, or that of the run's
+        retriever; None if it has none."""
+        if self._ranker is not None:
+            return self._ranker
+        if self.run.has_retriever and self.run.retriever.encoder.joint:
+            return self.run.retriever.encoder
+        return None
 
     @checked
     def clip_scores(
@@ -372,7 +388,8 @@ class AskedRun(Documents):
         codes_BN: np.ndarray,
         size: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """Compute the cosine (B,) of each image and its text by the run's own CLIP, NaN if none.
+        """Compute the cosine (B,) of each image and its text by the CLIP that ranks samples,
+        NaN if there is none.
 
         Args:
             text: one text for all images, or one for each of them.
@@ -385,11 +402,12 @@ class AskedRun(Documents):
         texts = [text] * len(codes_BN) if isinstance(text, str) else list(text)
         check_lengths(codes_BN=list(codes_BN), text=texts)
         scores_B = np.full(len(codes_BN), np.nan, np.float32)
-        if not self.has_clip or not texts:
+        encoder = self.clip
+        if encoder is None or not texts:
             return scores_B
 
         # Each text is encoded once; images are drawn in parts, as they take more memory than codes.
-        encoder, distinct = self.run.retriever.encoder, list(dict.fromkeys(texts))
+        distinct = list(dict.fromkeys(texts))
         row_of = {each: row for row, each in enumerate(distinct)}
         text_B = np.array([row_of[each] for each in texts], np.int64)
         text_QD = encoder.encode_texts(distinct)

@@ -35,7 +35,7 @@ from cm3leon.evaluate.best import best_answers, drawn_images
 from cm3leon.evaluate.figures import as_figures
 from cm3leon.evaluate.files import add_answers, read_answers, sample_count, shard_file, write_arrays
 from cm3leon.evaluate.own_corpus import own_corpus
-from cm3leon.evaluate.row import Row, bank_identity
+from cm3leon.evaluate.row import Row, bank_identity, ranker_identity
 from cm3leon.evaluation.metrics import proportion
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, true_answer
 from cm3leon.evaluation.protocols.corpus import CorpusTask, OwnCorpus
@@ -84,7 +84,7 @@ class Evaluation:
         self._sizes: dict[Path, int] = {}
         self._parts: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._levels: dict[Path, dict[str, Any]] = {}
-        self._opened: tuple[tuple[Path, Path | None, int | None], CM3Leon] | None = None
+        self._opened: tuple[tuple[Any, ...], CM3Leon] | None = None
 
     def items(self, row: Row) -> list[Item]:
         """The protocol's items, images in the size of the row's model;
@@ -151,7 +151,8 @@ class Evaluation:
             name = model.run.experiment.retriever.name
             raise UserError(
                 f"setting.samples is {samples}, and the retriever {name} of {row.folder} has no "
-                "CLIP to choose the best by; it must be 1"
+                "CLIP to choose the best by; it must be 1, or setting.ranker must name a run whose "
+                "retriever has one"
             )
 
         asker = ItemAsker(model, self.protocol, row.setting, self.max_tokens(row))
@@ -316,12 +317,16 @@ class Evaluation:
         # Settings younger than answers that are still valid are left out at their defaults, so
         # that those answers keep their hash.
         left_out = {"samples", "bank", "max_tokens"}
-        for name in ("checkpoint", "shuffled"):
+        for name in ("checkpoint", "shuffled", "ranker"):
             if not getattr(row.setting, name):
                 left_out.add(name)
         setting = to_mapping(row.setting)
         for name in left_out:
             del setting[name]
+
+        # A run is known by what it holds, not by where it lies.
+        if row.setting.ranker:
+            setting["ranker"] = ranker_identity(row.setting.ranker)
 
         # Answers that were cut at another length are other answers, even if only the protocol
         # states the length.
@@ -371,13 +376,17 @@ class Evaluation:
 
     def model(self, row: Row) -> CM3Leon:
         """The row's model, kept until another one is asked for."""
-        key = (row.folder, row.setting.bank, row.setting.checkpoint)
-        if self._own and key == (self._own[0].run.folder, None, None):
+        setting = row.setting
+        key = (row.folder, setting.bank, setting.ranker, setting.checkpoint)
+        if self._own and key == (self._own[0].run.folder, None, None, None):
             return self._own[0]
         if self._opened is None or self._opened[0] != key:
             self._opened = None  # frees its memory for the next model
             model = CM3Leon.load(
-                row.folder, bank=row.setting.bank, checkpoint=row.setting.checkpoint
+                row.folder,
+                bank=setting.bank,
+                ranker=setting.ranker,
+                checkpoint=setting.checkpoint,
             )
             self._opened = (key, model)
         return self._opened[1]

@@ -45,13 +45,13 @@ def figures_of_own(
         for sample, answer in enumerate(answers):
             # An edit or an infilling must not touch what it was given.
             kept_In[index, sample] = task.keeps_given(documents[index], answer.document)
-    if TASKS.get(items[0].task).answers_in == "image" or not model.has_clip:
+    encoder = model.clip
+    if TASKS.get(items[0].task).answers_in == "image" or encoder is None:
         return {"kept": kept_In}
 
-    images_BHWC = np.stack([item.document.images[-1] for item in items])
+    image_BD = encoder.encode_images(np.stack([item.document.images[-1] for item in items]))
     clip_In = np.zeros(kept_In.shape)
     for sample in range(kept_In.shape[1]):
         texts = [run.tokenizer.caption(answers[sample].document) for answers in drawn]
-        parts = run.retriever.parts(texts, images_BHWC)
-        clip_In[:, sample] = (parts.text_BD * parts.image_BD).sum(axis=1)
+        clip_In[:, sample] = (encoder.encode_texts(texts) * image_BD).sum(axis=1)
     return {"kept": kept_In, "clip": clip_In}

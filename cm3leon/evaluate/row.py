@@ -11,6 +11,7 @@ from cm3leon.io import sha256
 from cm3leon.permissions import check_readable
 from cm3leon.records import MARKER, read_stage
 from cm3leon.retrievers.index import ADDED
+from cm3leon.stages.files import WEIGHTS, recorded_digest
 from cm3leon.types import UserError
 
 
@@ -44,3 +45,18 @@ def bank_identity(folder: Path) -> list[str]:
     if added.is_file():
         identity.append(sha256(added))
     return identity
+
+
+def ranker_identity(folder: Path) -> str:
+    """What identifies the CLIP that ranks samples: the digest of its weights.
+
+    Raises:
+        UserError: for a folder without a finished retriever.
+    """
+    check_readable(folder / "retriever" / MARKER)
+    if not (folder / "retriever" / MARKER).is_file():
+        raise UserError(
+            f"setting.ranker: {folder} is not the folder of a run with a finished retriever, "
+            "for example runs/digits"
+        )
+    return recorded_digest(folder / "retriever", WEIGHTS)
