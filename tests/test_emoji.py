@@ -294,6 +294,18 @@ def _noisy(image_HWC: Any, rng: np.random.Generator, deviation: float) -> Answer
     return Answer(image_HWC=np.clip(image_HWC + noise_HWC, 0, 255).round().astype(np.uint8))
 
 
+@pytest.mark.parametrize("name", ["text_to_image", "edit"])
+def test_settings_are_chosen_by_other_items_than_are_measured(name: str) -> None:
+    def ids(fold: str | None) -> list[str]:
+        return [item.id for item in task(name, fold=fold).items()]
+
+    both, tuning, test = ids(None), ids("tuning"), ids("test")
+    assert not set(tuning) & set(test)
+    assert sorted(tuning + test) == sorted(both)
+    # A quarter, up to three standard deviations of so many draws.
+    assert abs(len(tuning) / len(both) - 0.25) < 3 * (0.25 * 0.75 / len(both)) ** 0.5
+
+
 def test_another_tone_and_another_gender_are_told_apart() -> None:
     protocol = task("text_to_image", kinds=["person"])
     items = protocol.items()

@@ -24,6 +24,8 @@ from .source import DrawnAt, check_kinds, edit_document
 from .splits import Part, share, shown_once
 
 CELLS = "Fréchet distance of cells"
+TUNING = 0.25
+"""Share of the items that settings are chosen by."""
 LEAST = 110
 """Fewest images for which the covariance of the 108 colours of cells can have full rank."""
 
@@ -62,6 +64,9 @@ class EmojiTask(Protocol):
         seen."""
         kinds: list[str] | None = None
         """Kinds of drawings, as in the source, or of edits: tone, gender, time; null = all."""
+        fold: Literal["tuning", "test"] | None = None
+        """Which of the items: tuning = a quarter of them, drawn by hash, to choose settings by;
+        test = the others; null = all."""
         count: PositiveInt | None = None
         """Number of items, drawn by hash, evenly over the kinds of edits; null = all."""
 
@@ -162,6 +167,7 @@ class EmojiTask(Protocol):
                 f"protocol.kinds: the part {config.part} has no drawing of these kinds "
                 f"({', '.join(config.kinds or ())}); choose others, or another protocol.part"
             )
+        chosen = [emoji for emoji in chosen if self._in_fold(emoji.code)]
         if config.count is not None:
             chosen = sorted(chosen, key=lambda emoji: share(f"asked {emoji.code}"))[: config.count]
         items = []
@@ -179,13 +185,24 @@ class EmojiTask(Protocol):
         wanted = [kind for kind in kinds if not config.kinds or kind in config.kinds]
         items = []
         for kind in wanted:
-            of_kind = [edit for edit in edits(held_out=True) if edit.kind == kind]
+            of_kind = [
+                edit
+                for edit in edits(held_out=True)
+                if edit.kind == kind and self._in_fold(edit.id)
+            ]
             if config.count is not None:
                 of_kind = of_kind[: -(-config.count // len(wanted))]
             for edit in of_kind:
                 document = edit_document(edit, config.side)
                 items.append(Item(edit.id, "instruction", document, edit.after, f"{kind}_edits"))
         return items
+
+    def _in_fold(self, name: str) -> bool:
+        """Whether the item of this name is one of the fold's."""
+        if self.config.fold is None:
+            return True
+        is_tuning = share(f"fold {name}") < TUNING
+        return is_tuning == (self.config.fold == "tuning")
 
     def _met(self, known: Drawings, asked: int, found: int) -> bool:
         """Whether a drawing is the one asked for, or one that the prompt may mean."""
