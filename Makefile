@@ -21,7 +21,7 @@ STACK := -m '(stack or cluster) and not slow and not once' $(shell grep -lE 'mar
 .PHONY: demo test test-all test-slurm test-cluster test-stack lint
 
 demo: $(INSTALLED)
-	$(BIN)/python -m cm3leon.run experiment=digits
+	$(BIN)/python -m cm3leon.run experiment=demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -38,7 +38,8 @@ TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Figure:
-    """A figure, which a table writes as `{...:share}`, `{...:interval}` or `{...:n}`."""
+    """A figure, which a table writes as `{...:share}`, `{...:interval}`, `{...:spread}` or
+    `{...:n}`."""
 
     def __init__(self, name: str, found: dict[str, Any]) -> None:
         self.name = name
@@ -53,9 +54,14 @@ class Figure:
             if high == 100:
                 return f"{low:.1f} to 100"
             return f"{low:.1f} to {high:.1f}"
+        if form == "spread":
+            # The standard deviation over the seeds, behind their mean.
+            return f"{100 * self.found['value']:.1f} ± {100 * self.found['runs']['deviation']:.1f} %"
         if form == "n":
             return f"{self.found['n']:,}"
-        raise ValueError(f"{self.name}: the form is {form}; it must be share, interval or n")
+        raise ValueError(
+            f"{self.name}: the form is {form}; it must be share, interval, spread or n"
+        )
 
 
 class ResultFile:

@@ -145,7 +145,7 @@ def test_a_run_a_sweep_and_a_study_need_a_folder_each(
 def test_a_sweep_on_the_command_line_has_a_folder_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The line of the README, after `make demo`."""
+    """A line of docs/commands.md."""
     folders: list[Path] = []
     monkeypatch.setattr(
         "cm3leon.studies.run_study", lambda sweep, **options: folders.append(sweep.folder)

@@ -69,7 +69,10 @@ def closing(run: RunFolder, metrics: Entry) -> list[str]:
     held_out = run.corpus.rows("held_out")
     if len(held_out):
         prompt = f"prompt={run.corpus.captions[held_out[0]]}"
-        command = command_line("generate", f"run={run.folder}", prompt, "n=4", "out=drawn")
+        words = [f"run={run.folder}", prompt, "n=4"]
+        if documents := run.experiment.retriever.config.max_documents:
+            words.append(f"retrieve={documents}")
+        command = command_line("generate", *words, "out=drawn")
         lines.append(f"next, for example: {command}")
     return lines
 
