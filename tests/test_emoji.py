@@ -439,7 +439,7 @@ def test_answers_of_another_size_are_a_sentence() -> None:
 # ---------------------------------------------------------------------------------- the experiment
 
 EVALUATIONS = (
-    *("compositions", "compositions_unrelated", "guidance", "caption", "edit"),
+    *("compositions", "compositions_unrelated", "guidance", "caption", "tuned", "edit"),
     *("infill_top", "infill_bottom", "objects"),
 )
 

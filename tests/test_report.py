@@ -249,6 +249,15 @@ def test_curves_of_few_or_no_points(y, is_drawn, smooth, log_y):
     assert ("no points" in page.words) != is_drawn
 
 
+def test_a_single_series_without_a_name_needs_no_legend():
+    def legends(name):
+        page = page_with(curves(Series(name, [1, 2], [3, 4])))
+        return [of_ul for of_ul in page.all("ul") if of_ul.get("class") == "legend"]
+
+    assert len(legends("run")) == 1
+    assert not legends("")
+
+
 def test_curves_without_series_and_below_zero():
     page_with(curves(references=[ReferenceLine(1.0, "aim")]))
     page_with(curves(Series("run", [0, 1], [-1.0, 0.0]), log_y=True))

@@ -132,11 +132,13 @@ class Chart:
 def chart(curves: Curves, key: str) -> Chart:
     """Draw curves; `key` is unique in the page."""
     # A series without points that can be drawn stays in the legend, where it is said to have none.
+    # A run's own model has no name to stand there.
     lines = [line_of(series, log_x=curves.log_x, log_y=curves.log_y) for series in curves.series]
     strokes = []
     for index, (series, line) in enumerate(zip(curves.series, lines, strict=True)):
         has_points = len(line.x) > 0
-        strokes.append(Stroke(series.name, index % COLOURS + 1, _dash(index), has_points))
+        if series.name:
+            strokes.append(Stroke(series.name, index % COLOURS + 1, _dash(index), has_points))
 
     # What a screen reader says in place of the drawing.
     about = curves.title or f"{curves.y_label} by {curves.x_label}"
