@@ -19,7 +19,7 @@ import yaml
 from instruction_corpora import dense_annotations, visdial
 
 from cm3leon.api import CM3Leon, UntunedWarning
-from cm3leon.config import SHIPPED, Component
+from cm3leon.config import SHIPPED, Component, dump_yaml, to_mapping
 from cm3leon.data.instructions.templates import ROLES, TABLE_5, fill
 from cm3leon.data.source import squared
 from cm3leon.evaluate import Evaluation
@@ -747,6 +747,21 @@ def test_runs_of_another_seed_refer_to_runs_of_that_seed(tmp_path):
     assert of_seeds[2].folder == tmp_path / f"{first.folder.name}-seed_2"
     with pytest.raises(UserError, match=r"seeds is 31; it must be .* 30"):
         load_study("scenes", ["seeds=31"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scenes", "entities", "emoji", "paper_emoji"])
+def test_nothing_of_another_seed_is_read_from_the_first(tmp_path, name):
+    study = load_study(name, ["seeds=2"], tmp_path)
+    folder = re.compile(re.escape(str(tmp_path)) + r"/([\w-]+)")
+    for run, made in study.runs.items():
+        settings = dump_yaml(to_mapping(study.experiment(run)))
+        for read in folder.findall(settings):
+            assert read.endswith("-seed_1") == (made.copy == 1), (run, read)
+
+    for evaluation in study.evaluations:
+        for _, of_seed, *_ in rows_of_seeds(study, evaluation):
+            paths = [of_seed.folder, of_seed.setting.bank, of_seed.setting.ranker]
+            assert all(path.name.endswith("-seed_1") for path in paths if path), evaluation
 
 
 def test_sweeps_of_runs_are_runs_of_their_own(tmp_path):

@@ -47,10 +47,13 @@ def first_runs(names: Collection[str]) -> list[str]:
 
 
 def of_seed(content: Any, names: Collection[str], folder: Path, seed: int) -> Any:
-    """The content with every path into the folder of one
-    of the runs `names` moved to its copy's."""
+    """The content with every path into the folder of one of the runs `names` moved to its copy's,
+    also where it is a key, as in `shards.mix`."""
     if isinstance(content, Mapping):
-        return {key: of_seed(value, names, folder, seed) for key, value in content.items()}
+        moved = {}
+        for key, value in content.items():
+            moved[of_seed(key, names, folder, seed)] = of_seed(value, names, folder, seed)
+        return moved
     if isinstance(content, list):
         return [of_seed(each, names, folder, seed) for each in content]
     if not isinstance(content, str | Path):
@@ -73,6 +76,7 @@ def row_of_seed(row: Row, names: Collection[str], folder: Path, seed: int) -> Ro
         row.setting,
         seed=row.setting.seed + seed * DRAWS,
         bank=of_seed(row.setting.bank, names, folder, seed),
+        ranker=of_seed(row.setting.ranker, names, folder, seed),
     )
     moved = of_seed(row.folder, names, folder, seed)
     return replace(row, name=name_of(row.name, seed), folder=moved, setting=setting)
