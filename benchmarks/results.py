@@ -56,7 +56,9 @@ class Figure:
             return f"{low:.1f} to {high:.1f}"
         if form == "spread":
             # The standard deviation over the seeds, behind their mean.
-            return f"{100 * self.found['value']:.1f} ± {100 * self.found['runs']['deviation']:.1f} %"
+            return (
+                f"{100 * self.found['value']:.1f} ± {100 * self.found['runs']['deviation']:.1f} %"
+            )
         if form == "n":
             return f"{self.found['n']:,}"
         raise ValueError(
