@@ -38,8 +38,8 @@ TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Figure:
-    """A figure, which a table writes as `{...:share}`, `{...:interval}`, `{...:spread}` or
-    `{...:n}`."""
+    """A figure, which a table writes as `{...:share}`, `{...:interval}`, `{...:spread}`,
+    `{...:value}` or `{...:n}`."""
 
     def __init__(self, name: str, found: dict[str, Any]) -> None:
         self.name = name
@@ -59,10 +59,12 @@ class Figure:
             return (
                 f"{100 * self.found['value']:.1f} ± {100 * self.found['runs']['deviation']:.1f} %"
             )
+        if form == "value":
+            return f"{self.found['value']:,.0f}"
         if form == "n":
             return f"{self.found['n']:,}"
         raise ValueError(
-            f"{self.name}: the form is {form}; it must be share, interval, spread or n"
+            f"{self.name}: the form is {form}; it must be share, interval, spread, value or n"
         )
 
 
@@ -173,7 +175,7 @@ def take(name: str, folder: Path, machine: str) -> None:
     else:
         results, runs = folder / "evaluation" / "results.json", [folder]
     found = json.loads(results.read_text(encoding="utf-8"))
-    environment = json.loads((runs[0] / "environment.json").read_text(encoding="utf-8"))
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     configs = [yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) for run in runs]
 
     made: dict[str, Any] = {

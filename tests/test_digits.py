@@ -1,4 +1,4 @@
-"""The demo as it is shipped, about ten minutes on two cores: `python -m pytest -m slow`.
+"""`digits` and the demo as they are shipped, minutes on two cores: `python -m pytest -m slow`.
 
 The floors lie below the figures in docs/results.md by more than their intervals, as another
 processor rounds otherwise. Those of captions and of infilled bottom halves lie below what that page
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-def test_the_demo_learns(tmp_path: Path) -> None:
+def test_digits_are_learned(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -44,3 +44,18 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     # Almost none of the images is a copy of one that was trained on.
     drawn = metrics["evaluations"]["text_to_image"]
     assert all(row["metrics"]["copies"]["value"] < 0.05 for row in drawn)
+
+
+@pytest.mark.slow
+def test_the_demo_copies_from_its_documents(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cm3leon.run", "experiment=demo", f"run={tmp_path / 'demo'}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=3600)
+    found = json.loads((tmp_path / "demo" / "metrics.json").read_text())["evaluations"]
+
+    def right(evaluation: str, row: str) -> float:
+        rows = {each["row"]: each for each in found[evaluation]}
+        return rows[row]["metrics"]["right"]["value"]
+
+    assert right("compositions", "documents 2") > 0.45
+    assert right("compositions", "documents 0") < 0.05
+    assert right("compositions_unrelated", "compositions_unrelated") < 0.2

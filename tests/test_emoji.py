@@ -492,6 +492,23 @@ def test_the_experiment_in_small(tmp_path: Path) -> None:
         assert html.escape(ATTRIBUTION, quote=False) in page.read_text(), page
 
 
+def test_the_demo_in_small(tmp_path: Path) -> None:
+    experiment = load_experiment("demo")
+    words = ["data.kinds=[gesture]"]
+    for key, value in SMALL.items():
+        if key.startswith("runs.*."):
+            words.append(f"{key.removeprefix('runs.*.')}={value}")
+    words += [f"evaluations.{name}.protocol.count=3" for name in experiment.evaluations]
+    run_experiment(load_experiment("demo", words), tmp_path)
+
+    # Every aim names a figure that there is, and the page says whose the drawings are.
+    found = json.loads((tmp_path / "metrics.json").read_text())["evaluations"]
+    for aim in experiment.aims:
+        (row,) = (each for each in found[aim.evaluation] if each["row"] == aim.row)
+        assert aim.metric in row["metrics"]
+    assert html.escape(ATTRIBUTION, quote=False) in (tmp_path / "report.html").read_text()
+
+
 def test_the_larger_form_fits_a_gpu_of_24_gb_and_runs_in_small(tmp_path: Path) -> None:
     options = PlanOptions(experiment="emoji_gpu", gpu="rtx4090")
     assert plan(load_experiment("emoji_gpu"), options).fits

@@ -25,14 +25,21 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return results
 
 
-def figures(found: Any) -> Iterator[dict[str, Any]]:
-    """Every figure below a part of a result file."""
+MEANS = ("Fréchet distance of cells", "CLIP score")
+"""Figures that are not shares of the items."""
+
+
+def shares(found: Any, name: str = "") -> Iterator[dict[str, Any]]:
+    """Every share below a part of a result file."""
     if isinstance(found, dict) and "value" in found:
-        yield found
-    elif isinstance(found, dict | list):
-        parts = found.values() if isinstance(found, dict) else found
-        for part in parts:
-            yield from figures(part)
+        if name not in MEANS:
+            yield found
+    elif isinstance(found, dict):
+        for below, part in found.items():
+            yield from shares(part, below)
+    elif isinstance(found, list):
+        for part in found:
+            yield from shares(part)
 
 
 def test_every_page_is_what_the_result_files_give(script: Any) -> None:
@@ -70,11 +77,15 @@ def test_a_result_file_says_what_made_it_and_its_intervals_are_possible(file: Pa
         assert made[key], key
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", made["date"])
 
-    found = list(figures(content))
+    found = list(shares(content))
     assert found
     for figure in found:
         assert 0 <= figure["value"] <= 1
-        if "n" in figure and "low" in figure:
+        if "runs" in figure:
+            # The mean over seeds, whose interval is the mean of theirs.
+            assert figure["value"] == pytest.approx(np.mean(figure["runs"]["values"]))
+            assert figure["low"] <= figure["value"] <= figure["high"]
+        elif "n" in figure and "low" in figure:
             # Wilson's interval of as many hits, up to the rounding of the tables.
             hits_N = np.arange(figure["n"]) < round(figure["value"] * figure["n"])
             wilson = proportion(hits_N)
