@@ -929,6 +929,7 @@ def test_shipped_studies_say_that_cd_k_is_not_tuned(tmp_path):
         "gallery": paper,
         "scenes_samples_sweep": digits,
         "scenes_noise": {(0.3, 1)},
+        "paper_emoji": digits,
     }
 
 
