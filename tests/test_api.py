@@ -24,8 +24,7 @@ from processes import Forked
 from safetensors.torch import load_file, save_file
 
 from cm3leon import CM3Leon
-from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning, TruncatedWarning
-from cm3leon.api import asked as asked_module
+from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning, TruncatedWarning, ranking
 from cm3leon.decoders.request import Request
 from cm3leon.evaluate import Evaluation, Row
 from cm3leon.evaluation.config import AskConfig
@@ -125,7 +124,7 @@ def test_images_are_scored_with_a_text_of_their_own(
     texts, codes_BN = ["a seven", "a two", "a seven"], model.run.codes_MN[:3]
     alone = [model.clip_scores(text, codes_BN[row : row + 1])[0] for row, text in enumerate(texts)]
 
-    monkeypatch.setattr(asked_module, "SCORED_AT_ONCE", 2)
+    monkeypatch.setattr(ranking, "SCORED_AT_ONCE", 2)
     assert model.clip_scores(texts, codes_BN) == pytest.approx(np.array(alone), abs=1e-6)
     assert len({round(float(each), 6) for each in alone}) == 3
 

@@ -27,7 +27,8 @@ from cm3leon.api.answers import (
 )
 from cm3leon.api.documents import Documents
 from cm3leon.api.given import DecoderChoice, check_codes, check_ids, check_lengths, check_queries
-from cm3leon.api.loading import opened_clip, opened_model
+from cm3leon.api.loading import opened_model
+from cm3leon.api.ranking import cosines, opened_clip
 from cm3leon.arguments import Text, checked
 from cm3leon.config import Component, NonNegativeInt, PositiveInt
 from cm3leon.decoders.base import Decoder
@@ -55,8 +56,6 @@ from cm3leon.types import (
     Weights,
 )
 
-SCORED_AT_ONCE = 256
-"""Images that are drawn and compared with their texts at a time."""
 DECODERS_KEPT = 100
 """Decoders of different settings that are kept for the next request that asks for one."""
 
@@ -373,13 +372,11 @@ class AskedRun(Documents):
 
     @property
     def clip(self) -> Encoder | None:
-        """The CLIP whose cosines rank samples: the one that was given, or that of the run's
-        retriever; None if it has none."""
-        if self._ranker is not None:
+        """The CLIP that ranks samples: the given one, or the run's own; None if it has none."""
+        if self._ranker is not None or not self.run.has_retriever:
             return self._ranker
-        if self.run.has_retriever and self.run.retriever.encoder.joint:
-            return self.run.retriever.encoder
-        return None
+        encoder = self.run.retriever.encoder
+        return encoder if encoder.joint else None
 
     @checked
     def clip_scores(
@@ -388,8 +385,7 @@ class AskedRun(Documents):
         codes_BN: np.ndarray,
         size: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """Compute the cosine (B,) of each image and its text by the CLIP that ranks samples,
-        NaN if there is none.
+        """Compute the cosine (B,) of each image and its text by the run's CLIP; NaN without one.
 
         Args:
             text: one text for all images, or one for each of them.
@@ -401,22 +397,10 @@ class AskedRun(Documents):
         check_codes("codes_BN", codes_BN, math.prod(grid), tokenizer.codebook_size)
         texts = [text] * len(codes_BN) if isinstance(text, str) else list(text)
         check_lengths(codes_BN=list(codes_BN), text=texts)
-        scores_B = np.full(len(codes_BN), np.nan, np.float32)
         encoder = self.clip
-        if encoder is None or not texts:
-            return scores_B
-
-        # Each text is encoded once; images are drawn in parts, as they take more memory than codes.
-        distinct = list(dict.fromkeys(texts))
-        row_of = {each: row for row, each in enumerate(distinct)}
-        text_B = np.array([row_of[each] for each in texts], np.int64)
-        text_QD = encoder.encode_texts(distinct)
-        for start in range(0, len(codes_BN), SCORED_AT_ONCE):
-            part = slice(start, start + SCORED_AT_ONCE)
-            images_BHWC = tokenizer.decode(codes_BN[part].astype(np.int64), grid=grid)
-            image_BD = encoder.encode_images(images_BHWC)
-            scores_B[part] = (image_BD * text_QD[text_B[part]]).sum(-1)
-        return scores_B
+        if encoder is None:
+            return np.full(len(codes_BN), np.nan, np.float32)
+        return cosines(encoder, tokenizer, texts, codes_BN, grid)
 
     @cached_property
     def _learned(self) -> set[str] | None:

@@ -12,7 +12,6 @@ from cm3leon.hub.repository import model_folder
 from cm3leon.models.base import Model
 from cm3leon.models.pretrained import load_model
 from cm3leon.records import MARKER
-from cm3leon.retrievers.base import Encoder
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretraining import load_checkpoint
 from cm3leon.stages.run_folder import RunFolder
@@ -74,19 +73,3 @@ def opened_model(
         training = opened.experiment.training
         load_checkpoint(model, training, opened.folder, checkpoint, verify=opening.verify)
     return opened, model
-
-
-def opened_clip(folder: Path, opening: Opening, device: torch.device) -> Encoder:
-    """Open the CLIP of a run's retriever, to rank the images of another run by it.
-
-    Raises:
-        UserError: for a folder that is not a run with a finished retriever, or whose retriever has
-            no CLIP.
-    """
-    run = open_run(folder, opening, where="ranker", needs=("retriever",), device=device)
-    if not run.retriever.encoder.joint:
-        raise UserError(
-            f"ranker: the retriever {run.experiment.retriever.name} of {folder} has no CLIP to "
-            "rank images by; name a run whose retriever is dense"
-        )
-    return run.retriever.encoder

@@ -383,10 +383,7 @@ class Evaluation:
         if self._opened is None or self._opened[0] != key:
             self._opened = None  # frees its memory for the next model
             model = CM3Leon.load(
-                row.folder,
-                bank=setting.bank,
-                ranker=setting.ranker,
-                checkpoint=setting.checkpoint,
+                row.folder, bank=setting.bank, ranker=setting.ranker, checkpoint=setting.checkpoint
             )
             self._opened = (key, model)
         return self._opened[1]
