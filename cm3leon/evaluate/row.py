@@ -34,14 +34,9 @@ def bank_identity(folder: Path) -> list[str]:
     Raises:
         UserError: for a folder without a finished index.
     """
-    check_readable(folder / "index" / MARKER)
-    if not (folder / "index" / MARKER).is_file():
-        raise UserError(
-            f"setting.bank: {folder} is not the folder of a run with a finished index, "
-            "for example runs/digits"
-        )
-    identity = [read_stage(folder / "index")["fingerprint"]]
-    added = folder / "index" / ADDED
+    stage = _finished(folder, "index", "bank")
+    identity = [read_stage(stage)["fingerprint"]]
+    added = stage / ADDED
     if added.is_file():
         identity.append(sha256(added))
     return identity
@@ -53,10 +48,15 @@ def ranker_identity(folder: Path) -> str:
     Raises:
         UserError: for a folder without a finished retriever.
     """
-    check_readable(folder / "retriever" / MARKER)
-    if not (folder / "retriever" / MARKER).is_file():
+    return recorded_digest(_finished(folder, "retriever", "ranker"), WEIGHTS)
+
+
+def _finished(folder: Path, stage: str, setting: str) -> Path:
+    """The folder of a stage of the run that a setting names. Raises UserError if it is missing."""
+    check_readable(folder / stage / MARKER)
+    if not (folder / stage / MARKER).is_file():
         raise UserError(
-            f"setting.ranker: {folder} is not the folder of a run with a finished retriever, "
+            f"setting.{setting}: {folder} is not the folder of a run with a finished {stage}, "
             "for example runs/digits"
         )
-    return recorded_digest(folder / "retriever", WEIGHTS)
+    return folder / stage

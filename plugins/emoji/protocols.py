@@ -185,11 +185,10 @@ class EmojiTask(Protocol):
         wanted = [kind for kind in kinds if not config.kinds or kind in config.kinds]
         items = []
         for kind in wanted:
-            of_kind = [
-                edit
-                for edit in edits(held_out=True)
-                if edit.kind == kind and self._in_fold(edit.id)
-            ]
+            of_kind = []
+            for edit in edits(held_out=True):
+                if edit.kind == kind and self._in_fold(edit.id):
+                    of_kind.append(edit)
             if config.count is not None:
                 of_kind = of_kind[: -(-config.count // len(wanted))]
             for edit in of_kind:
