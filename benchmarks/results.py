@@ -34,6 +34,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+INNERMOST = re.compile(r"[\[{][^\[\]{}]*[\]}]")
+"""An object or a list of JSON that holds no other."""
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -198,8 +200,24 @@ def take(name: str, folder: Path, machine: str) -> None:
             kept = {key: row[key] for key in ("row", "metrics", "ceiling", "chance") if key in row}
             evaluations[evaluation].append(kept)
     content = {"made": made, "judge": found.get("judge"), "evaluations": evaluations}
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    (RESULTS / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(written_out(content), encoding="utf-8")
+
+
+def written_out(content: dict[str, Any]) -> str:
+    """Return the text of a result file: JSON with a figure on each line, of six decimals."""
+    text = json.dumps(_rounded(content), indent=2, ensure_ascii=False)
+    text = INNERMOST.sub(lambda found: " ".join(found[0].split()), text)
+    return f"{text}\n"
+
+
+def _rounded(content: Any) -> Any:
+    if isinstance(content, float):
+        return round(content, 6)
+    if isinstance(content, list):
+        return [_rounded(each) for each in content]
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    return content
 
 
 if __name__ == "__main__":

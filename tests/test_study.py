@@ -910,7 +910,8 @@ def contrastive(decoder: Component | None) -> list[Any]:
 
 
 def test_shipped_studies_say_that_cd_k_is_not_tuned(tmp_path):
-    """The best values for the digits' 128 codes are not used for 8,192, and each page says so."""
+    """The best values for the digits' 128 codes are not used for 8,192, and each page says so, but
+    for the pages of studies that choose their own."""
     used = {}
     for name in filter(is_study, list_experiments()):
         study = load_study(name, (), tmp_path)
@@ -918,7 +919,7 @@ def test_shipped_studies_say_that_cd_k_is_not_tuned(tmp_path):
         for key, evaluation in study.evaluations.items():
             for row in rows(key, evaluation):
                 found |= {(each.alpha, each.k) for each in contrastive(row.setting.decoder)}
-        if found and name != "eval_cd_k_sweep":
+        if found and name not in ("eval_cd_k_sweep", "paper_emoji"):
             used[name] = found
             assert "not tuned" in study.config.about, name
 
@@ -929,8 +930,23 @@ def test_shipped_studies_say_that_cd_k_is_not_tuned(tmp_path):
         "gallery": paper,
         "scenes_samples_sweep": digits,
         "scenes_noise": {(0.3, 1)},
-        "paper_emoji": digits,
     }
+
+
+def test_paper_emoji_tunes_cd_k_on_compositions_that_it_does_not_measure(tmp_path):
+    study = load_study("paper_emoji", (), tmp_path)
+    tuning, samples = study.evaluations["cd_k"], study.evaluations["samples"]
+    assert tuning.protocol.config.fold == "tuning"
+    assert samples.protocol.config.fold == "test"
+
+    tried = set()
+    for row in rows("cd_k", tuning):
+        tried |= {(each.alpha, each.k) for each in contrastive(row.setting.decoder)}
+    used = set()
+    for row in rows("samples", samples):
+        used |= {(each.alpha, each.k) for each in contrastive(row.setting.decoder)}
+    assert {(0.1, 1), (0.3, 2)} <= tried
+    assert used == {(0.1, 1)}
 
 
 def test_cd_k_is_tuned_on_captions_that_no_other_study_measures(tmp_path):
