@@ -204,7 +204,7 @@ def take(name: str, folder: Path, machine: str) -> None:
 
 
 def written_out(content: dict[str, Any]) -> str:
-    """Return the text of a result file: JSON with a figure on each line, of six decimals."""
+    """Return the text of a result file: JSON with a figure on each line, of eight digits."""
     text = json.dumps(_rounded(content), indent=2, ensure_ascii=False)
     text = INNERMOST.sub(lambda found: " ".join(found[0].split()), text)
     return f"{text}\n"
@@ -212,7 +212,7 @@ def written_out(content: dict[str, Any]) -> str:
 
 def _rounded(content: Any) -> Any:
     if isinstance(content, float):
-        return round(content, 6)
+        return float(f"{content:.8g}")
     if isinstance(content, list):
         return [_rounded(each) for each in content]
     if isinstance(content, dict):
