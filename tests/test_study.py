@@ -853,6 +853,29 @@ def test_combinations_are_the_product():
             "evaluation is image, which is not known; did you mean images",
         ),
         (["until=later"], "until is later, which is not a run or an evaluation"),
+        (
+            ["evaluations.questions.setting.bank=/none"],
+            "evaluations.questions.setting.bank: /none is not the folder of a run with a finished "
+            "index: /none/index/stage.json is missing",
+        ),
+        (
+            ["evaluations.questions.setting.ranker=/none"],
+            "evaluations.questions.setting.ranker: /none is not the folder of a run with a "
+            "finished retriever",
+        ),
+        (
+            ["evaluations.questions.models={tuned: '{run}/tunde'}"],
+            "nor is tunde a run of this study; did you mean tuned",
+        ),
+        (
+            ["runs.first.shards.bank={run}/tuned"],
+            "with a finished index by then; put tuned further up in runs",
+        ),
+        (
+            ["runs.tuned.training.start=/none"],
+            "runs.tuned.training.start: /none is not the folder of a run with a finished "
+            "pretraining",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_runs(made, words, sentence, capsys):

@@ -75,7 +75,7 @@ def load_study(
     for override in overrides:
         if _of_run(override):
             path, value = override
-            of_runs.append((path[1:], value))
+            of_runs.append((path[1:], _with_folder(value, folder)))
         else:
             own.append(override)
 
