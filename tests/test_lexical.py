@@ -141,6 +141,9 @@ def test_a_text_without_words_is_none() -> None:
 
 
 SMALL = {
+    # A fifth of the digits is enough to train on and to retrieve from.
+    "split": {"validation": 0.02, "held_out": 0.8},
+    "augment": {"versions": 1},
     "retriever": {"name": "lexical", "max_documents": 1},
     "retriever_training": None,
     "until": "pretraining",

@@ -112,17 +112,25 @@ def _peak_of_a_step(
     model: Model, config: DecoderTrainingConfig, live: Live, micro_batch: int, parts: int
 ) -> int:
     optimizer = new_optimizer(model, config)
-    for _ in range(2):
-        live.peak = live.now
-        for _ in range(parts):
-            ids_BT = torch.randint(model.vocab_size, (micro_batch, model.seq_len))
-            readout = loss_of(ids_BT)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(ids_BT, readout=readout)
-            loss.backward()
-            del loss
-        optimizer.step()
-        optimizer.zero_grad()
+
+    # The first step is here for the optimizer's state alone, so its gradients come from no loss.
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.grad = torch.empty_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    del weight
+
+    live.peak = live.now
+    for _ in range(parts):
+        ids_BT = torch.randint(model.vocab_size, (micro_batch, model.seq_len))
+        readout = loss_of(ids_BT)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids_BT, readout=readout)
+        loss.backward()
+        del loss
+    optimizer.step()
+    optimizer.zero_grad()
     return live.peak
 
 

@@ -816,7 +816,7 @@ def test_a_signal_at_any_place_of_a_training_stops_it_and_it_goes_on(
     with pytest.raises(Again, match="SIGTERM"):
         run(tmp_path / "cut", batches=batches, loss=loss_stops, callback=callback)
 
-    again, log_again = run(tmp_path / "cut", callback=callback)
+    again, log_again = run(tmp_path / "cut", callback=figures)
     assert without_rates(log_again) == without_rates(log)
     assert torch.equal(again.first.weight, whole.first.weight)
     lines = (tmp_path / "cut/validation.jsonl").read_text().splitlines()

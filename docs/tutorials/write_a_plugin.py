@@ -103,13 +103,15 @@ assert set(seen.weight_T[~vocab.is_image(seen.ids_T)].tolist()) == {1.0}
 # ## In an experiment
 #
 # Settings that belong together can be kept in a file and given as `overrides=`. The run below is
-# short, with parts that need little or no training. Nothing is learned, but every stage up to the
-# pretraining works with the objective.
+# short, on a fifth of the digits, with parts that need little or no training. Nothing is learned,
+# but every stage up to the pretraining works with the objective.
 
 # %%
 Path("mine.yaml").write_text(
     """objective: {name: lighter_images, image_weight: 0.25, mean_spans: 2.0}
 training.steps: 20
+split.held_out: 0.8
+augment.versions: 1
 retriever: {name: lexical}
 image_tokenizer: {name: patches, image_size: 32, downsampling: 8, codebook_size: 128, code_dim: 16}
 """
