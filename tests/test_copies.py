@@ -170,6 +170,7 @@ def test_a_training_goes_on_from_its_copy_on_another_machine(bucket: str, tmp_pa
     assert not any("step_00000012" in name for name in objects(f"{bucket}/run"))
 
 
+@pytest.mark.once
 def test_only_what_changed_is_pushed_and_what_is_gone_goes(bucket: str, tmp_path: Path) -> None:
     folder = write_files(
         tmp_path / "run", config_json="{}", tokens__a="1", tokens__log_log="1", old="x"
@@ -207,6 +208,7 @@ def test_only_what_changed_is_pushed_and_what_is_gone_goes(bucket: str, tmp_path
     assert push_copy(tmp_path / "there", address) == copies.Copied(0, 0, 3)
 
 
+@pytest.mark.once
 def test_a_push_or_a_pull_that_is_killed_leaves_the_copy_whole(
     bucket: str, gate: Gate, tmp_path: Path
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_push_or_a_pull_that_is_killed_leaves_the_copy_whole(
     assert contents_of(tmp_path / "second") == {"a": b"22", "b": b"22", "c": b"1", "d": b"22"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["503", "reset"])
 def test_a_push_waits_passing_trouble_out(
     kind: str, gate: Gate, bucket: str, tmp_path: Path
@@ -323,6 +326,7 @@ def test_the_commands_copy_there_and_back(bucket: str, tmp_path: Path) -> None:
     assert "every is given, which is for an address" in said.stderr
 
 
+@pytest.mark.once
 def test_it_is_pushed_again_and_again_until_it_is_stopped(
     gate: Gate, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

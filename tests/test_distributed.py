@@ -30,6 +30,7 @@ from cm3leon.training.steps import checkpoints
 from cm3leon.training.traffic import traffic
 
 pytestmark = pytest.mark.stack
+ONCE = pytest.mark.once
 
 NAMES = ("loss", "loss_text", "loss_image", "gradient_norm")
 
@@ -80,13 +81,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "fields"),
     [
-        (None, {"micro_batch": 1}),
-        (None, {"micro_batch": 3, "batch_size": 32, "batch_tokens": 4 * 48}),
-        (1, {}),
+        pytest.param(None, {"micro_batch": 1}, marks=ONCE),
+        pytest.param(
+            None, {"micro_batch": 3, "batch_size": 32, "batch_tokens": 4 * 48}, marks=ONCE
+        ),
+        pytest.param(1, {}, marks=ONCE),
         (2, {}),
         (2, {"micro_batch": 1, "activation_checkpointing": "full"}),
-        (2, {"micro_batch": 1, "replicas": 2}),
-        (4, {}),
+        pytest.param(2, {"micro_batch": 1, "replicas": 2}, marks=ONCE),
+        pytest.param(4, {}, marks=ONCE),
         (4, {"replicas": 2, "activation_checkpointing": "selective"}),
     ],
 )
@@ -99,7 +102,7 @@ def test_any_number_of_ranks_and_parts_gives_the_same_losses(
         torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=ONCE)])
 def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(
     tmp_path: Path, alone: Path, ranks: int
 ) -> None:
@@ -114,6 +117,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(
     assert_alike(figures(tmp_path), figures(alone))
 
 
+@pytest.mark.once
 def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", 2)
     processes = start(tmp_path / "stopped", 2, pause=0.2)
@@ -187,7 +191,12 @@ def test_a_step_reduces_once_and_reads_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "replicas", "nodes", "optimizer"),
-    [(2, 1, 1, "adamw"), (4, 2, 2, "adamw"), (2, 1, 1, "muon"), (4, 2, 2, "muon")],
+    [
+        (2, 1, 1, "adamw"),
+        pytest.param(4, 2, 2, "adamw", marks=ONCE),
+        pytest.param(2, 1, 1, "muon", marks=ONCE),
+        pytest.param(4, 2, 2, "muon", marks=ONCE),
+    ],
 )
 def test_bytes_of_a_step_are_those_that_a_plan_counts(
     tmp_path: Path, ranks: int, replicas: int, nodes: int, optimizer: Any
@@ -227,6 +236,7 @@ def test_bytes_of_a_step_are_those_that_a_plan_counts(
     assert (whole["sum"] > 0) == (replicas > 1)
 
 
+@pytest.mark.once
 def test_muon_does_the_same_on_any_number_of_ranks_and_when_it_goes_on(tmp_path: Path) -> None:
     """Muon makes matrices orthogonal in bf16, so rounding shows more than elsewhere."""
     fields = {"optimizer": "muon", "learning_rate": 0.003}
@@ -244,6 +254,7 @@ def test_muon_does_the_same_on_any_number_of_ranks_and_when_it_goes_on(tmp_path:
         assert numbers == pytest.approx(alone[step], rel=2e-3), step
 
 
+@pytest.mark.once
 def test_kills_at_any_instant_change_nothing(tmp_path: Path, alone: Path) -> None:
     """kill -9 again and again, a little after another checkpoint or while it is written."""
     for delay in (0.0, 0.05, 0.1, 0.0):

@@ -215,6 +215,7 @@ def test_samples_of_a_mixture_have_as_many_beams_as_they_alone_would_have() -> N
         assert answers(model(2), [single], vocab=VOCAB) == [[found[number]]]
 
 
+@pytest.mark.once
 def test_sampling_has_the_distribution_of_the_model() -> None:
     """Two codes in a row, 4,000 times, against their exact joint probabilities."""
     module, ids_T, count = model(1), np.array([VOCAB.eos, 5, VOCAB.brk]), 4000
@@ -686,6 +687,7 @@ def test_waiting_requests_enter_as_others_leave() -> None:
     name=st.sampled_from(["top_p", "cd_k", "mixture", "edit"]),
 )
 @settings(max_examples=15, deadline=None)
+@pytest.mark.once
 def test_drafts_change_no_answer(window: int, seed: int, name: str) -> None:
     """Images and texts of different lengths side by side, more of them than the engine holds."""
     module, asked = model(seed), prompts(4)

@@ -82,6 +82,7 @@ def finished(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return run, cm3leon(*arguments(tars, run)).stdout
 
 
+@pytest.mark.once
 def test_the_run_ends_with_a_page_of_reconstructions(finished: tuple[Path, str]) -> None:
     run, said = finished
     assert "[4/4] reconstruction: done" in said
@@ -101,6 +102,7 @@ def test_the_run_ends_with_a_page_of_reconstructions(finished: tuple[Path, str])
     assert str(run) not in page  # the same page wherever the run lies
 
 
+@pytest.mark.once
 def test_training_is_logged_with_reconstructions(finished: tuple[Path, str]) -> None:
     run, _ = finished
     log = training_log(run)
@@ -153,6 +155,7 @@ def test_the_whole_corpus_or_the_sample_trains_it(
     assert any((one[name] != weight).any() for name, weight in other.items())
 
 
+@pytest.mark.once
 def test_files_of_weights_add_a_loss_and_two_figures(tars: Path, tmp_path: Path) -> None:
     vgg = write_vgg(tmp_path / "vgg16.pth", vgg_weights())
     inception = write_inception(tmp_path / "inception.pth", inception_weights())
@@ -175,6 +178,7 @@ def test_files_of_weights_add_a_loss_and_two_figures(tars: Path, tmp_path: Path)
     assert not [name for name in weights if "perceptual" in name or "discriminator" in name]
 
 
+@pytest.mark.once
 def test_another_run_takes_the_tokenizers_over_and_trains_its_own_encoder(
     tars: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
