@@ -61,11 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-WHOLE_RUNS = (
-    *("test_digits.py", "test_end_to_end.py", "test_study.py", "test_tutorials.py"),
-    "test_wheel.py",
+LONG = (
+    *("test_digits.py", "test_distributed.py", "test_end_to_end.py", "test_fairseq2_extension.py"),
+    *("test_hub.py", "test_memory.py", "test_paper_experiments.py", "test_shard_stages.py"),
+    *("test_stores.py", "test_study.py", "test_tokenizer_stages.py", "test_training.py"),
+    *("test_tutorials.py", "test_wheel.py"),
 )
-"""Files that build a wheel or run whole experiments."""
+"""Files that take longest, most of them by whole experiments."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Among several processes they come first, so that no single one is still busy at the end.
     """
     among_several = "PYTEST_XDIST_WORKER" in os.environ
-    items.sort(key=lambda item: (item.path.name in WHOLE_RUNS) != among_several)
+    items.sort(key=lambda item: (item.path.name in LONG) != among_several)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -242,6 +242,7 @@ def test_a_changed_setting_makes_only_what_depends_on_it(finished: Path, tmp_pat
     assert (folder / "superseded").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.stack
 @pytest.mark.once
 def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Path) -> None:
@@ -287,7 +288,9 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
         events = EventAccumulator(str(each / "pretraining" / "tensorboard")).Reload()
         assert [image.step for image in events.Images("generated")] == [10, 20]
 
-    # Documents in shards are prepared before several ranks train, and that is said once.
+
+def test_documents_in_shards_are_prepared_before_several_ranks_train(tmp_path: Path) -> None:
+    """Ranks that find them missing refuse to begin, and say so once."""
     (tmp_path / "tars").mkdir()
     digit_tars(tmp_path / "tars", 4, 10)
     source = f'data={{"name": "webdataset", "path": "{tmp_path}/tars/*.tar"}}'

@@ -332,6 +332,7 @@ def test_it_is_served_like_any_other_run(run: Path) -> None:
         np.testing.assert_array_equal(drawn.codes_N, same.codes_N)
 
 
+@pytest.mark.once
 def test_a_study_asks_it_like_any_other_run(run: Path, tmp_path: Path) -> None:
     for number in range(110):
         (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
@@ -484,7 +485,8 @@ def test_guidance_drops_the_text_as_the_publisher_does(run: Path) -> None:
     assert task.prompt(document).unconditional_T.tolist() == [layout.begin, *layout.image_open]
 
 
-@pytest.mark.parametrize("lora", [None, pytest.param(2, marks=pytest.mark.once)])
+@pytest.mark.once
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_a_run_of_ones_own_starts_from_it(run: Path, lora: int | None, tmp_path: Path) -> None:
     """It has retrieval, and the tokenizers, layout and first weights of the imported run.
 
@@ -492,6 +494,8 @@ def test_a_run_of_ones_own_starts_from_it(run: Path, lora: int | None, tmp_path:
     """
     words = ["experiment=digits_smoke", f"shards.tokenizers={run}", f"training.start={run}"]
     words += ["sentinels=512", "until=pretraining", "retriever=lexical"]
+    # A fifth of the digits is enough to train on and to retrieve from.
+    words += ["split.held_out=0.8", "augment.versions=1"]
     words += ["training.steps=2", "training.warmup_steps=1"]
 
     # Sizes have to be those of the imported run.
