@@ -33,7 +33,12 @@ def test_the_classic_pair() -> None:
     assert scores.images == 2
 
 
-def test_captions_equal_to_all_their_references_have_ten() -> None:
+@pytest.mark.parametrize("programs", [pytest.param("java", marks=pytest.mark.slow), "no_java"])
+def test_captions_equal_to_all_their_references_have_ten(
+    programs: str, request: pytest.FixtureRequest
+) -> None:
+    if programs == "no_java":
+        request.getfixturevalue("no_java")
     texts = ["a red circle at the top", "two blue squares below it", "a small green cross on white"]
     scores = caption_scores(texts, [[text] * 5 for text in texts])
     assert scores.cider == pytest.approx(10)

@@ -150,7 +150,12 @@ def loss_of(ids_BT: Tensor) -> Callable[[Tensor, Any], Tensor]:
 @pytest.mark.parametrize("lora", [0, 8])
 @pytest.mark.parametrize(
     ("width", "vocab_size", "micro_batch", "parts"),
-    [(256, 8192, 4, 2), (256, 8192, 4, 1), (512, 2048, 4, 2), (256, 1024, 12, 1)],
+    [
+        pytest.param(256, 8192, 4, 2, marks=pytest.mark.slow),
+        (256, 8192, 4, 1),
+        (512, 2048, 4, 2),
+        pytest.param(256, 1024, 12, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_holds_what_is_planned(
     checkpointing: Any, lora: int, width: int, vocab_size: int, micro_batch: int, parts: int

@@ -40,6 +40,16 @@ FINE_TUNING = [
 ]
 
 
+def those_for_small_clusters_are_slow(names: list[str]) -> list[Any]:
+    """The names; what is named after the memory of its GPUs differs in what a shrunken run leaves
+    out, and is left to `make test-all`."""
+    given: list[Any] = []
+    for name in names:
+        marks = [pytest.mark.slow] if name.endswith("gb") else []
+        given.append(pytest.param(name, marks=marks))
+    return given
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_settings_are_the_papers(name: str) -> None:
     experiment = load_experiment(name)
@@ -110,7 +120,7 @@ def smoke(name: str, prepared: Path, run: Path, *more: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("name", PRETRAINING)
+@pytest.mark.parametrize("name", those_for_small_clusters_are_slow(PRETRAINING))
 def test_pretraining_runs_when_shrunken(name: str, prepared: Path, tmp_path: Path) -> None:
     losses = smoke(name, prepared, tmp_path / "run")
     assert len(losses) == 6
@@ -165,7 +175,7 @@ def test_images_are_drawn_in_one_batch_and_spend_no_graph(
     assert all(images > prompts for images, prompts in zip(decoded, asked, strict=True))
 
 
-@pytest.mark.parametrize("name", FINE_TUNING)
+@pytest.mark.parametrize("name", those_for_small_clusters_are_slow(FINE_TUNING))
 def test_fine_tuning_runs_when_shrunken(
     name: str, prepared: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
