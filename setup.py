@@ -34,6 +34,8 @@ TEST = [
     *FEATURES,
     # A server of S3's protocol on this machine; moto[server] would bring that of all other services, too.
     "moto[s3]>=5",
+    # Reads the font of the emojis' style Noto, and writes the small one of the tests.
+    "fonttools",
     "flask",
     "flask-cors",
     "openai>=2",

