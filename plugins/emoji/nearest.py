@@ -146,14 +146,17 @@ def gradients(images_BHWC: np.ndarray) -> np.ndarray:
 
 def colours(images_BHWC: np.ndarray) -> np.ndarray:
     """Mean colours (B, D) of the cells of uint8 images, in CIELAB."""
-
-    # The sum over each cell, divided by its number of pixels.
-    lab_BHWC = _scikit_image("color").rgb2lab(np.asarray(images_BHWC))
+    rgb2lab = _scikit_image("color").rgb2lab
     edges = np.linspace(0, images_BHWC.shape[1], CELLS + 1).round().astype(int)[:-1]
-    sums_BYXC = np.add.reduceat(np.add.reduceat(lab_BHWC, edges, axis=1), edges, axis=2)
     sizes_Y = np.diff([*edges, images_BHWC.shape[1]])
-    means_BYXC = sums_BYXC / (sizes_Y[:, None] * sizes_Y)[..., None]
-    return means_BYXC.reshape(len(means_BYXC), -1)
+    means = []
+    for first in range(0, len(images_BHWC), AT_ONCE):
+        # The sum over each cell, divided by its number of pixels.
+        lab_BHWC = rgb2lab(np.asarray(images_BHWC[first : first + AT_ONCE]))
+        sums_BYXC = np.add.reduceat(np.add.reduceat(lab_BHWC, edges, axis=1), edges, axis=2)
+        means_BYXC = sums_BYXC / (sizes_Y[:, None] * sizes_Y)[..., None]
+        means.append(means_BYXC.reshape(len(means_BYXC), -1))
+    return np.concatenate(means)
 
 
 def _scikit_image(module: str) -> Any:
