@@ -41,7 +41,7 @@ TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 class Figure:
     """A figure, which a table writes as `{...:share}`, `{...:interval}`, `{...:spread}`,
-    `{...:value}` or `{...:n}`."""
+    `{...:value}`, `{...:value_spread}` or `{...:n}`."""
 
     def __init__(self, name: str, found: dict[str, Any]) -> None:
         self.name = name
@@ -63,10 +63,13 @@ class Figure:
             )
         if form == "value":
             return f"{self.found['value']:,.0f}"
+        if form == "value_spread":
+            return f"{self.found['value']:,.0f} ± {self.found['runs']['deviation']:,.0f}"
         if form == "n":
             return f"{self.found['n']:,}"
         raise ValueError(
-            f"{self.name}: the form is {form}; it must be share, interval, spread, value or n"
+            f"{self.name}: the form is {form}; it must be share, interval, spread, value, "
+            "value_spread or n"
         )
 
 
