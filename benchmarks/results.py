@@ -34,6 +34,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+SHARED = ("ceiling", "chance")
+"""Parts of a row that stand in a file only where they differ from those of the row above."""
 INNERMOST = re.compile(r"[\[{][^\[\]{}]*[\]}]")
 """An object or a list of JSON that holds no other."""
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -98,7 +100,7 @@ class ResultFile:
         # The row of an evaluation is found by its name; anything else lies under its keys.
         rows = self.content["evaluations"].get(parts[0])
         if rows is not None:
-            found = next((row for row in rows if row["row"] == parts[1]), {})
+            found = _row(rows, parts[1])
             parts = parts[2:]
         for part in parts:
             found = found.get(part, {})
@@ -124,6 +126,16 @@ class ResultFile:
         if "from" in made:
             source += f", transcribed from {made['from']}"
         return f"{text} ({source})."
+
+
+def _row(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The row of that name, with what it shares with rows above it; {} if there is none."""
+    shared: dict[str, Any] = {}
+    for row in rows:
+        shared |= {part: row[part] for part in SHARED if part in row}
+        if row["row"] == name:
+            return {**shared, **row}
+    return {}
 
 
 def result_files() -> dict[str, ResultFile]:
@@ -199,8 +211,13 @@ def take(name: str, folder: Path, machine: str) -> None:
     evaluations: dict[str, Any] = {}
     for evaluation, rows in found["evaluations"].items():
         evaluations[evaluation] = []
+        above: dict[str, Any] = {}
         for row in rows:
-            kept = {key: row[key] for key in ("row", "metrics", "ceiling", "chance") if key in row}
+            kept = {"row": row["row"], "metrics": row["metrics"]}
+            for part in SHARED:
+                # Rows of one model mostly share these, and then only the first one has them.
+                if part in row and row[part] != above.get(part):
+                    kept[part] = above[part] = row[part]
             evaluations[evaluation].append(kept)
     content = {"made": made, "judge": found.get("judge"), "evaluations": evaluations}
     (RESULTS / f"{name}.json").write_text(written_out(content), encoding="utf-8")
@@ -208,7 +225,7 @@ def take(name: str, folder: Path, machine: str) -> None:
 
 def written_out(content: dict[str, Any]) -> str:
     """Return the text of a result file: JSON with a figure on each line, of eight digits."""
-    text = json.dumps(_rounded(content), indent=2, ensure_ascii=False)
+    text = json.dumps(_rounded(content), indent=1, ensure_ascii=False)
     text = INNERMOST.sub(lambda found: " ".join(found[0].split()), text)
     return f"{text}\n"
 

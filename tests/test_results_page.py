@@ -101,7 +101,10 @@ def test_figures_are_taken_from_a_finished_run(
     (run / "evaluation").mkdir(parents=True)
     accuracy = {"value": 0.75, "low": 0.3, "high": 0.95, "n": 4}
     row = {"row": "documents 0", "metrics": {"accuracy": accuracy}, "seconds": 3.0, "notes": []}
-    written = {"judge": {"real": accuracy}, "evaluations": {"caption": [row]}}
+    rows = [row]
+    for name, ceiling in (("a", 1.0), ("b", 1.0), ("c", 0.9)):
+        rows.append({**row, "row": name, "ceiling": {"accuracy": {**accuracy, "value": ceiling}}})
+    written = {"judge": {"real": accuracy}, "evaluations": {"caption": rows}}
     (run / "evaluation/results.json").write_text(json.dumps(written))
     (run / "environment.json").write_text(json.dumps({"packages": {"torch": "2.14.1"}}))
     (run / "config.yaml").write_text("seed: 7\n")
@@ -114,6 +117,15 @@ def test_figures_are_taken_from_a_finished_run(
     file = script.ResultFile(tmp_path / "digits.json")
     assert f"{file['caption/documents 0/metrics/accuracy']:share}" == "75.0 %"
     assert f"{file['judge/real']:interval}" == "30.0 to 95.0"
+
+    # A ceiling that a row shares with the one above it stands there only.
+    has_ceiling = ["ceiling" in each for each in file.content["evaluations"]["caption"]]
+    assert has_ceiling == [False, True, False, True]
+    ceilings = [f"{file[f'caption/{name}/ceiling/accuracy']:share}" for name in "abc"]
+    assert ceilings == ["100.0 %", "100.0 %", "90.0 %"]
+    with pytest.raises(KeyError, match="has no figure caption/documents 0/ceiling/accuracy"):
+        file["caption/documents 0/ceiling/accuracy"]
+
     assert "seed 7, one core, torch 2.14.1, 20" in f"{file:made}"
     assert f"{file:made}".endswith(": 15 minutes ([digits.json](docs/results/digits.json)).")
     with pytest.raises(KeyError, match="has no figure caption/documents 1"):
