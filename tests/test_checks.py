@@ -113,6 +113,26 @@ def test_other_runs_have_to_be_there() -> None:
     ]
 
 
+def test_what_an_evaluation_needs_has_to_be_there(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    overrides = (
+        "aims=[]",
+        "evaluations.caption.protocol={name: showcase, task: caption, "
+        f"prompts: [{{image: {picture}}}]}}",
+        f"evaluations.caption.setting.bank={tmp_path / 'nowhere'}",
+    )
+    assert mistakes(*overrides) == [
+        f"evaluations.caption.protocol: prompts: {picture} does not exist; give the path of an image",
+        f"setting.bank: {tmp_path / 'nowhere'} is not the folder of a run with a finished index, "
+        "for example runs/digits",
+    ]
+
+    # A run that ends before its evaluation needs neither, and one whose files are there is right.
+    assert mistakes(*overrides, until="pretraining") == []
+    picture.touch()
+    assert mistakes(*overrides[:2]) == []
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
     """A run with the weights of a pretraining and the record of a text tokenizer."""

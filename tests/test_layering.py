@@ -43,6 +43,7 @@ TOP = (
     "stages.evaluation",
     "stages.publish",
     "stages.table",
+    "stages.checks",
     "stages.running",
     "stages.importing",
     "hub.export",

@@ -32,6 +32,7 @@ PASSED_ON = (
     "cm3leon/config/files.py: {path}{_reason(error)}",
     "cm3leon/hub/folder.py: {self.where}: {error}",
     "cm3leon/hub/folder.py: {self.where}: {self.folder / 'config.json'}: {error}",
+    "cm3leon/stages/evaluation.py: {where}: {error}",
     "cm3leon/stages/pretraining.py: {fault}",
     "cm3leon/stages/running.py: {refusal}",
     "cm3leon/studies/config.py: {where}: {error}",

@@ -872,6 +872,14 @@ def test_combinations_are_the_product():
             "with a finished index by then; put tuned further up in runs",
         ),
         (
+            [
+                "aims=[]",
+                "evaluations.questions.protocol={name: showcase, task: caption, "
+                "prompts: [{image: /none.png}]}",
+            ],
+            "evaluations.questions.protocol: prompts: /none.png does not exist",
+        ),
+        (
             ["runs.tuned.training.start=/none"],
             "runs.tuned.training.start: /none is not the folder of a run with a finished "
             "pretraining",

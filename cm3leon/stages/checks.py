@@ -1,7 +1,7 @@
 """Checks of what the settings alone decide, before the first stage starts.
 
 A mistake that a stage would find after an hour is found here by shapes and names: sizes that do not
-fit together, and other runs that are missing or do not fit.
+fit together, other runs that are missing or do not fit, and files that an evaluation needs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from cm3leon.experiment import Experiment
 from cm3leon.loggers.base import check_installed
 from cm3leon.records import MARKER, read_stage
+from cm3leon.stages.evaluation import check_banks, check_protocol
 from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS
 from cm3leon.stages.neighbours import bank_fingerprint
 from cm3leon.stages.pretraining import another_tokenizer
@@ -76,6 +77,9 @@ def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[]
     if asks:
         yield lambda: _check_split("held_out", experiment.split.held_out, "evaluation")
         yield lambda: _check_block(run)
+        for name, evaluation in experiment.evaluations.items():
+            yield partial(check_protocol, f"evaluations.{name}.protocol", evaluation.protocol)
+            yield partial(check_banks, run, name)
     yield lambda: mixed_fingerprints(run)
     yield lambda: experiment.training.blocks(run.seq_len)
     yield lambda: run.objective

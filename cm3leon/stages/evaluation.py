@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cm3leon.api import CM3Leon
+from cm3leon.config import Component
 from cm3leon.evaluate import Evaluation, Row, bank_identity, figures_line, own_corpus
 from cm3leon.evaluation.metrics import codebook_use, proportion, psnr
 from cm3leon.evaluation.protocols.corpus import UNKNOWN, OwnCorpus
@@ -26,6 +27,7 @@ from cm3leon.stages.neighbours import STRATEGY
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.training.device import uses_bf16
+from cm3leon.types import UserError
 
 RESULTS = "results.json"
 ANSWERS = "answers"
@@ -191,6 +193,23 @@ def best_row(
         return -math.inf
 
     return max(rows, key=goodness)
+
+
+def check_protocol(where: str, protocol: Component) -> None:
+    """Raise UserError, which names the setting, if files of a protocol are missing."""
+    try:
+        PROTOCOLS.build(protocol).fingerprint()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def check_banks(run: RunFolder, name: str) -> None:
+    """Raise UserError if a memory bank that an evaluation names is missing."""
+    evaluation = run.experiment.evaluations[name]
+    for bank in (evaluation.setting.get("bank"), *evaluation.sweep.get("bank", ())):
+        # The run's own bank is made before it is asked for.
+        if bank is not None and Path(bank).absolute() != run.folder.absolute():
+            bank_identity(Path(bank))
 
 
 SECTIONS = ("evaluations", "decoder", "text_decoder", "seed")

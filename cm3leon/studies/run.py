@@ -26,9 +26,9 @@ from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.running import run_experiment
 from cm3leon.stages.stage import redo_of
 from cm3leon.stages.table import stages_of
+from cm3leon.studies.checks import check_study
 from cm3leon.studies.compute import training_flops
 from cm3leon.studies.config import Study, StudyEvaluation, rows
-from cm3leon.studies.folders import check_named_runs
 from cm3leon.studies.jobs import point_jobs, study_jobs, unfinished
 from cm3leon.studies.report import study_report
 from cm3leon.studies.results import (
@@ -67,7 +67,7 @@ def launch_study(study: Study, *, until: str | None = None, redo: Collection[str
     """
     wanted = parts_until(study, until)
     check_study_redo(study, redo)
-    check_named_runs(study, wanted)
+    check_study(study, wanted)
     check_run_folder(study.folder)
     make_folder(study.folder, "run")
     refuse_twice(study.folder)
@@ -96,13 +96,13 @@ def run_study(
         asked: (k, n): make only share k of n of the answers, and measure nothing.
 
     Raises:
-        UserError: for an unknown `until` or `redo`, a folder that is not this study's, a run that
-            is named but neither exists nor is made, a mistake that a run or an evaluation finds,
-            and points that failed.
+        UserError: for an unknown `until` or `redo`, a folder that is not this study's, a run or a
+            file that is named and does not exist, a mistake that a run or an evaluation finds, and
+            points that failed.
     """
     wanted = parts_until(study, until)
     check_study_redo(study, redo)
-    check_named_runs(study, wanted)
+    check_study(study, wanted)
     check_run_folder(study.folder)
 
     rank = current_rank()

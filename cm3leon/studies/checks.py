@@ -1,4 +1,8 @@
-"""Whether the runs that a study names exist, or will have been made when they are needed."""
+"""Checks of a study before its first run starts.
+
+A mistake that the last evaluation would find after hours is found here: runs that it reads from and
+that neither exist nor are made before, and files of protocols that are missing.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,21 @@ from pathlib import Path
 from cm3leon.config import choices
 from cm3leon.experiment import Experiment
 from cm3leon.records import MARKER
+from cm3leon.stages.evaluation import check_protocol
 from cm3leon.stages.opening import CONFIG
 from cm3leon.studies.config import Study, rows
-from cm3leon.types import refuse
+from cm3leon.types import UserError, refuse, sentences_of
 
 Named = tuple[str, Path, str]
 """A setting, the run folder that it names, and the stage which that run must have finished; "" for
 none."""
 
 
-def check_named_runs(study: Study, wanted: Sequence[str]) -> None:
-    """Check the folders of all runs that the wanted runs and evaluations read from.
-
-    A mistake in the last evaluation is found here, before the first run has taken hours.
+def check_study(study: Study, wanted: Sequence[str]) -> None:
+    """Check what the wanted runs and evaluations read from.
 
     Raises:
-        UserError: naming every folder that is no run, and that no run of the study before it makes.
+        UserError: naming all mistakes.
     """
     made: list[str] = []
     mistakes: list[str] = []
@@ -36,6 +39,10 @@ def check_named_runs(study: Study, wanted: Sequence[str]) -> None:
         if name in wanted:
             for where, folder, stage in _of_evaluation(study, name):
                 mistakes += _mistakes(study, made, f"evaluations.{name}.{where}", folder, stage)
+            try:
+                check_protocol(f"evaluations.{name}.protocol", study.evaluations[name].protocol)
+            except UserError as error:
+                mistakes += sentences_of(error)
     refuse(mistakes)
 
 
