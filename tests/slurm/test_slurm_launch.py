@@ -46,7 +46,7 @@ def run(folder: Path, *words: str) -> Launch:
     return newest_launch(folder)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     """Wait for a condition, for so long at most."""
     limit = time.monotonic() + seconds
     while not condition():
@@ -59,7 +59,7 @@ def states(launch: Launch) -> list[tuple[str, str]]:
     return [(state.word, state.more) for _, state in follow.states(launch)]
 
 
-def wait_until(launch: Launch, word: str, seconds: float = 240) -> None:
+def wait_until(launch: Launch, word: str, seconds: float = 600) -> None:
     """Wait until all commands of a launch have this state; no other final state may turn up."""
 
     def reached() -> bool:
