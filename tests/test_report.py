@@ -335,6 +335,12 @@ def test_an_interval_is_written_as_its_figure_is():
     assert numbers.interval(0.88, 0.94, "{:.1%}".format) == "[88.0%, 94.0%]"
 
 
+def test_a_figure_breaks_into_lines_only_before_its_brackets():
+    text = "0.912 ± 0.012 (0.880 to 0.940) [0.871, 0.953]"
+    lines = ["0.912 ± 0.012", "(0.880 to 0.940)", "[0.871, 0.953]"]
+    assert numbers.unbroken(text) == " ".join(line.replace(" ", "\u00a0") for line in lines)
+
+
 def test_rows_that_name_their_cells_have_dashes_for_those_of_others():
     table = Table.of([{"run": "a", "loss": 0.5}, {"run": "b", "accuracy": 1}], highlight={1})
     assert table.columns == ["run", "loss", "accuracy"]

@@ -35,6 +35,7 @@ from cm3leon.run import main
 from cm3leon.stages.opening import tuned_on
 from cm3leon.stages.tokens import token_documents
 from cm3leon.studies import load_study, run_study
+from cm3leon.studies import run as studies_run
 from cm3leon.studies.config import rows
 from cm3leon.studies.run import rows_of_seeds
 from cm3leon.types import Document, TextSegment, UserError
@@ -900,6 +901,19 @@ def test_a_study_is_no_experiment_for_the_other_commands(made, capsys):
     assert "is a study of several runs" in capsys.readouterr().err
     assert main([f"experiment={made[0]}", "--show"]) == 0
     assert "evaluations:" in capsys.readouterr().out
+
+
+def test_evaluations_keep_their_order_beside_runs_of_the_same_name(made, monkeypatch):
+    """`questions` is asked after `images`, although a run of that name is made first."""
+    file, folder = made
+    study = load_study(str(file), (), folder)
+    study.runs = {"questions": study.runs["first"], **study.runs}
+    asked = []
+    monkeypatch.setattr(studies_run, "_make_runs", lambda *_: None)
+    monkeypatch.setattr(studies_run, "_evaluated", lambda _, names, __: asked.extend(names) or {})
+    monkeypatch.setattr(studies_run, "write_results", lambda *_: None)
+    run_study(study)
+    assert asked == ["images", "questions"]
 
 
 def test_a_model_that_is_not_there_is_named(made, tmp_path):

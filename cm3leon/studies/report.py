@@ -189,7 +189,8 @@ def _cell(result: RunResult, name: str) -> Cell:
         return result.figures.get(name)
     over = result.spread[name]
     deviation, low, high = map(numbers.metric, (over.deviation, over.low, over.high))
-    return f"{numbers.metric(result.figures[name])} ± {deviation} ({low} to {high})"
+    mean = numbers.metric(result.figures[name])
+    return numbers.unbroken(f"{mean} ± {deviation} ({low} to {high})")
 
 
 def _times(seconds: Mapping[str, Mapping[str, float]]) -> list[Section]:

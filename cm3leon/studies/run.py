@@ -124,7 +124,8 @@ def run_study(
             write_text(study.file, dump_yaml(without_secrets(study.written)))
         if asked is None:
             _make_runs(study, wanted, redo)
-        found = _evaluated(study, [name for name in wanted if name in study.evaluations], asked)
+        # In their own order, also where one has the name of a run.
+        found = _evaluated(study, [name for name in study.evaluations if name in wanted], asked)
         if first and asked is None and until is None:
             write_results(study, found)
 

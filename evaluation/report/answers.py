@@ -335,7 +335,7 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     parts = [numbers.metric(found["value"]), _spread(found), _interval(found)]
-    return " ".join(filter(None, parts))
+    return numbers.unbroken(" ".join(filter(None, parts)))
 
 
 def _spread(found: Mapping[str, Any]) -> str:

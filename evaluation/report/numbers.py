@@ -74,6 +74,16 @@ def interval(low: float, high: float, write: Callable[[float], str] = metric) ->
     return f"[{write(low)}, {write(high)}]"
 
 
+def unbroken(text: str) -> str:
+    """A figure that breaks into lines only before a bracket, so that a narrow column stays readable:
+
+        0.912 ± 0.012
+        (0.880 to 0.940)
+        [0.871, 0.953]
+    """
+    return re.sub(r" (?![(\[])", "\u00a0", text)
+
+
 def counted(count: int, noun: str) -> str:
     """A number of things: 1 code, 1,024 codes."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
