@@ -798,7 +798,7 @@ def test_points_of_a_study_are_made_as_those_of_a_sweep(ran: list[str], tmp_path
         "rates-0.002-seed_1": ("2.8", ""),
     }
 
-    page = Page((tmp_path / "run" / "report.html").read_text()).words
+    page = Page((tmp_path / "run" / "report.html").read_text()).words.replace("\u00a0", " ")
     assert "points finished, rates" in page
     assert "2.800 ± 0.000" in page or "2.8 ± 0" in page
 
