@@ -75,11 +75,9 @@ def interval(low: float, high: float, write: Callable[[float], str] = metric) ->
 
 
 def unbroken(text: str) -> str:
-    """A figure that breaks into lines only before a bracket, so that a narrow column stays readable:
+    """A figure that breaks into lines only before a bracket, so that a narrow column stays readable.
 
-        0.912 ± 0.012
-        (0.880 to 0.940)
-        [0.871, 0.953]
+    `0.912 ± 0.012 (0.880 to 0.940) [0.871, 0.953]` takes up to three lines.
     """
     return re.sub(r" (?![(\[])", "\u00a0", text)
 
