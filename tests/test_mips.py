@@ -282,6 +282,20 @@ def test_one_package_of_faiss_serves_and_two_are_refused(
         mips._check_packages.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("version", "threshold", "chosen"),
+    [("1.12", 20, 20), ("1.15", 128_000, 1_600), ("later", 800, 800)],
+)
+def test_exact_search_takes_matrix_products_early(version, threshold, chosen):
+    stand_in = SimpleNamespace(
+        cvar=SimpleNamespace(distance_compute_blas_threshold=threshold),
+        omp_get_max_threads=lambda: 2,
+    )
+    for _ in range(2):  # a second import changes nothing
+        mips._take_products_early(stand_in)
+        assert stand_in.cvar.distance_compute_blas_threshold == chosen, version
+
+
 def test_a_worker_of_several_searches_on_its_own_gpu(
     monkeypatch: pytest.MonkeyPatch, gpus: Gpus, inverted: Made
 ) -> None:
