@@ -17,8 +17,8 @@ padding. A batch has at most the same number of positions for both.
 memory: the most that such a step holds beyond the weights, gradients and moments included, in a
 process of its own.
 
-mfu: our step alone. Its model FLOPs are a share of the rate of a large bf16 matrix product, which
-is measured in the same process.
+mfu: our step alone. Its model FLOPs are a share of the rate of a large matrix product, in bf16 or
+float32, which is measured in the same process.
 
 Seconds are medians after a first call that is not counted.
 """
@@ -254,7 +254,8 @@ def mfu(args: argparse.Namespace) -> None:
         rows = 1 if args.preset == "cm3leon_7b" else 4
 
     # A product as large as keeps the device busy.
-    matmul = product_rate(DEVICE, 8192 if DEVICE.type == "cuda" else 2048, torch.bfloat16)
+    dtype = torch.float32 if args.precision == "float32" else torch.bfloat16
+    matmul = product_rate(DEVICE, 8192 if DEVICE.type == "cuda" else 2048, dtype)
     step = timed_step(
         shape(args), config_of(args), rows=rows, length=args.length, repeats=args.repeats
     )

@@ -22,8 +22,6 @@ from cm3leon.retrievers.parts import Parts
 
 NONE = -1
 """Stands for a missing row."""
-VERDICTS = ("seen", "itself", "modality", "like_query", "like_taken")
-"""What is counted: candidates that were considered, and those that each rule rejected."""
 
 
 @dataclass(frozen=True)
@@ -71,54 +69,45 @@ def select(
         `like_query`, `like_taken`).
     """
     Q, K = candidates_QK.shape
-    if taken_QT is None or taken is None:
-        taken_QT, taken = np.zeros((Q, 0), np.int64), candidates.rows(np.s_[:, :0])
-    T = taken_QT.shape[1]
-
-    # Columns of what was taken before, then columns to fill now.
-    rows_QN = np.concatenate([taken_QT, np.full((Q, count), NONE, np.int64)], axis=1)
-    room_QRD = np.zeros((Q, count, candidates.text_BD.shape[-1]), np.float32)
-    text_QND = np.concatenate([taken.text_BD, room_QRD], axis=1)
-    image_QND = np.concatenate([taken.image_BD, room_QRD], axis=1)
-
     own = Parts(queries.text_BD[:, None], queries.image_BD[:, None])
-    to_query_QK = _similarity(candidates, own)[:, :, 0]
-    complete_QK = candidates.has("text") & candidates.has("image")
 
-    # One candidate of all queries at a time, the most relevant first.
-    found_Q = np.zeros(Q, np.int64)
-    verdicts = {rule: np.zeros(Q, np.int64) for rule in VERDICTS}
-    for k in range(K):
-        row_Q = candidates_QK[:, k]
-        left = (found_Q < count) & (row_Q != NONE)
-        if not left.any():
-            break
-        verdicts["seen"] += left
+    # A candidate counts for the first rule that rejects it.
+    like_taken_QK = np.zeros((Q, K), bool)
+    rejected = {
+        "itself": candidates_QK == exclude_Q[:, None],
+        "modality": rules.both_modalities & ~(candidates.has("text") & candidates.has("image")),
+        "like_query": _similarity(candidates, own)[:, :, 0] > rules.threshold,
+        "like_taken": like_taken_QK,
+    }
+    if taken_QT is not None and taken is not None:
+        same_QKT = candidates_QK[:, :, None] == taken_QT[:, None]
+        like_QKT = _similarity(candidates, taken) > rules.threshold
+        like_taken_QK |= (same_QKT | like_QKT & (taken_QT != NONE)[:, None]).any(axis=2)
 
-        # Similarity to what is taken; for all candidates at once it would not fit the memory.
-        candidate = candidates.rows(np.s_[:, k : k + 1])
-        to_taken_QN = _similarity(candidate, Parts(text_QND, image_QND))[:, 0]
-        to_taken_QN[rows_QN == NONE] = -np.inf
-        like_taken = to_taken_QN.max(axis=1, initial=-np.inf) > rules.threshold
-        like_taken |= (rows_QN == row_Q[:, None]).any(axis=1)
+    # The first candidate that is left is taken, which may reject some behind it.
+    left_QK = (candidates_QK != NONE) & ~np.any(list(rejected.values()), axis=0)
+    rows_QN = np.full((Q, count), NONE, np.int64)
+    last_Q = np.full(Q, -1)
+    for n in range(count):
+        found_Q, first_Q = left_QK.any(axis=1), left_QK.argmax(axis=1)
+        rows_QN[:, n] = np.where(found_Q, candidates_QK[np.arange(Q), first_Q], NONE)
+        last_Q = np.where(found_Q, first_Q, last_Q)
 
-        # A candidate counts for the first rule that rejects it.
-        for rule, rejected in (
-            ("itself", row_Q == exclude_Q),
-            ("modality", ~complete_QK[:, k] & rules.both_modalities),
-            ("like_query", to_query_QK[:, k] > rules.threshold),
-            ("like_taken", like_taken),
-        ):
-            verdicts[rule] += left & rejected
-            left &= ~rejected
+        chosen = candidates.rows((np.arange(Q), first_Q, None))
+        like_QK = _similarity(candidates, chosen)[:, :, 0] > rules.threshold
+        like_QK |= candidates_QK == rows_QN[:, n, None]
+        behind_QK = found_Q[:, None] & (np.arange(K) > first_Q[:, None])
+        like_taken_QK |= like_QK & behind_QK
+        left_QK &= behind_QK & ~like_taken_QK
 
-        # What is left is taken.
-        column_L = T + found_Q[left]
-        rows_QN[left, column_L] = row_Q[left]
-        text_QND[left, column_L] = candidates.text_BD[left, k]
-        image_QND[left, column_L] = candidates.image_BD[left, k]
-        found_Q += left
-    return rows_QN[:, T:], verdicts
+    # Those behind the last one that was wanted were not considered.
+    full_Q1 = (rows_QN != NONE).all(axis=1, keepdims=True)
+    considered_QK = (candidates_QK != NONE) & (~full_Q1 | (np.arange(K) <= last_Q[:, None]))
+    verdicts = {"seen": considered_QK.sum(axis=1)}
+    for rule, rejected_QK in rejected.items():
+        verdicts[rule] = (considered_QK & rejected_QK).sum(axis=1)
+        considered_QK &= ~rejected_QK
+    return rows_QN, verdicts
 
 
 def total(verdicts: dict[str, np.ndarray], chosen_Q: np.ndarray) -> Counter[str]:
@@ -129,8 +118,7 @@ def total(verdicts: dict[str, np.ndarray], chosen_Q: np.ndarray) -> Counter[str]
 def _similarity(a: Parts, b: Parts) -> np.ndarray:
     """Cosine (..., A, B): of the images if both have one, else of the texts, else 0."""
     both_images = a.has("image")[..., :, None] & b.has("image")[..., None, :]
-    return np.where(
-        both_images,
-        a.image_BD @ b.image_BD.swapaxes(-1, -2),
-        a.text_BD @ b.text_BD.swapaxes(-1, -2),
-    )
+    image_similarity = a.image_BD @ b.image_BD.swapaxes(-1, -2)
+    if both_images.all():
+        return image_similarity
+    return np.where(both_images, image_similarity, a.text_BD @ b.text_BD.swapaxes(-1, -2))
