@@ -448,12 +448,51 @@ def test_a_font_that_cannot_be_used_is_a_sentence(
     outlines.save(tmp_path / "outlines.ttf")
     (tmp_path / "text.ttf").write_text("no font")
     for name in ("outlines.ttf", "text.ttf"):
-        with pytest.raises(UserError, match=rf"{name} is not a font with colour bitmaps \(CBDT\)"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as a font .*\(CBDT\)"):
             BitmapFont(tmp_path / name)
 
     monkeypatch.setitem(sys.modules, "fontTools.ttLib", None)
     with pytest.raises(UserError, match="needs the package fontTools: pip install fonttools"):
         BitmapFont(files.font())
+
+
+def test_damage_of_a_font_is_a_sentence(files: Styles, tmp_path: Path) -> None:
+    from fontTools.ttLib import TTFont
+
+    # The table of ligatures ends behind the end of the file.
+    content = files.font().read_bytes()
+    with TTFont(files.font()) as font:
+        start = font.reader.tables["GSUB"].offset
+    file = tmp_path / "ligatures.ttf"
+    file.write_bytes(content[: start + 4] + b"\xff" * 6 + content[start + 10 :])
+    with pytest.raises(UserError, match=r"ligatures.ttf cannot be read as a font"):
+        BitmapFont(file)
+
+    # A bitmap is longer than its table, which shows when it is drawn.
+    fox = content.index(png(colour("noto", FOX)))
+    file = tmp_path / "bitmap.ttf"
+    file.write_bytes(content[: fox - 4] + b"\xff" * 4 + content[fox:])
+    damaged = BitmapFont(file)
+    assert damaged.draw(PENGUIN, 8).shape == (8, 8, 3)
+    with pytest.raises(UserError, match=r"the bitmap 1F98A of .*bitmap.ttf is broken"):
+        damaged.draw(FOX, 8)
+
+
+def test_a_package_of_another_form_is_a_sentence(tmp_path: Path) -> None:
+    icon = {"body": "<path/>", "width": "wide"}
+    content = {"icons": {"fox": icon}, "width": 36, "height": 36}
+    (tmp_path / "icons.json").write_text(json.dumps(content))
+    (tmp_path / "chars.json").write_text(json.dumps({"1f98a": "fox"}))
+    with pytest.raises(UserError, match="twemoji's drawing 1F98A cannot be drawn"):
+        IconSet("twemoji", tmp_path).draw(FOX, 8)
+
+    (tmp_path / "chars.json").write_text(json.dumps({"fox": "fox"}))
+    with pytest.raises(UserError, match=r"chars.json: 'fox' is not the code points of an emoji"):
+        IconSet("twemoji", tmp_path)
+
+    (tmp_path / "chars.json").unlink()
+    with pytest.raises(UserError, match=r"chars.json is missing"):
+        IconSet("twemoji", tmp_path)
 
 
 @pytest.mark.parametrize(

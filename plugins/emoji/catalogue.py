@@ -121,10 +121,10 @@ def catalogue(styles: Styles = OPENMOJI) -> tuple[Emoji, ...]:
     """
     found = []
     for style in styles.names:
-        drawings = None if style == "openmoji" else opened(style, styles)
+        drawings = opened(styles.alone(style))
         for emoji in _named():
             # Names are those of OpenMoji's drawings, of which other sets lack some.
-            if drawings is None or drawings.has(emoji.code):
+            if drawings.has(emoji.code):
                 found.append(replace(emoji, style=style, style_is_said=styles.are_said))
     return tuple(found)
 

@@ -68,15 +68,15 @@ def made_with(styles: Styles = OPENMOJI) -> str:
     the files of other styles than OpenMoji's."""
     made = f"{VERSION} {OpenMoji().made_with()}"
     if styles.names != OPENMOJI.names:
-        made += f" {[opened(name, styles).made_with() for name in styles.names]}"
+        made += f" {[opened(styles.alone(name)).made_with() for name in styles.names]}"
     return digest_of(made)[:16]
 
 
 def _drawn(side: int, styles: Styles) -> np.ndarray:
     """Draw all drawings of one style at one size."""
-    (style,) = styles.names
-    found, known = catalogue(styles), opened(style, styles)
+    found, known = catalogue(styles), opened(styles)
     images_MHWC = np.empty((len(found), side, side, 3), np.uint8)
+    (style,) = styles.names
     progress = tqdm(found, desc=f"drawings of {side} pixels ({style})", mininterval=2.0)
     for number, emoji in enumerate(progress):
         images_MHWC[number] = known.draw(emoji.code, side)

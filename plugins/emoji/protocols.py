@@ -49,7 +49,7 @@ class EmojiTask(Protocol):
         "tone": (
             "Tone, gender, subject: what the nearest drawing by pixels, or the caption, has of them."
         ),
-        "base_name": "Base name: the caption without its tone.",
+        "base_name": "Base name: the caption without its tone and its style.",
         "style": (
             "Style: whether the nearest drawing by pixels, or the caption, is of the style that is "
             "asked for."

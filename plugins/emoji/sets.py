@@ -22,7 +22,7 @@ import numpy as np
 from cm3leon.io import read_json, sha256
 from cm3leon.types import UserError
 
-from .styles import Styles
+from .styles import STYLES, Styles
 
 PICTURE = 0xFE0F
 """Code point that asks for a picture instead of a letter, which not all sets write."""
@@ -45,13 +45,14 @@ def folder() -> Path:
 
 
 @cache
-def opened(style: str, styles: Styles) -> DrawingSet:
-    """The drawings of one of the styles. Raises UserError if its files are missing."""
+def opened(alone: Styles) -> DrawingSet:
+    """The drawings of a single style. Raises UserError if its files are missing."""
+    (style,) = alone.names
     if style == "openmoji":
         return OpenMoji()
     if style == "noto":
-        return BitmapFont(styles.font())
-    return IconSet(style, styles.package(style))
+        return BitmapFont(alone.font())
+    return IconSet(style, alone.package(style))
 
 
 class DrawingSet(ABC):
@@ -117,27 +118,33 @@ class IconSet(DrawingSet):
         self.canvas = {"left": 0, "top": 0, "width": icons["width"], "height": icons["height"]}
         self.icons = {}
         for code, icon in chars.items():
-            if icon in icons["icons"]:
+            if icon not in icons["icons"]:
+                continue
+            try:
                 self.icons[points_of(code)] = icons["icons"][icon]
+            except ValueError as error:
+                raise UserError(
+                    f"{self.files[0]}: {code!a} is not the code points of an emoji, such as "
+                    f"1f44d-1f3ff; install the package {STYLES[name].package} again"
+                ) from error
 
     def has(self, code: str) -> bool:
         return points_of(code) in self.icons
 
     def draw(self, code: str, side: int) -> np.ndarray:
         icon = self.icons[points_of(code)]
-
-        # The canvas is made square around an icon that is not.
-        left, top, width, height = ({**self.canvas, **icon}[key] for key in self.canvas)
-        square = max(width, height)
-        left, top = left - (square - width) / 2, top - (square - height) / 2
         try:
+            # The canvas is made square around an icon that is not.
+            left, top, width, height = ({**self.canvas, **icon}[key] for key in self.canvas)
+            square = max(width, height)
+            left, top = left - (square - width) / 2, top - (square - height) / 2
             return drawn(
                 '<svg xmlns="http://www.w3.org/2000/svg" '
                 'xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="{left} {top} {square} {square}">{icon["body"]}</svg>',
                 side,
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(
                 f"data: {self.name}'s drawing {code} cannot be drawn: {error}"
             ) from error
@@ -151,12 +158,12 @@ class BitmapFont(DrawingSet):
     """A font with colour bitmaps.
 
     Raises:
-        UserError: if fontTools is not installed, or the font has no such bitmaps.
+        UserError: if fontTools is not installed, or the font is damaged or has no such bitmaps.
     """
 
     def __init__(self, file: Path) -> None:
         try:
-            from fontTools.ttLib import TTFont, TTLibError
+            from fontTools.ttLib import TTFont
         except ImportError as error:
             raise UserError(
                 "styles holds noto, which needs the package fontTools: pip install fonttools"
@@ -167,10 +174,11 @@ class BitmapFont(DrawingSet):
                 sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes]
                 self.bitmaps = font["CBDT"].strikeData[sizes.index(max(sizes))]
                 self.glyphs = dict(_sequences(font))
-        except (KeyError, TTLibError) as error:
+        # fontTools raises KeyError, TTLibError, AssertionError, struct.error, ...
+        except Exception as error:
             raise UserError(
-                f"styles holds noto, but {file} is not a font with colour bitmaps (CBDT), as "
-                "Debian's fonts-noto-color-emoji has them; name another one, e.g. "
+                f"styles holds noto, but {file} cannot be read as a font with colour bitmaps "
+                "(CBDT), as Debian's fonts-noto-color-emoji has them; name another one, e.g. "
                 "noto_font=NotoColorEmoji.ttf"
             ) from error
 
@@ -180,10 +188,11 @@ class BitmapFont(DrawingSet):
     def draw(self, code: str, side: int) -> np.ndarray:
         from PIL import Image
 
-        content = self.bitmaps[self.glyphs[points_of(code)]].imageData
+        # A bitmap is taken out of its table only here, where damage shows in many kinds of errors.
         try:
+            content = self.bitmaps[self.glyphs[points_of(code)]].imageData
             bitmap = Image.open(io.BytesIO(content)).convert("RGBA")
-        except OSError as error:
+        except Exception as error:
             raise UserError(f"data: the bitmap {code} of {self.file} is broken: {error}") from error
 
         # On a white square, and then scaled, so that no transparent colour bleeds into edges.
