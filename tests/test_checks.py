@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from cm3leon import digests
 from cm3leon.experiment import load_experiment
 from cm3leon.io import write_json
 from cm3leon.run import main
 from cm3leon.stages.run_folder import RunFolder
-from cm3leon.stages.running import check_before_stages
+from cm3leon.stages.running import DIGESTS, check_before_stages
 from cm3leon.training.config import TOKENS_AT_ONCE, DecoderTrainingConfig
 from cm3leon.types import UserError, sentences_of
 from cm3leon.weights import save_tensors
@@ -123,14 +124,62 @@ def test_what_an_evaluation_needs_has_to_be_there(tmp_path: Path) -> None:
     )
     assert mistakes(*overrides) == [
         f"evaluations.caption.protocol: prompts: {picture} does not exist; give the path of an image",
-        f"setting.bank: {tmp_path / 'nowhere'} is not the folder of a run with a finished index, "
-        "for example runs/digits",
+        f"evaluations.caption.setting.bank: {tmp_path / 'nowhere'} is not the folder of a "
+        "run with a finished index, for example runs/digits",
     ]
 
     # A run that ends before its evaluation needs neither, and one whose files are there is right.
     assert mistakes(*overrides, until="pretraining") == []
     picture.touch()
     assert mistakes(*overrides[:2]) == []
+
+    # CLIP that ranks samples, and the weights that a protocol measures by.
+    ranker = f"evaluations.caption.setting.ranker={tmp_path / 'nobody'}"
+    (sentence,) = mistakes(*overrides[:2], ranker)
+    assert sentence.startswith(f"evaluations.caption.setting.ranker: {tmp_path / 'nobody'} is not")
+    weights = tmp_path / "inception.pth"
+    protocol = (
+        "evaluations.caption.protocol={name: captioned_images, data: {name: folder, "
+        f"path: {tmp_path}}}, inception_file: {weights}}}"
+    )
+    assert mistakes("aims=[]", protocol) == [
+        f"evaluations.caption.protocol.inception_file is {weights}, which does not exist; give "
+        "another path"
+    ]
+
+
+def test_a_later_start_reads_no_corpus_of_an_evaluation_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "SETTLED", -60.0)  # as if the files were older than they are
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "page.png").touch()
+    words = (
+        "aims=[]",
+        "evaluations.caption.protocol={name: pages, asks: text, data: {name: folder, "
+        f"path: {tmp_path / 'pages'}}}}}",
+    )
+    experiment, run = load_experiment("digits_smoke", words), tmp_path / "run"
+    read: list[Path] = []
+    content = digests._content
+    monkeypatch.setattr(digests, "_content", lambda file: read.append(file) or content(file))
+
+    def start() -> None:
+        monkeypatch.setattr(digests, "_known", {})
+        monkeypatch.setattr(digests, "_used", set())
+        check_before_stages(experiment, run)
+
+    start()
+    start()
+    assert len(read) == 2
+    assert not run.exists()
+
+    # What the run keeps is used.
+    run.mkdir()
+    (run / DIGESTS).write_text("{}")
+    start()
+    start()
+    assert len(read) == 3
 
 
 @pytest.fixture

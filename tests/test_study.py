@@ -36,9 +36,10 @@ from cm3leon.stages.opening import tuned_on
 from cm3leon.stages.tokens import token_documents
 from cm3leon.studies import load_study, run_study
 from cm3leon.studies import run as studies_run
+from cm3leon.studies.checks import check_study
 from cm3leon.studies.config import rows
 from cm3leon.studies.run import rows_of_seeds
-from cm3leon.types import Document, TextSegment, UserError
+from cm3leon.types import Document, TextSegment, UserError, sentences_of
 
 MODEL = SHIPPED / "experiments" / "scenes" / "model.yaml"
 TINY = {
@@ -869,8 +870,8 @@ def test_combinations_are_the_product():
             "nor is tunde a run of this study; did you mean tuned",
         ),
         (
-            ["runs.first.shards.bank={run}/tuned"],
-            "with a finished index by then; put tuned further up in runs",
+            ["runs.first.training.start={run}/tuned"],
+            "with a finished pretraining by then; put tuned further up in runs",
         ),
         (
             [
@@ -894,6 +895,79 @@ def test_mistakes_are_one_sentence_before_anything_runs(made, words, sentence, c
     assert sentence in said
     assert said.count("\n") == 1
     assert not (folder.parent / "not").exists()
+
+
+def mistakes(folder: Path, *words: str) -> tuple[str, ...]:
+    """What is wrong with the study of this file, before its first run."""
+    study = load_study(str(study_file(folder)), words, folder / "run")
+    try:
+        check_study(study, [*study.runs, *study.evaluations])
+    except UserError as error:
+        return sentences_of(error)
+    return ()
+
+
+def test_the_evaluations_may_be_given_as_a_whole(tmp_path: Path) -> None:
+    file = str(study_file(tmp_path))
+    assert load_study(file, ["aims=[]", "evaluations={}"], tmp_path).evaluations == {}
+    for word in ("evaluations=5", "evaluations=[5]"):
+        with pytest.raises(UserError, match="evaluations"):
+            load_study(file, ["aims=[]", word], tmp_path)
+
+    one = '{"q": {"title": "Q", "protocol": %s, "models": {"a": "b"}, "setting": {"documents": 2}}}'
+    protocol = json.dumps(section("vqa", 10))
+    study = load_study(file, ["aims=[]", f"evaluations={one % protocol}"], tmp_path)
+    assert [row.setting.documents for row in rows("q", study.evaluations["q"])] == [2]
+
+
+def test_only_what_a_run_comes_to_is_looked_for(tmp_path: Path) -> None:
+    """A run that ends before its pretraining starts from no weights, and mixes nothing in."""
+    missing = (
+        "runs.tuned.training.start=/none",
+        'runs.tuned.shards.mix={"/nowhere": 1.0}',
+        "aims=[]",
+        "evaluations={}",
+    )
+    assert [sentence.partition(" is not")[0] for sentence in mistakes(tmp_path, *missing)] == [
+        "runs.tuned.shards.mix: /nowhere",
+        "runs.tuned.training.start: /none",
+    ]
+    assert mistakes(tmp_path, *missing, "runs.tuned.until=neighbours") == ()
+
+
+def test_a_run_has_to_make_what_others_read_from_it(tmp_path: Path) -> None:
+    assert mistakes(tmp_path) == ()
+    found = mistakes(tmp_path, "runs.first.until=image_tokenizer")
+    made = "as that run makes only documents, text_tokenizer, image_tokenizer"
+    first, run = tmp_path / "run" / "first", "the folder of a run with a finished"
+    assert found == (
+        f"runs.tuned.shards.bank: {first} does not become {run} index, {made}",
+        f"runs.tuned.training.start: {first} does not become {run} pretraining, {made}",
+        f"evaluations.images.models.first: {first} does not become {run} pretraining, {made}",
+    )
+
+
+def test_what_a_runs_own_evaluation_needs_is_looked_for(tmp_path: Path) -> None:
+    task = '{"name": "showcase", "task": "caption", "prompts": [{"image": "/none.png"}]}'
+    words = (
+        f'runs.tuned.evaluations={{"own": {{"title": "Own", "protocol": {task}, "setting": '
+        '{"bank": "/none"}, "sweep": {"ranker": ["/nobody", "{run}/first", "{run}/tuned"]}}}',
+    )
+    assert mistakes(tmp_path, *words) == ()
+    found = mistakes(tmp_path, *words, "runs.tuned.until=evaluation")
+    assert [sentence.partition(":")[0] for sentence in found] == [
+        "runs.tuned.evaluations.own.setting.bank",
+        "runs.tuned.evaluations.own.setting.ranker",
+        "runs.tuned.evaluations.own.protocol",
+    ]
+    assert "/nobody is not the folder of a run with a finished retriever" in found[1]
+
+
+def test_points_and_seeds_say_a_mistake_once(tmp_path: Path) -> None:
+    words = ("runs.tuned.shards.bank=/none", "runs.tuned.sweep.training.steps=2,3", "seeds=2")
+    found = mistakes(tmp_path, *words, "aims=[]", "evaluations={}")
+    (sentence,) = found
+    assert sentence.startswith("runs.tuned.shards.bank: /none is not the folder of a run")
 
 
 def test_a_study_is_no_experiment_for_the_other_commands(made, capsys):

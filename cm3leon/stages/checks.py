@@ -16,7 +16,7 @@ from safetensors import safe_open
 from cm3leon.experiment import Experiment
 from cm3leon.loggers.base import check_installed
 from cm3leon.records import MARKER, read_stage
-from cm3leon.stages.evaluation import check_banks, check_protocol
+from cm3leon.stages.evaluation import check_named_runs, check_protocol
 from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS
 from cm3leon.stages.neighbours import bank_fingerprint
 from cm3leon.stages.pretraining import another_tokenizer
@@ -79,7 +79,7 @@ def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[]
         yield lambda: _check_block(run)
         for name, evaluation in experiment.evaluations.items():
             yield partial(check_protocol, f"evaluations.{name}.protocol", evaluation.protocol)
-            yield partial(check_banks, run, name)
+            yield partial(check_named_runs, run, name)
     yield lambda: mixed_fingerprints(run)
     yield lambda: experiment.training.blocks(run.seq_len)
     yield lambda: run.objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ import numpy as np
 
 from cm3leon.api import CM3Leon
 from cm3leon.config import Component
-from cm3leon.evaluate import Evaluation, Row, bank_identity, figures_line, own_corpus
+from cm3leon.evaluate import (
+    Evaluation,
+    Row,
+    bank_identity,
+    figures_line,
+    own_corpus,
+    ranker_identity,
+)
+from cm3leon.evaluation.config import EvaluationConfig
 from cm3leon.evaluation.metrics import codebook_use, proportion, psnr
 from cm3leon.evaluation.protocols.corpus import UNKNOWN, OwnCorpus
 from cm3leon.evaluation.report.answers import AnsweredItem
@@ -197,19 +205,35 @@ def best_row(
 
 def check_protocol(where: str, protocol: Component) -> None:
     """Raise UserError, which names the setting, if files of a protocol are missing."""
+    for key, value in vars(protocol.config).items():
+        if isinstance(value, Path) and not value.exists():
+            raise UserError(f"{where}.{key} is {value}, which does not exist; give another path")
     try:
         PROTOCOLS.build(protocol).fingerprint()
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def check_banks(run: RunFolder, name: str) -> None:
-    """Raise UserError if a memory bank that an evaluation names is missing."""
-    evaluation = run.experiment.evaluations[name]
-    for bank in (evaluation.setting.get("bank"), *evaluation.sweep.get("bank", ())):
-        # The run's own bank is made before it is asked for.
-        if bank is not None and Path(bank).absolute() != run.folder.absolute():
-            bank_identity(Path(bank))
+def named_runs(evaluation: EvaluationConfig) -> Iterator[tuple[str, Path, str]]:
+    """The other runs that the setting of a run's own evaluation names: the key, the run folder, and
+    the stage that the run must have finished."""
+    for key, stage in (("bank", "index"), ("ranker", "retriever")):
+        for folder in (evaluation.setting.get(key), *evaluation.sweep.get(key, ())):
+            if folder is not None:
+                yield key, Path(folder), stage
+
+
+def check_named_runs(run: RunFolder, name: str) -> None:
+    """Raise UserError if a run that an evaluation names is missing."""
+    for key, folder, _ in named_runs(run.experiment.evaluations[name]):
+        # The run's own bank and ranker are made before they are asked for.
+        if folder.absolute() == run.folder.absolute():
+            continue
+        identity = bank_identity if key == "bank" else ranker_identity
+        try:
+            identity(folder)
+        except UserError as error:
+            raise UserError(f"evaluations.{name}.{error}") from error
 
 
 SECTIONS = ("evaluations", "decoder", "text_decoder", "seed")

@@ -147,13 +147,16 @@ def check_before_stages(
         UserError: naming all mistakes, including those in `found`.
     """
     until, stages = until or experiment.until, stages_of(experiment)
-    check_settings(
-        experiment,
-        folder,
-        trains=_reaches(stages, "pretraining", until),
-        asks=_reaches(stages, "evaluation", until),
-        found=found,
-    )
+    # A later start need not read again what evaluations ask about.
+    known = remembered(folder / DIGESTS) if (folder / DIGESTS).is_file() else nullcontext()
+    with known:
+        check_settings(
+            experiment,
+            folder,
+            trains=_reaches(stages, "pretraining", until),
+            asks=_reaches(stages, "evaluation", until),
+            found=found,
+        )
 
 
 def _reaches(stages: Sequence[Stage[RunFolder]], name: str, until: str | None) -> bool:

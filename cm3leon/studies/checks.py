@@ -1,19 +1,21 @@
 """Checks of a study before its first run starts.
 
 A mistake that the last evaluation would find after hours is found here: runs that it reads from and
-that neither exist nor are made before, and files of protocols that are missing.
+that neither exist nor are made before, stages that they do not make, and files of protocols that
+are missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cm3leon.config import choices
+from cm3leon.config import Component, choices
 from cm3leon.experiment import Experiment
 from cm3leon.records import MARKER
-from cm3leon.stages.evaluation import check_protocol
+from cm3leon.stages.evaluation import check_protocol, named_runs
 from cm3leon.stages.opening import CONFIG
+from cm3leon.stages.table import stages_of
 from cm3leon.studies.config import Study, rows
 from cm3leon.types import UserError, refuse, sentences_of
 
@@ -28,31 +30,60 @@ def check_study(study: Study, wanted: Sequence[str]) -> None:
     Raises:
         UserError: naming all mistakes.
     """
-    made: list[str] = []
+    made: dict[str, Sequence[str]] = {}
     mistakes: list[str] = []
-    for name in study.runs:
-        if name in wanted:
-            for where, folder, stage in _of_run(study.experiment(name)):
-                mistakes += _mistakes(study, made, f"runs.{name}.{where}", folder, stage)
-            made.append(name)
+    for name, run in study.runs.items():
+        if name not in wanted:
+            continue
+        # Points of an entry, and copies with other seeds, have their settings at the same place.
+        experiment = study.experiment(name)
+        of_entry = f"runs.{run.entry}." if run.entry else ""
+        stages = _stages(experiment)
+        for where, folder, stage in _of_run(experiment, stages):
+            mistakes += _mistakes(study, made, of_entry + where, folder, stage)
+
+        # Its own evaluations may also name the run itself, which is made before they are asked.
+        made[name] = stages
+        asked = experiment.evaluations if "evaluation" in stages else {}
+        for each, evaluation in asked.items():
+            where = f"{of_entry}evaluations.{each}"
+            for key, folder, stage in named_runs(evaluation):
+                mistakes += _mistakes(study, made, f"{where}.setting.{key}", folder, stage)
+            mistakes += _of_protocol(f"{where}.protocol", evaluation.protocol)
+
     for name in study.evaluations:
         if name in wanted:
             for where, folder, stage in _of_evaluation(study, name):
                 mistakes += _mistakes(study, made, f"evaluations.{name}.{where}", folder, stage)
-            try:
-                check_protocol(f"evaluations.{name}.protocol", study.evaluations[name].protocol)
-            except UserError as error:
-                mistakes += sentences_of(error)
+            protocol = study.evaluations[name].protocol
+            mistakes += _of_protocol(f"evaluations.{name}.protocol", protocol)
     refuse(mistakes)
 
 
-def _of_run(experiment: Experiment) -> Iterator[Named]:
-    """The other runs that a run reads from."""
+def _stages(experiment: Experiment) -> Sequence[str]:
+    """The names of the stages that a run makes."""
+    names = [stage.name for stage in stages_of(experiment)]
+    return names[: names.index(experiment.until) + 1] if experiment.until else names
+
+
+def _of_protocol(where: str, protocol: Component) -> Sequence[str]:
+    """What is wrong with the files of a protocol."""
+    try:
+        check_protocol(where, protocol)
+    except UserError as error:
+        return sentences_of(error)
+    return ()
+
+
+def _of_run(experiment: Experiment, stages: Collection[str]) -> Iterator[Named]:
+    """The other runs that a run reads from in the stages that it makes."""
     shards, start = experiment.shards, experiment.training.start
     if shards.tokenizers is not None:
-        yield "shards.tokenizers", shards.tokenizers, "text_tokenizer"
+        yield "shards.tokenizers", shards.tokenizers, "image_tokenizer"
     if shards.bank is not None:
         yield "shards.bank", shards.bank, "index"
+    if "pretraining" not in stages:
+        return
     for folder in shards.mix:
         yield "shards.mix", Path(folder), "neighbours"
     if start is not None:
@@ -72,12 +103,12 @@ def _of_evaluation(study: Study, name: str) -> Iterator[Named]:
 
 
 def _mistakes(
-    study: Study, made: Collection[str], where: str, folder: Path, stage: str
+    study: Study, made: Mapping[str, Sequence[str]], where: str, folder: Path, stage: str
 ) -> Iterator[str]:
     """What is wrong with a folder, if something is.
 
     Args:
-        made: the runs of the study that are made before the folder is read.
+        made: the runs of the study that are made before the folder is read, with their stages.
     """
     needed = folder / stage / MARKER if stage else folder / CONFIG
     if needed.is_file():
@@ -91,8 +122,12 @@ def _mistakes(
         return
     name = here.relative_to(study_folder).parts[0]
     if name in made:
-        return
-    if name in study.runs:
+        if stage and stage not in made[name]:
+            yield (
+                f"{where}: {folder} does not become {what}, as that run makes only "
+                f"{', '.join(made[name])}"
+            )
+    elif name in study.runs:
         yield f"{where}: {folder} is not {what} by then; put {name} further up in runs"
     else:
         known = choices(name, study.runs)
