@@ -87,7 +87,11 @@ def load_study(
         mapping["plugins"] = load_plugins(named, trusted_plugins, f"{name_or_path}: plugins")
     discover(mapping.get("plugins", []))
 
-    for evaluation in mapping.get("evaluations", {}).values():
+    # The command line may have given the whole section; what is not one is refused below.
+    evaluations = mapping.get("evaluations")
+    if isinstance(evaluations, Word):
+        evaluations = mapping["evaluations"] = parse_word(evaluations, "evaluations")
+    for evaluation in evaluations.values() if isinstance(evaluations, dict) else ():
         if isinstance(evaluation, dict) and "setting" in evaluation:
             evaluation["setting"] = settled(AskConfig, evaluation["setting"])
     # The file in the study's folder keeps the name with which the study was first started.
