@@ -124,7 +124,7 @@ def test_what_an_evaluation_needs_has_to_be_there(tmp_path: Path) -> None:
     )
     assert mistakes(*overrides) == [
         f"evaluations.caption.protocol: prompts: {picture} does not exist; give the path of an image",
-        f"evaluations.caption.setting.bank: {tmp_path / 'nowhere'} is not the folder of a "
+        f"evaluations.caption: setting.bank: {tmp_path / 'nowhere'} is not the folder of a "
         "run with a finished index, for example runs/digits",
     ]
 
@@ -136,16 +136,18 @@ def test_what_an_evaluation_needs_has_to_be_there(tmp_path: Path) -> None:
     # CLIP that ranks samples, and the weights that a protocol measures by.
     ranker = f"evaluations.caption.setting.ranker={tmp_path / 'nobody'}"
     (sentence,) = mistakes(*overrides[:2], ranker)
-    assert sentence.startswith(f"evaluations.caption.setting.ranker: {tmp_path / 'nobody'} is not")
+    assert sentence.startswith(f"evaluations.caption: setting.ranker: {tmp_path / 'nobody'} is not")
     weights = tmp_path / "inception.pth"
     protocol = (
         "evaluations.caption.protocol={name: captioned_images, data: {name: folder, "
-        f"path: {tmp_path}}}, inception_file: {weights}}}"
+        f"path: {tmp_path / 'nowhere'}}}, inception_file: {weights}}}"
     )
-    assert mistakes("aims=[]", protocol) == [
+    missing, not_there = mistakes("aims=[]", protocol)
+    assert missing == (
         f"evaluations.caption.protocol.inception_file is {weights}, which does not exist; give "
         "another path"
-    ]
+    )
+    assert not_there.startswith("evaluations.caption.protocol: data.path: ")
 
 
 def test_a_later_start_reads_no_corpus_of_an_evaluation_again(

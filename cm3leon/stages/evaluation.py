@@ -35,7 +35,7 @@ from cm3leon.stages.neighbours import STRATEGY
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.training.device import uses_bf16
-from cm3leon.types import UserError
+from cm3leon.types import UserError, refuse
 
 RESULTS = "results.json"
 ANSWERS = "answers"
@@ -204,14 +204,16 @@ def best_row(
 
 
 def check_protocol(where: str, protocol: Component) -> None:
-    """Raise UserError, which names the setting, if files of a protocol are missing."""
+    """Raise UserError, which names the settings, if files of a protocol are missing."""
+    mistakes: list[str] = []
     for key, value in vars(protocol.config).items():
         if isinstance(value, Path) and not value.exists():
-            raise UserError(f"{where}.{key} is {value}, which does not exist; give another path")
+            mistakes.append(f"{where}.{key} is {value}, which does not exist; give another path")
     try:
         PROTOCOLS.build(protocol).fingerprint()
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        mistakes.append(f"{where}: {error}")
+    refuse(mistakes)
 
 
 def named_runs(evaluation: EvaluationConfig) -> Iterator[tuple[str, Path, str]]:
@@ -233,7 +235,7 @@ def check_named_runs(run: RunFolder, name: str) -> None:
         try:
             identity(folder)
         except UserError as error:
-            raise UserError(f"evaluations.{name}.{error}") from error
+            raise UserError(f"evaluations.{name}: {error}") from error
 
 
 SECTIONS = ("evaluations", "decoder", "text_decoder", "seed")
