@@ -214,7 +214,7 @@ def points_of(code: str) -> tuple[int, ...]:
 
 
 def drawn(svg: str, side: int) -> np.ndarray:
-    """An SVG drawing on white: (side, side, 3), uint8. Raises ValueError if it is none."""
+    """An SVG drawing on white: (side, side, 3), uint8. Raises ValueError for any other text."""
     from PIL import Image
     from resvg_py import svg_to_bytes
 

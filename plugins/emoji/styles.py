@@ -29,7 +29,7 @@ class Style:
     attribution: str
     """What its licence requires of everyone who shows its drawings."""
     package: str = ""
-    """Of npm, if it comes by it."""
+    """Its package of npm; "" if it has none."""
 
 
 STYLES: Mapping[str, Style] = MappingProxyType(
