@@ -286,7 +286,9 @@ def test_one_package_of_faiss_serves_and_two_are_refused(
     ("version", "threshold", "chosen"),
     [("1.12", 20, 20), ("1.15", 128_000, 1_600), ("later", 800, 800)],
 )
-def test_exact_search_takes_matrix_products_early(version, threshold, chosen):
+def test_exact_search_takes_matrix_products_early(
+    version: str, threshold: int, chosen: int
+) -> None:
     stand_in = SimpleNamespace(
         cvar=SimpleNamespace(distance_compute_blas_threshold=threshold),
         omp_get_max_threads=lambda: 2,

@@ -59,7 +59,7 @@ def import_faiss() -> Any:
 def _take_products_early(faiss: Any) -> None:
     """Let exact search take matrix products as soon as they are faster with so many threads.
 
-    Versions before and after 1.15 do this by themselves, and have other thresholds.
+    Other versions have other thresholds, which are left alone.
     """
     if faiss.cvar.distance_compute_blas_threshold == SLOW_THRESHOLD:
         threads = faiss.omp_get_max_threads()
