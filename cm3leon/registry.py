@@ -296,11 +296,10 @@ BUILT_IN = (
     "objectives",
     "models",
     "loggers",
-    "training",
     "decoders",
     "tasks",
     "evaluation",
-    "launch",
+    "launch.launchers",
 )
 
 # Module name -> origin of the components in it and below it. The longest matching name counts.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm3leon.io import atomic
 from cm3leon.paths import naming
@@ -37,6 +37,24 @@ def save_tensors(
         with naming(path):
             save_file(held, partial, None if metadata is None else dict(metadata))
         use_umask(partial)
+
+
+def save_weights(path: Path, module: nn.Module | Mapping[str, Tensor]) -> None:
+    """Write parameters and buffers, of a module or by name, as safetensors."""
+    state = module.state_dict() if isinstance(module, nn.Module) else module
+    save_tensors(path, state)
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Read what `save_weights` wrote.
+
+    Raises:
+        UserError: for a file that is missing or damaged, or naming the keys or shapes that do not
+            fit the module.
+    """
+    given = read_weights(path)
+    check_fit(path, given, module.state_dict())
+    module.load_state_dict(given)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

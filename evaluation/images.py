@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from cm3leon.tokenizers.image.base import to_signal
@@ -68,6 +67,8 @@ def _ssim_of_one(image_HWC: np.ndarray, reconstructed_HWC: np.ndarray) -> float:
 
 def _in_windows(values_HWC: np.ndarray) -> np.ndarray:
     """Weighted mean of every window inside the image, (H - 10, W - 10, C)."""
+    from scipy.ndimage import gaussian_filter  # takes half a second to import
+
     border = WINDOW // 2
     return gaussian_filter(values_HWC, sigma=1.5, radius=border, axes=(0, 1))[
         border:-border, border:-border

@@ -15,11 +15,11 @@ from torch import nn
 
 from cm3leon.data.shuffle import RowStream
 from cm3leon.registry import IMAGE_TOKENIZERS, RETRIEVERS, discover
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.distributed import Ranks, current_rank, joined
 from cm3leon.training.parallel import replicate
 from cm3leon.training.trainer import train
+from cm3leon.weights import save_weights
 
 SIDE, COUNT, BATCH, STEPS, CODES = 16, 24, 8, 4, 12
 TOKENIZERS = {

@@ -20,13 +20,13 @@ from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import MODELS, OBJECTIVES, discover
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.distributed import current_rank, joined
 from cm3leon.training.parallel import distributed, whole_state
 from cm3leon.training.prefetch import BatchSplit
 from cm3leon.training.trainer import train
 from cm3leon.types import Again, Sample, TokenDocument, TokenSegment
+from cm3leon.weights import save_weights
 
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
 SEQ_LEN = 48

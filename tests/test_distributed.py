@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 
 from cm3leon.data import ahead
 from cm3leon.models.transformer import Transformer
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.distributed import Rank, Ranks, current_rank, joined
 from cm3leon.training.steps import checkpoints
 from cm3leon.training.traffic import traffic
+from cm3leon.weights import save_weights
 
 pytestmark = pytest.mark.stack
 ONCE = pytest.mark.once

@@ -37,8 +37,8 @@ from cm3leon.models.transformer import Transformer
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import Prompt, UserError
+from cm3leon.weights import save_weights
 
 pytestmark = pytest.mark.stack
 

@@ -31,7 +31,7 @@ from cm3leon.plugins.fairseq2_cm3leon import guard
 from cm3leon.plugins.fairseq2_cm3leon.attention import use_xformers
 from cm3leon.plugins.fairseq2_cm3leon.convert import from_fairseq2, to_fairseq2
 from cm3leon.registry import ATTENTIONS, DECODERS, MODELS, OBJECTIVES, discover
-from cm3leon.training.checkpoint import save_weights
+from cm3leon.weights import save_weights
 
 pytestmark = [
     pytest.mark.stack,

@@ -29,8 +29,8 @@ from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretraining import first_weights
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.tokenizers.document import lay_out
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
+from cm3leon.weights import save_weights
 
 pytestmark = pytest.mark.stack
 

@@ -36,9 +36,9 @@ from cm3leon.stages.run_folder import RunFolder
 from cm3leon.tokenizers.families import FAMILIES
 from cm3leon.tokenizers.image.vqgan import VQGAN
 from cm3leon.tokenizers.text import TextTokenizer
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.parallel import whole_state_and_adapter
 from cm3leon.types import TokenDocument, UserError
+from cm3leon.weights import save_weights
 
 pytestmark = pytest.mark.stack
 

@@ -20,12 +20,13 @@ from cm3leon.models.recompute import recompute
 from cm3leon.models.transformer import Transformer
 from cm3leon.stages.pretraining import load_checkpoint
 from cm3leon.training.average import WeightAverage
-from cm3leon.training.checkpoint import Checkpoints, save_weights, training_tensors
+from cm3leon.training.checkpoint import Checkpoints, training_tensors
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.parallel import distributed
 from cm3leon.types import UserError
+from cm3leon.weights import save_weights
 
 pytestmark = pytest.mark.stack
 

@@ -26,7 +26,6 @@ from cm3leon.models.pretrained import load_model
 from cm3leon.models.serving import keep_weights, share
 from cm3leon.objectives.loss import linear_cross_entropy
 from cm3leon.registry import MODELS
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.costs import flops_per_token, model_flops
 from cm3leon.training.distributed import Ranks
@@ -34,6 +33,7 @@ from cm3leon.training.memory import lora_parameters, parameters, training_memory
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.parallel import distributed
 from cm3leon.types import UserError
+from cm3leon.weights import save_weights
 
 pytestmark = pytest.mark.stack
 

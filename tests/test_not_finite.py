@@ -20,9 +20,8 @@ from test_retrievers import random_parts
 from cm3leon.decoders.generate import answers
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import IMAGE_TOKENIZERS
-from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.types import NotFinite
-from cm3leon.weights import is_finite
+from cm3leon.weights import is_finite, load_weights, save_weights
 
 pytestmark = pytest.mark.stack
 

@@ -34,10 +34,11 @@ from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
 from cm3leon.studies import load_study, load_sweep
 from cm3leon.studies.jobs import point_jobs
-from cm3leon.training.checkpoint import Checkpoints, check_intact, save_weights
+from cm3leon.training.checkpoint import Checkpoints, check_intact
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.trainer import _resume
 from cm3leon.types import UserError
+from cm3leon.weights import save_weights
 
 READ = {
     "corpus": ("documents/documents.jsonl", "documents/images.npy"),

@@ -23,10 +23,10 @@ from cm3leon.retrievers.bank import Bank
 from cm3leon.retrievers.parts import Parts
 from cm3leon.tokenizers.image.published_files import open_weights
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
-from cm3leon.training.checkpoint import Checkpoints, save_weights
+from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import UserError
-from cm3leon.weights import read_weights, save_tensors
+from cm3leon.weights import read_weights, save_tensors, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from cm3leon.models.pretrained import load_model
 from cm3leon.models.transformer import Transformer
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError
+from cm3leon.weights import save_weights
 
 SECTION = {"name": "cm3leon_tiny", "layers": 2, "width": 32, "head_size": 16, "seq_len": 24}
 

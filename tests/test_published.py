@@ -33,8 +33,8 @@ from torch import Tensor
 from cm3leon.registry import IMAGE_TOKENIZERS
 from cm3leon.tokenizers.image.base import to_signal
 from cm3leon.tokenizers.image.published import PublishedVQ
-from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.types import UserError
+from cm3leon.weights import load_weights, save_weights
 
 pytestmark = pytest.mark.stack
 

@@ -27,11 +27,9 @@ from cm3leon.training import checkpoint
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import (
     Checkpoints,
-    load_weights,
     load_weights_at,
     read_state,
     read_tensors,
-    save_weights,
     training_tensors,
 )
 from cm3leon.training.config import TrainingConfig
@@ -45,6 +43,7 @@ from cm3leon.training.signals import Signals
 from cm3leon.training.steps import checkpoints
 from cm3leon.training.trainer import _sound, train
 from cm3leon.types import Again, UserError
+from cm3leon.weights import load_weights, save_weights
 
 pytestmark = pytest.mark.stack
 

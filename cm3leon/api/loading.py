@@ -13,7 +13,6 @@ from cm3leon.models.base import Model
 from cm3leon.models.pretrained import load_model
 from cm3leon.records import MARKER
 from cm3leon.stages.opening import open_run
-from cm3leon.stages.pretraining import load_checkpoint
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
 from cm3leon.types import UserError
@@ -70,6 +69,9 @@ def opened_model(
 
     model = load_model(opened.folder, verify=opening.verify)
     if checkpoint is not None:
+        # What trains takes more than a second to import, and only checkpoints need it.
+        from cm3leon.stages.pretraining import load_checkpoint
+
         training = opened.experiment.training
         load_checkpoint(model, training, opened.folder, checkpoint, verify=opening.verify)
     return opened, model

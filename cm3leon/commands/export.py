@@ -198,7 +198,7 @@ def export_to_cm3leon(options: Options) -> None:
     from cm3leon.models.form import transformers, verify
     from cm3leon.registry import MODELS
     from cm3leon.stages.files import WEIGHTS
-    from cm3leon.training.checkpoint import save_weights
+    from cm3leon.weights import save_weights
 
     transformers()
     assert options.hf is not None

@@ -10,10 +10,11 @@ import functools
 import inspect
 import itertools
 import json
+import linecache
+import sys
 import textwrap
 import types
-import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -188,14 +189,8 @@ def sentences_of_fields(cls: type) -> dict[str, str]:
     """The string under each field, inherited fields included; {} for a class without source."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-
         # Python keeps no docstrings of fields, so they are read from the source.
-        body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
-        for statement, below in itertools.pairwise(body):
+        for statement, below in itertools.pairwise(_body_of(base)):
             if (
                 isinstance(statement, ast.AnnAssign)
                 and isinstance(statement.target, ast.Name)
@@ -204,4 +199,41 @@ def sentences_of_fields(cls: type) -> dict[str, str]:
                 and isinstance(below.value.value, str)
             ):
                 found[statement.target.id] = " ".join(below.value.value.split())
+    return found
+
+
+def _body_of(cls: type) -> Sequence[ast.stmt]:
+    """The statements in a class's source; () if there is none."""
+    try:
+        file = inspect.getsourcefile(cls)
+    except (OSError, TypeError):
+        return ()
+    if file is None:
+        return ()
+
+    linecache.checkcache(file)
+    lines = linecache.getlines(file, vars(sys.modules[cls.__module__]))
+    return _bodies("".join(lines)).get(cls.__qualname__, ())
+
+
+@functools.lru_cache(maxsize=8)
+def _bodies(source: str) -> dict[str, Sequence[ast.stmt]]:
+    """The statements of each class in a file, by its qualified name.
+
+    `inspect.getsource` would parse the whole file again for every class in it.
+    """
+    found: dict[str, Sequence[ast.stmt]] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = prefix
+            if isinstance(child, ast.ClassDef):
+                found[prefix + child.name] = child.body
+                inside = f"{prefix}{child.name}."
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                inside = f"{prefix}{child.name}.<locals>."
+            if not isinstance(child, ast.expr):
+                visit(child, inside)
+
+    visit(ast.parse(source), "")
     return found

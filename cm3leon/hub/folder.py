@@ -36,9 +36,8 @@ from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.tokenizers.image.published_files import Weights, open_weights
 from cm3leon.tokenizers.layout import LayoutTable
 from cm3leon.tokenizers.text import LAYOUT, TextTokenizer, layout_table
-from cm3leon.training.checkpoint import load_weights
 from cm3leon.types import UserError
-from cm3leon.weights import check_finite, check_fit
+from cm3leon.weights import check_finite, check_fit, load_weights
 
 EXTRAS = "cm3leon.json"
 EXTRAS_SHAPE = {

@@ -21,11 +21,11 @@ from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.image.base import ImageTokenizer
-from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.config import training_settings
 from cm3leon.training.parallel import replicate
 from cm3leon.training.prefetch import Batches
 from cm3leon.training.trainer import train
+from cm3leon.weights import load_weights, save_weights
 
 LOOKED_AT = 64
 """Validation images that are measured during training."""

@@ -62,9 +62,8 @@ from cm3leon.tokenizers.image.published_files import Weights, open_weights
 from cm3leon.tokenizers.layout import LayoutTable
 from cm3leon.tokenizers.text import LAYOUT, PUBLISHED, TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError
-from cm3leon.weights import ADAPTERS, check_finite, check_fit
+from cm3leon.weights import ADAPTERS, check_finite, check_fit, save_weights
 
 IMPORT = "import.json"
 """What a run folder was imported from, and under which licence."""

@@ -24,7 +24,7 @@ from cm3leon.stages.stage import Stage
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest, training_samples
 from cm3leon.stages.validation import ValidationImages, validation_loss
 from cm3leon.tokenizers.text import LAYOUT
-from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights
+from cm3leon.training.checkpoint import load_weights_at
 from cm3leon.training.config import DecoderTrainingConfig, training_settings
 from cm3leon.training.costs import model_flops, peak_flops
 from cm3leon.training.distributed import Ranks
@@ -35,6 +35,7 @@ from cm3leon.training.prefetch import BatchSplit
 from cm3leon.training.steps import checkpoints
 from cm3leon.training.trainer import train
 from cm3leon.types import Batch, UserError
+from cm3leon.weights import load_weights, save_weights
 
 
 def make_pretraining(run: RunFolder, folder: Path) -> None:

@@ -15,10 +15,10 @@ from cm3leon.stages.files import ENCODER, WEIGHTS
 from cm3leon.stages.inputs import encoder_settings, recorded, varied_inputs
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
-from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.config import training_settings
 from cm3leon.training.parallel import replicate
 from cm3leon.training.trainer import train
+from cm3leon.weights import load_weights, save_weights
 
 
 def make_retriever(run: RunFolder, folder: Path) -> None:

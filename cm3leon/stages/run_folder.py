@@ -32,9 +32,9 @@ from cm3leon.stages.files import (
 )
 from cm3leon.stages.tokenized_run import TokenizedRun
 from cm3leon.tokenizers.text import LAYOUT
-from cm3leon.training.checkpoint import load_weights
 from cm3leon.training.log import Tracking
 from cm3leon.types import TokenDocument, UserError
+from cm3leon.weights import load_weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,9 +37,9 @@ from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.tokenizers.layout import Grid, LayoutTable
 from cm3leon.tokenizers.text import LAYOUT, TextTokenizer, layout_table
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.training.checkpoint import load_weights
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import TokenDocument, UserError
+from cm3leon.weights import load_weights
 
 
 @dataclass(frozen=True, eq=False)

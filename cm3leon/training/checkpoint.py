@@ -32,18 +32,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cm3leon.io import read_json, sha256, sync_to_disk, write_json
 from cm3leon.permissions import check_folder_readable
 from cm3leon.training.average import WeightAverage
-from cm3leon.training.distributed import Ranks
+from cm3leon.training.distributed import Ranks, is_sharded
 from cm3leon.training.index_reader import UNREADABLE, IndexReader
 from cm3leon.training.optimizer import prime
 from cm3leon.training.steps import MANIFEST, checkpoint_of, checkpoints, numbered, step_of
 from cm3leon.types import UserError
-from cm3leon.weights import check_fit, read_weights, save_tensors
 
 # One process without a group is meant, not forgotten; torch says so in a thread of its own.
 warnings.filterwarnings(
@@ -381,27 +379,9 @@ def _trained_state(module: nn.Module) -> dict[str, Any]:
 
 def _plain(tensor: Tensor) -> Tensor | dict[str, Tensor]:
     """The tensor, or the tensors that make up a quantized one, which share its memory."""
-    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+    if is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor):
         return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
     return tensor
-
-
-def save_weights(path: Path, module: nn.Module | Mapping[str, Tensor]) -> None:
-    """Write parameters and buffers, of a module or by name, as safetensors."""
-    state = module.state_dict() if isinstance(module, nn.Module) else module
-    save_tensors(path, state)
-
-
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Read what `save_weights` wrote.
-
-    Raises:
-        UserError: for a file that is missing or damaged, or naming the keys or shapes that do not
-            fit the module.
-    """
-    given = read_weights(path)
-    check_fit(path, given, module.state_dict())
-    module.load_state_dict(given)
 
 
 def _damaged(path: Path, ranks: Ranks) -> list[str]:

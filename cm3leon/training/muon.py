@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cm3leon.training.device import uses_bf16
+from cm3leon.training.distributed import is_sharded
 
 MOMENTUM = 0.95
 
@@ -71,13 +71,15 @@ class ShardedMuon(torch.optim.Muon):
         assert closure is None
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
-            if any(isinstance(p, DTensor) for p in matrices):
+            if any(map(is_sharded, matrices)):
                 self._change_shards(matrices, group)
                 continue
             for p in matrices:
                 _change(p, _orthogonal(self._update(p, group), group), group)
 
     def _change_shards(self, matrices: Sequence[Any], group: dict[str, Any]) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
         count, rank = dist.get_world_size(), dist.get_rank()
         for start in range(0, len(matrices), count):
             some = matrices[start : start + count]

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
-from cm3leon.training.distributed import Ranks, local
+from cm3leon.training.distributed import Ranks, is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Gradients:
 
     def _copies(self, weight: Tensor) -> int:
         """Number of ranks that have the same share of a weight's gradient."""
-        if not isinstance(weight, DTensor):
+        if not is_sharded(weight):
             return self._ranks.count
         mesh = weight.device_mesh
         axes = [axis for axis, placed in enumerate(weight.placements) if placed == Replicate()]

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cm3leon.collectives import averaged
@@ -26,7 +25,7 @@ from cm3leon.models.lora import add_lora, draw_adapters, is_adapter, lora_scale,
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.device import uses_bf16
-from cm3leon.training.distributed import Ranks
+from cm3leon.training.distributed import Ranks, is_sharded
 from cm3leon.training.float8 import check_device, to_float8
 from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_rows, shapes_of
@@ -170,7 +169,7 @@ def _beginning(
 
 def _own_rows(weight: nn.Parameter) -> tuple[Tensor, int]:
     """The rows of a parameter that this rank holds, and the number of the first of them."""
-    if not isinstance(weight, DTensor):
+    if not is_sharded(weight):
         return weight, 0
     _, offset = compute_local_shape_and_global_offset(
         weight.shape, weight.device_mesh, weight.placements

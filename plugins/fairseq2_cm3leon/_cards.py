@@ -25,8 +25,8 @@ from cm3leon.plugins.fairseq2_cm3leon.convert import from_fairseq2
 from cm3leon.registry import MODELS
 from cm3leon.stages.files import WEIGHTS
 from cm3leon.stages.opening import open_run
-from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError
+from cm3leon.weights import save_weights
 
 
 def asset_card(folder: Path) -> AssetCard:

@@ -24,7 +24,6 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from cm3leon.api import CM3Leon
 from cm3leon.types import UserError
 
 try:
@@ -68,6 +67,8 @@ class CM3LeonModel(Base):
         retrieve: int = 0,
         **_: Any,
     ) -> None:
+        from cm3leon.api import CM3Leon  # every command imports this plugin, few need a model
+
         super().__init__()
         self._model = CM3Leon.load(
             pretrained,

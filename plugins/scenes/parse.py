@@ -20,7 +20,6 @@ from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from .render import DARK, covered, picture, stamp_of
 from .world import (
@@ -36,6 +35,9 @@ from .world import (
     World,
     entity_look,
 )
+
+# scipy.ndimage is imported where it is used: half a second, which each command would pay, since all
+# load the plugins.
 
 FAR = 70.0
 """Distance in RGB from the background's colour at which a pixel belongs to a thing."""
@@ -101,6 +103,8 @@ class _Blob(NamedTuple):
 
 def _blobs(pixels_HWC: np.ndarray, background: str, world: World) -> list[_Blob]:
     """Find connected pixels that differ from the background, split by colour where things touch."""
+    from scipy import ndimage
+
     side = len(pixels_HWC)
     ground = np.array(BACKGROUNDS[background], np.float32)
     # Pixels that differ from the background, without specks of noise.
@@ -208,6 +212,8 @@ def _stamps(candidates: tuple[Thing, ...], colour: str, side: int) -> tuple[_Sta
 
 def _things(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) -> list[Thing]:
     """The thing that explains a blob, or one for each of its parts if that explains it better."""
+    from scipy import ndimage
+
     if not blob.mask_HW.any():
         return []
     together = _thing(blob, pixels_HWC, background, world)
@@ -244,6 +250,8 @@ class _Fit(NamedTuple):
 
 def _thing(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) -> _Fit:
     """Find the candidate that explains a blob best."""
+    from scipy import ndimage
+
     side = len(pixels_HWC)
     ys, xs = np.nonzero(blob.mask_HW)
     candidates = _candidates(
