@@ -89,6 +89,11 @@ def write_json(
     write_text(path, json.dumps(content, indent=indent), shared=shared, sync=sync)
 
 
+def holds_json(path: Path, content: Any) -> bool:
+    """Whether a file is there and is what `write_json` would write."""
+    return path.is_file() and path.read_bytes() == json.dumps(content, indent=2).encode()
+
+
 def write_json_lines(path: Path, entries: Iterable[Any]) -> None:
     """Write a JSON-lines file whole or not at all, like `atomic`."""
     with atomic(path) as partial, partial.open("w", encoding="utf-8") as file:

@@ -191,13 +191,21 @@ def test_held_out_documents_are_never_in_the_bank_nor_retrieved(finished: Path) 
 
 
 def test_a_second_run_makes_nothing_again(finished: Path) -> None:
-    before = results(finished)
-    sorted(finished.glob("answers/*/00000.npz"))[0].unlink()  # made again for the page
+    before, page = results(finished), finished / "report.html"
+    written = page.stat().st_mtime_ns
     done = run("experiment=digits_smoke", f"run={finished}")
     lines = done.stdout.splitlines()
     expected = [f"{stage}: up to date" for stage in STAGES]
     assert [line.partition("] ")[2] for line in lines[: len(STAGES)]] == expected
     assert not any(line.startswith("[") for line in lines[len(STAGES) :])  # the figures alone
+    assert results(finished) == before
+    assert page.stat().st_mtime_ns == written
+
+    # A page that is gone is written again, with answers that are gone.
+    page.unlink()
+    sorted(finished.glob("answers/*/00000.npz"))[0].unlink()
+    run("experiment=digits_smoke", f"run={finished}")
+    assert page.is_file()
     assert results(finished) == before
 
 

@@ -28,7 +28,7 @@ from cm3leon.evaluation.report import (
     write_report,
 )
 from cm3leon.evaluation.report.answers import aim_fact, evaluation_section
-from cm3leon.io import read_json_lines, write_json
+from cm3leon.io import holds_json, read_json_lines, write_json
 from cm3leon.provenance import commit, environment, processor
 from cm3leon.records import KINDS
 from cm3leon.secrets import without_secrets
@@ -78,11 +78,18 @@ def closing(run: RunFolder, metrics: Entry) -> list[str]:
 
 
 def publish(run: RunFolder, seconds: dict[str, float]) -> list[str]:
-    """Write `metrics.json` and `report.html` into the run folder; return the lines of `closing`."""
+    """Write `metrics.json` and `report.html` into the run folder; return the lines of `closing`.
+
+    The page loads what it shows, which takes seconds, so both are left as they are if all figures
+    are the same. They have the seconds of each stage, so a stage made anew changes them.
+    """
     results = json.loads((run.folder / "evaluation" / RESULTS).read_text())
     metrics = figures(run, results, seconds)
-    write_json(run.folder / "metrics.json", metrics)
-    write_report(run.folder / "report.html", _Page(run, results, metrics).report())
+    file, page = run.folder / "metrics.json", run.folder / "report.html"
+    if not (page.is_file() and holds_json(file, metrics)):
+        # The page first: if this is interrupted in between, both are written again.
+        write_report(page, _Page(run, results, metrics).report())
+        write_json(file, metrics)
     return closing(run, metrics)
 
 
