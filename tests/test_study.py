@@ -693,6 +693,11 @@ def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, c
     del images["models"]["tuned"], images["sweep"], images["plot"]
     content["aims"][0]["row"] = "first"
 
+    # The run also evaluates itself, and has an aim of its own.
+    own = {"title": "Own images", "protocol": section("text_to_image", 6)}
+    aim = {"label": "own aim", "evaluation": "own", "row": "own", "metric": "right"}
+    content["runs"]["first"]["overrides"] |= {"evaluations": {"own": own}, "aims": [aim]}
+
     # The first seed's run is there already.
     several = tmp_path / "several.yaml"
     several.write_text(yaml.safe_dump(content))
@@ -715,8 +720,20 @@ def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, c
 
     assert [each["setting"]["seed"] for each in row["identities"]] == [0, 2**20]
     assert row["identities"][0]["model"] != row["identities"][1]["model"]
+    # So are the figures of what the runs asked themselves.
+    found = results(tmp_path / "run")["own_evaluations"]["first"]["evaluations"]["own"]
+    values = []
+    for name in ("first", "first-seed_1"):
+        (of_run,) = results(tmp_path / "run" / name / "evaluation")["evaluations"]["own"]
+        values.append(of_run["metrics"]["right"]["value"])
+    assert found[0]["metrics"]["right"]["runs"]["values"] == values
+    assert found[0]["metrics"]["right"]["value"] == pytest.approx(sum(values) / 2)
+
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "the mean over 2 seeds" in page
+    assert page.count("the mean over 2 seeds") == 2
+    assert page.count("Answers that are shown are of the first seed") == 1
+    assert "Own images" in page
+    assert "own aim" in page
     assert "±" in capsys.readouterr().out
 
     # The study that the folder holds is read as it is, and makes nothing anew.

@@ -4,13 +4,15 @@
     python -m cm3leon.run experiment=digits run=runs/short training.steps=200
     python -m cm3leon.run experiment=corpus data.path=tars launcher=slurm launcher.nodes=4
     python -m cm3leon.run experiment=digits_smoke sweep.training.learning_rate=1e-3,3e-3
+    python -m cm3leon.run experiment=digits_smoke seeds=3
 
 A study runs the stages of all its runs, then its evaluations. With launcher=torchrun, local (jobs
 on this machine) or slurm, the work is launched as jobs; inside such a job it is done there.
 
 `sweep.KEY=VALUES` makes a run at each value, 1e-4,3e-4 or 'range(3)', or, with sweep_trials=N, at N
-values drawn from uniform(a,b) or loguniform(a,b). Each run, sweep and study needs a folder of its
-own; a sweep's is runs/NAME-sweep by default.
+values drawn from uniform(a,b) or loguniform(a,b). `seeds=N` makes every run with N seeds, and says
+the mean and spread of its figures. Each run, sweep and study needs a folder of its own; that of a
+sweep is runs/NAME-sweep by default, that of a run with several seeds runs/NAME-seeds.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class ExperimentRunOptions(ExperimentOptions):
     """Options of a command that takes an experiment and the folder of its run."""
 
     run: Path | None = None
-    """Run folder; null = runs/NAME. The same command with the same folder continues a run."""
+    """Run folder; null = runs/NAME, or runs/NAME-seeds with `seeds=N` of a single run. The same
+    command with the same folder continues a run."""
 
     @property
     def folder(self) -> Path:
@@ -67,9 +68,12 @@ class ExperimentRunOptions(ExperimentOptions):
             UserError: for a path that cannot be a run folder, and an experiment that does not
                 exist.
         """
-        from cm3leon.experiment import experiment_name
+        from cm3leon.experiment import asks_for_seeds, experiment_name, is_study
 
-        folder = self.run or path_of(f"runs/{experiment_name(self.experiment)}", "run")
+        name = experiment_name(self.experiment)
+        if asks_for_seeds(self.overrides) and not is_study(self.experiment):
+            name += "-seeds"
+        folder = self.run or path_of(f"runs/{name}", "run")
         check_folder(folder, "run")
         if folder.resolve() == Path(folder.anchor or "/"):
             raise UserError(
@@ -80,10 +84,10 @@ class ExperimentRunOptions(ExperimentOptions):
 
     @property
     def is_study(self) -> bool:
-        """Whether the experiment is a study of several runs."""
-        from cm3leon.experiment import is_study
+        """Whether the experiment is a study of several runs, or becomes one by `seeds=N`."""
+        from cm3leon.experiment import asks_for_seeds, is_study
 
-        return is_study(self.experiment)
+        return is_study(self.experiment) or asks_for_seeds(self.overrides)
 
 
 @dataclass(kw_only=True)

@@ -33,6 +33,8 @@ EARLIER_TEXT_TOKENIZER = {"pattern": "words"}
 """Of runs from before there was a choice, which do not say it."""
 SWEEP = "sweep"
 """Section of dotted keys and the values that they take in turn; it makes an experiment a sweep."""
+SEEDS = "seeds"
+"""Setting of a study: how many seeds each of its runs is made with."""
 
 
 @dataclass(kw_only=True)
@@ -128,7 +130,7 @@ def load_mapping(
     given: list[Override] = []
     for key, value in (reading.get("settings") or {}).items():
         given.append((split_key(key), value))
-    given += _overrides(overrides, shipped)
+    given += overrides_of(overrides, shipped)
     _, mapping = load_listed(name_or_path, shipped, given)
     if _is_study(mapping):
         raise UserError(
@@ -204,6 +206,11 @@ def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
     return _is_study(load_yaml(file))
 
 
+def asks_for_seeds(overrides: Sequence[str], shipped: Path = SHIPPED) -> bool:
+    """Whether a command line says `seeds=N`, by which a single run becomes a study of its seeds."""
+    return any(path == (SEEDS,) for path, _ in overrides_of(overrides, shipped))
+
+
 def _is_study(mapping: Mapping[str, Any]) -> bool:
     """Whether a mapping is a study's: it has runs, or evaluations of models and no corpus."""
     return "runs" in mapping or ("evaluations" in mapping and "data" not in mapping)
@@ -228,7 +235,7 @@ def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = S
     """
     file, listed = _find(name_or_path, shipped)
     sections = [key.partition(".")[0] for key in listed]
-    sections += [path[0] for path, _ in _overrides(overrides, shipped)]
+    sections += [path[0] for path, _ in overrides_of(overrides, shipped)]
     return SWEEP in sections or SWEEP in load_yaml(file)
 
 
@@ -242,14 +249,22 @@ def load_listed(
         UserError: for an unknown experiment, or overrides that lead nowhere.
     """
     file, listed = _find(name_or_path, shipped)
-    sections = component_sections(Experiment)
     mapping = with_absolute_plugins(load_yaml(file), file.parent)
 
     # Plugins are named relative to the file that names them.
     own = [(split_key(key), value) for key, value in listed.items()]
-    mapping = apply_overrides(mapping, _of_sweep(own), sections)
+    mapping = with_overrides(mapping, own)
     mapping = with_absolute_plugins(mapping, shipped)
-    return file, apply_overrides(mapping, _of_sweep(overrides), sections)
+    return file, with_overrides(mapping, overrides)
+
+
+def with_overrides(mapping: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+    """The content of an experiment, a sweep or a study with overrides.
+
+    Raises:
+        UserError: for overrides that lead nowhere.
+    """
+    return apply_overrides(mapping, _of_sweep(overrides), component_sections(Experiment))
 
 
 def _of_sweep(overrides: Iterable[Override]) -> Iterator[Override]:
@@ -278,8 +293,12 @@ def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:
     return shipped / entry.file, entry.overrides
 
 
-def _overrides(words: Sequence[str], shipped: Path) -> Iterator[Override]:
-    """The overrides of a command line, including those of the files that it names."""
+def overrides_of(words: Sequence[str], shipped: Path = SHIPPED) -> Iterator[Override]:
+    """The overrides of a command line, including those of the files that it names.
+
+    Raises:
+        UserError: for a word that is not an override, and `overrides=` of an unknown name.
+    """
     for word in words:
         key, _, value = word.partition("=")
         if key != "overrides":

@@ -23,12 +23,17 @@ from cm3leon.config import (
 )
 from cm3leon.evaluation.config import AskConfig, shown
 from cm3leon.experiment import (
+    SEEDS,
     SWEEP,
     Experiment,
+    experiment_name,
+    is_study,
     load_listed,
     load_mapping,
     load_plugins,
+    overrides_of,
     with_absolute_plugins,
+    with_overrides,
 )
 from cm3leon.registry import discover
 from cm3leon.studies.config import PlannedRun, Study, StudyConfig, StudyRun, rows
@@ -56,7 +61,8 @@ def load_study(
     """Find a study, apply `key=value` words, and check it with the experiment of every run.
 
     `runs.NAME.key=value` replaces a value in the experiment of a run, `runs.*.key=value` in that of
-    each. `{run}` stands for the folder.
+    each. `{run}` stands for the folder. An experiment that is a single run becomes a study of that
+    run, for words like `seeds=3`.
 
     Args:
         trusted_plugins: all plugins that may be loaded, see `load_plugins`; None trusts the file
@@ -67,6 +73,9 @@ def load_study(
         PluginError: for a plugin that fails to import.
     """
     overrides = [parse_override(word) for word in words]
+    single = not is_study(name_or_path)
+    if single:
+        overrides = _of_single(name_or_path, words)
     discover()
 
     # Words are about the study itself, or about the experiment of one run or of all.
@@ -80,7 +89,11 @@ def load_study(
             own.append(override)
 
     # The file as it is with the study's own words.
-    file, mapping = load_listed(name_or_path, SHIPPED, own)
+    if single:
+        file = Path()
+        mapping = with_overrides(_single(name_or_path), own)
+    else:
+        file, mapping = load_listed(name_or_path, SHIPPED, own)
     mapping = with_absolute_plugins(_with_folder(mapping, folder), Path.cwd())
     if trusted_plugins is not None:
         named = mapping.get("plugins", [])
@@ -182,6 +195,41 @@ def load_sweep(
 
 
 # -------------------------------------------------------------------------------------------- parts
+
+
+def _single(name_or_path: str) -> dict[str, Any]:
+    """The study whose only run is an experiment. Raises UserError for a sweep."""
+    _, sections = load_listed(name_or_path, SHIPPED, ())
+    if SWEEP in sections:
+        raise UserError(
+            f"{SEEDS}: {name_or_path} is a sweep, whose points have their seeds from "
+            "sweep.seed=0,1,2"
+        )
+
+    # The study's file lies in its folder, from where a relative path would lead nowhere.
+    name, experiment = experiment_name(name_or_path), name_or_path
+    if experiment != name:
+        experiment = str(Path(experiment).expanduser().resolve())
+    study: dict[str, Any] = {
+        "title": f"{name}, with several seeds",
+        "about": f"The experiment {name}, made and evaluated once for each seed.",
+        "runs": {name: {"experiment": experiment}},
+    }
+    if "launcher" in sections:
+        study["launcher"] = sections["launcher"]
+    return study
+
+
+def _of_single(name_or_path: str, words: Sequence[str]) -> list[Override]:
+    """The words for a single run as the study of that run takes them: `training.steps=9` as
+    `runs.NAME.training.steps=9`."""
+    name, overrides = experiment_name(name_or_path), []
+    for path, value in overrides_of(words):
+        if path[0] in (SEEDS, "launcher", "runs"):
+            overrides.append((path, value))
+        else:
+            overrides.append((("runs", name, *path), value))
+    return overrides
 
 
 def _planned(

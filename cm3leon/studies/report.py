@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ SEEDS = (
     "Figures are means over the seeds, ± the standard deviation between runs; in brackets the "
     "interval of 95 % of the mean."
 )
+OWN = "As the runs evaluated themselves; their answers are on their own pages."
 LOSSES = "Losses in nats a token, without retrieved documents; runs of other documents or objectives do not compare."
 
 
@@ -65,6 +67,17 @@ def study_report(
         asked = study.evaluations[name]
         by_compute = asked.against == "compute"
         sections.append(evaluation_section(asked, found, examples[name], by_compute=by_compute))
+
+    # What runs with several seeds found themselves; their answers are on their own pages.
+    own = results["own_evaluations"]
+    for name, of_run in own.items():
+        experiment = study.experiment(name)
+        facts += [aim_fact(aim, of_run["evaluations"]) for aim in experiment.aims]
+        for each, found in of_run["evaluations"].items():
+            asked = experiment.evaluations[each]
+            section = evaluation_section(asked, found, [()] * len(found), text=OWN)
+            of = f", {name}" if len(own) > 1 else ""
+            sections.append(replace(section, title=f"{section.title}{of}"))
 
     # Runs that sweep nothing share a table; each swept entry has curves and a table of its own.
     single, swept = [], []

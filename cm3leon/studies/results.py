@@ -24,11 +24,12 @@ from cm3leon.evaluation.config import shown
 from cm3leon.evaluation.metrics import OverRuns, over_runs
 from cm3leon.io import read_json, read_json_lines
 from cm3leon.records import MARKER
+from cm3leon.stages.evaluation import RESULTS
 from cm3leon.stages.table import stages_of
 from cm3leon.studies.config import Study, StudyRun
 from cm3leon.studies.point import outcome_of
 from cm3leon.studies.points import Point
-from cm3leon.studies.seeds import first_runs, name_of
+from cm3leon.studies.seeds import first_runs, name_of, own_over_seeds
 from cm3leon.types import UserError
 
 LOWEST = "lowest loss"
@@ -120,6 +121,27 @@ def entries_of(study: Study, results: Mapping[str, RunResult]) -> list[StudyEntr
         of = entries.get(run.entry, StudyEntry(run.entry, run.plan, ()))
         entries[run.entry] = replace(of, results=[*of.results, _over_seeds(of_seeds)])
     return list(entries.values())
+
+
+def own_evaluations(study: Study) -> dict[str, dict[str, Any]]:
+    """What the runs of a study with several seeds found in their own evaluations, over the seeds.
+
+    By the name of the run, those that sweep nothing and are finished with every seed:
+    `{"judge": ..., "evaluations": {NAME: [row, ...]}}`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if study.config.seeds == 1:
+        return found
+    for name in first_runs(study.runs):
+        results = []
+        for seed in range(study.config.seeds):
+            file = study.folder / name_of(name, seed) / "evaluation" / RESULTS
+            if (file.parent / MARKER).is_file():
+                results.append(read_json(file))
+        swept = study.runs[name].plan.sweep
+        if len(results) == study.config.seeds and not swept and results[0]["evaluations"]:
+            found[name] = own_over_seeds(results)
+    return found
 
 
 def _over_seeds(results: Sequence[RunResult]) -> RunResult:

@@ -34,6 +34,7 @@ from cm3leon.studies.report import study_report
 from cm3leon.studies.results import (
     as_csv,
     entries_of,
+    own_evaluations,
     results_of,
 )
 from cm3leon.studies.seeds import first_runs, over_seeds, row_of_seed
@@ -159,6 +160,7 @@ def write_results(study: Study, found: Found | None = None) -> None:
     for name, (figures, items) in found.items():
         evaluations[name] = figures
         examples[name] = items
+    own = own_evaluations(study)
     content = {
         "again": command_line(f"experiment={study.file}", f"run={folder}"),
         study.kind: study.written,
@@ -167,11 +169,16 @@ def write_results(study: Study, found: Found | None = None) -> None:
         "runs": [asdict(result) for result in results.values()],
         "over_seeds": spread,
         "evaluations": evaluations,
+        "own_evaluations": own,
     }
     write_json(folder / RESULTS, content)
     study_report(folder / REPORT, study, content, examples, entries)
 
     # The same for the terminal.
+    for name, of_run in own.items():
+        for asked, asked_rows in of_run["evaluations"].items():
+            for row in asked_rows:
+                print(f"      {name}, {asked} | {figures_line(row['row'], row)}")
     for result in results.values():
         if result.state != "finished":
             print(f"{result.state}: {result.name}{result.error and f', {result.error}'}")

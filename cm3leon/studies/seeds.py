@@ -106,6 +106,19 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return first
 
 
+def own_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Combine what runs wrote of their own evaluations, one mapping a seed: the rows of each
+    evaluation, and the judge's figures."""
+    evaluations: dict[str, list[dict[str, Any]]] = {}
+    for name in results[0]["evaluations"]:
+        of_seeds = [result["evaluations"][name] for result in results]
+        evaluations[name] = [over_seeds(rows) for rows in zip(*of_seeds, strict=True)]
+    judge = {}
+    for name in results[0]["judge"] or ():
+        judge[name] = _combined([result["judge"][name] for result in results])
+    return {"judge": judge, "evaluations": evaluations}
+
+
 def _combined(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of a figure over the seeds, with its interval over items and its spread over runs.
 

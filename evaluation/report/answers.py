@@ -34,8 +34,9 @@ NOTE = "In brackets the interval of 95 %."
 SEEDS = (
     "Each figure is the mean over {count} seeds, ± the standard deviation between their runs; in "
     "round brackets the interval of 95 % of that mean (Student's t over the runs), in square "
-    "brackets that over the items of one run. Answers that are shown are of the first seed."
+    "brackets that over the items of one run."
 )
+FIRST_SEED = "Answers that are shown are of the first seed."
 ALL_DOCUMENTS = (
     "All documents: the share of the prompts that had as many retrieved documents as were asked "
     "for."
@@ -136,16 +137,18 @@ def evaluation_section(
     """The section of an evaluation.
 
     Args:
-        examples: for each row, the answered items to show.
+        examples: for each row, the answered items to show; a row may have none.
         text: stands below the heading.
         best: indices of rows to mark.
         by_compute: whether the plot is against the FLOPs of training, not the first swept key.
     """
-    blocks: list[Content] = [_table(evaluation, rows, best)]
+    blocks: list[Content] = [_table(evaluation, rows, best, pictured=any(examples))]
     if evaluation.plot and _can_be_drawn(evaluation.plot, rows, by_compute):
         blocks.insert(0, _curves(evaluation.plot, rows, by_compute))
 
     for number, (row, few) in enumerate(zip(rows, examples, strict=True)):
+        if not few:
+            continue
         cards, several = [], []
         for example in few:
             cards.append(_card(example))
@@ -164,7 +167,11 @@ def evaluation_section(
 
 
 def _table(
-    evaluation: EvaluationConfig, rows: Sequence[Mapping[str, Any]], best: Collection[int]
+    evaluation: EvaluationConfig,
+    rows: Sequence[Mapping[str, Any]],
+    best: Collection[int],
+    *,
+    pictured: bool,
 ) -> Table:
     """A line for each row, then for ceiling and chance, with notes below."""
     # All figures of all rows in the order of their first appearance: a row may lack some.
@@ -196,6 +203,8 @@ def _table(
     notes = [NOTE]
     if "runs" in one:
         notes = [SEEDS.format(count=len(one["runs"]["values"]))]
+        if pictured:
+            notes.append(FIRST_SEED)
 
     # Only what the table has is explained.
     explained = PROTOCOLS.get(evaluation.protocol.name).explained
