@@ -68,16 +68,10 @@ def study_report(
         by_compute = asked.against == "compute"
         sections.append(evaluation_section(asked, found, examples[name], by_compute=by_compute))
 
-    # What runs with several seeds found themselves; their answers are on their own pages.
-    own = results["own_evaluations"]
-    for name, of_run in own.items():
-        experiment = study.experiment(name)
-        facts += [aim_fact(aim, of_run["evaluations"]) for aim in experiment.aims]
-        for each, found in of_run["evaluations"].items():
-            asked = experiment.evaluations[each]
-            section = evaluation_section(asked, found, [()] * len(found), text=OWN)
-            of = f", {name}" if len(own) > 1 else ""
-            sections.append(replace(section, title=f"{section.title}{of}"))
+    # What runs with several seeds found themselves.
+    for name, of_run in results["own_evaluations"].items():
+        facts += [aim_fact(aim, of_run["evaluations"]) for aim in study.experiment(name).aims]
+    sections += _own(study, results["own_evaluations"])
 
     # Runs that sweep nothing share a table; each swept entry has curves and a table of its own.
     single, swept = [], []
@@ -105,6 +99,18 @@ def study_report(
     sections += [*_failures(swept), *_times(results["seconds"]), origin.section()]
     footer = "\n\n".join(filter(None, [KEPT, whose]))
     write_report(path, Report(config.title, config.about, facts, sections, footer=footer))
+
+
+def _own(study: Study, own: Mapping[str, Any]) -> list[Section]:
+    """The runs' own evaluations over the seeds; the answers are on the runs' own pages."""
+    sections = []
+    for name, of_run in own.items():
+        evaluations = study.experiment(name).evaluations
+        for each, found in of_run["evaluations"].items():
+            section = evaluation_section(evaluations[each], found, [()] * len(found), text=OWN)
+            of = f", {name}" if len(own) > 1 else ""
+            sections.append(replace(section, title=f"{section.title}{of}"))
+    return sections
 
 
 def _facts(entry: StudyEntry) -> list[Fact]:
