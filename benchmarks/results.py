@@ -192,11 +192,17 @@ def take(name: str, folder: Path, machine: str) -> None:
     else:
         results, runs = folder / "evaluation" / "results.json", [folder]
     found = json.loads(results.read_text(encoding="utf-8"))
+    command = f"python -m cm3leon.run experiment={name}"
+
+    # A run with several seeds is a study that asks nothing itself: the run's own figures are its.
+    if not found["evaluations"] and len(own := found.get("own_evaluations", {})) == 1:
+        (found,) = own.values()
+        command += f" seeds={len(runs)}"
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     configs = [yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) for run in runs]
 
     made: dict[str, Any] = {
-        "command": f"python -m cm3leon.run experiment={name}",
+        "command": command,
         "machine": machine,
         "torch": environment["packages"]["torch"],
         "date": datetime.fromtimestamp(results.stat().st_mtime, UTC).date().isoformat(),

@@ -128,5 +128,20 @@ def test_figures_are_taken_from_a_finished_run(
 
     assert "seed 7, one core, torch 2.14.1, 20" in f"{file:made}"
     assert f"{file:made}".endswith(": 15 minutes ([digits.json](docs/results/digits.json)).")
+
+    # Of a run with several seeds, its own figures over them.
+    several = tmp_path / "several"
+    for name, seed in (("digits", 7), ("digits-seed_1", 8)):
+        (several / name / "pretraining").mkdir(parents=True)
+        (several / name / "config.yaml").write_text(f"seed: {seed}\n")
+    own = {"digits": {"judge": {}, "evaluations": {"caption": [row]}}}
+    (several / "results.json").write_text(json.dumps({"evaluations": {}, "own_evaluations": own}))
+    (several / "environment.json").write_text((run / "environment.json").read_text())
+    script.take("digits", several, "one core")
+    file = script.ResultFile(tmp_path / "digits.json")
+    assert f"{file['caption/documents 0/metrics/accuracy']:share}" == "75.0 %"
+    assert f"{file:made}".startswith(
+        "`python -m cm3leon.run experiment=digits seeds=2`, seeds 7, 8, one core"
+    )
     with pytest.raises(KeyError, match="has no figure caption/documents 1"):
         file["caption/documents 1/metrics/accuracy"]
