@@ -16,13 +16,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cm3leon import __version__
 from cm3leon.config import SHIPPED
-from cm3leon.io import read_json, write_text
+from cm3leon.digests import path_digest
+from cm3leon.io import digest_of, read_json, write_text
 from cm3leon.permissions import use_umask
 from cm3leon.secrets import masked, without_secrets
 from cm3leon.types import UserError
@@ -96,6 +97,15 @@ def code_version() -> tuple[dict[str, Any], str]:
         "differs": bool(difference or new),
         "new_files": new,
     }, difference
+
+
+def code_digest(plugins: Sequence[str] = ()) -> str:
+    """A checksum of the running code: its version, commit, difference and new modules, and of
+    plugins."""
+    version, difference = code_version()
+    new = [path_digest(SHIPPED / name) for name in version["new_files"] if name.endswith(".py")]
+    parts = [json.dumps(version), difference, *new, *map(path_digest, plugins)]
+    return digest_of("\n".join(parts))
 
 
 def commit() -> str | None:

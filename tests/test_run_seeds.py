@@ -13,6 +13,7 @@ import yaml
 
 from cm3leon.commands.run import Options
 from cm3leon.config import dump_yaml
+from cm3leon.experiment import load_experiment
 from cm3leon.run import main
 from cm3leon.studies import load_study
 from cm3leon.types import UserError
@@ -56,6 +57,67 @@ def test_settings_are_those_of_the_run_and_the_launcher_is_the_studys(tmp_path):
     assert here.config.launcher.name == "here"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.layers=3"],
+        ["overrides=smoke"],
+        ["overrides=smoke", "model=cm3leon_350m"],
+        ["model.layers=3", "overrides=smoke", "model=cm3leon", "model.width=128"],
+        ["decoder.cfg=2.5", "decoder=cd_k"],
+        ["decoder=cd_k", "decoder.k=3", "text_decoder={name: beam, beams: 2}"],
+        ["evaluations.guidance.sweep.decoder.cfg=1,3", "evaluations.caption.sweep.documents=0,2"],
+        ["evaluations={}", "aims=[]", "seed=7", "retriever=lexical"],
+    ],
+)
+def test_words_mean_what_they_mean_to_a_single_run(words, tmp_path):
+    study = load_study("digits", ["seeds=2", *words], tmp_path)
+    alone = load_experiment("digits", words)
+    assert study.experiment("digits") == alone
+    assert study.experiment("digits-seed_1") == replace(alone, seed=alone.seed + 1)
+
+    # The same holds of the study as its folder keeps it.
+    (tmp_path / "study.yaml").write_text(dump_yaml(study.written))
+    again = load_study(str(tmp_path / "study.yaml"), (), tmp_path)
+    assert again.experiment("digits-seed_1") == study.experiment("digits-seed_1")
+
+
+def test_a_plugin_may_bring_the_launcher_and_is_found_from_anywhere(tmp_path, monkeypatch):
+    plugin = tmp_path / "elsewhere.py"
+    plugin.write_text(
+        "from cm3leon.launch.launchers import Local\n"
+        "from cm3leon.registry import LAUNCHERS\n\n"
+        "@LAUNCHERS.register('elsewhere')\n"
+        "class Elsewhere(Local):\n"
+        '    """Jobs on this machine, by another name."""\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["seeds=2", "plugins=[elsewhere.py]", "launcher=elsewhere"]
+    study = load_study("digits", words, tmp_path / "run")
+    assert study.config.launcher.name == "elsewhere"
+    assert study.config.plugins == [str(plugin)]
+    assert study.experiment("digits-seed_1").plugins == [str(plugin)]
+
+
+def test_a_stage_to_stop_at_is_that_of_the_runs(tmp_path, capsys):
+    words = ["experiment=digits_smoke", "seeds=2", f"run={tmp_path / 'run'}"]
+    assert main([*words, "until=text_tokenizer"]) == 0
+    for name in ("digits_smoke", "digits_smoke-seed_1"):
+        assert (tmp_path / "run" / name / "text_tokenizer" / "stage.json").is_file()
+        assert not (tmp_path / "run" / name / "image_tokenizer").exists()
+    assert main([*words, "until=text_tokeniser"]) == 2
+    assert "did you mean text_tokenizer?" in capsys.readouterr().err
+
+
+def test_other_commands_say_that_they_take_one_seed(tmp_path, capsys):
+    assert main(["plan", "experiment=pretrain_350m", "seeds=2"]) == 2
+    assert "seeds: pretrain_350m is a single run" in capsys.readouterr().err
+    words = ["stage=tokens", "part=0/2", "experiment=digits", f"run={tmp_path / 'run'}"]
+    assert main(["part", *words, "seeds=2"]) == 2
+    assert "asks its models nothing, so there is nothing to share" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_it_has_a_folder_of_its_own():
     assert Options(experiment="digits").folder == Path("runs/digits")
     several = Options(experiment="digits")
@@ -73,6 +135,7 @@ def test_it_has_a_folder_of_its_own():
         (["seeds=2", "training.step=5"], r"^runs.digits: .*training.step is not a known key"),
         (["seeds=2", "overrides=smok"], r"^overrides is smok, which is not known"),
         (["seeds=2", "runs.other.seed=1"], r"^runs.other is not a run of this study"),
+        (["seeds=2", "sweep.seed=0,1"], r"^seeds is 2, and runs.digits.sweep has seeds too"),
     ],
 )
 def test_mistakes_are_told(words, sentence, tmp_path):

@@ -35,6 +35,11 @@ def main(options: Options) -> None:
         from cm3leon.studies import load_study, run_study
 
         study = load_study(options.experiment, options.overrides, options.folder)
+        if not study.evaluations:
+            raise UserError(
+                "this study asks its models nothing, so there is nothing to share; `part` of one "
+                "of its runs is experiment=NAME run=FOLDER stage=STAGE"
+            )
         run_study(study, asked=share)
         return
 

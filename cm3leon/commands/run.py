@@ -77,8 +77,9 @@ def _run_study(options: Options) -> int | None:
     study, redo = _study(options), options.stages_to_redo
     refuse_other_kind(study.folder, study.kind)
 
-    # `until` of a sweep names a stage, which its points know already; of a study, a run.
-    until = options.until if options.is_study else None
+    # `until` of a sweep or of a single run with several seeds names a stage, which its points or
+    # runs know already; of a study, a run.
+    until = options.until if options.is_study and not options.is_single else None
     if _is_launched(study.config.launcher) and not is_made_here(study):
         return launch_study(study, until=until, redo=redo)
     run_study(study, until=until, redo=redo)
@@ -89,7 +90,8 @@ def _study(options: Options) -> Study:
     from cm3leon.studies import load_study, load_sweep
 
     if options.is_study:
-        return load_study(options.experiment, options.overrides, options.folder)
+        of_runs = [f"until={options.until}"] if options.is_single and options.until else []
+        return load_study(options.experiment, [*options.overrides, *of_runs], options.folder)
     words, folder = options.overrides, options.sweep_folder
     return load_sweep(options.experiment, words, folder, until=options.until)
 

@@ -68,10 +68,10 @@ class ExperimentRunOptions(ExperimentOptions):
             UserError: for a path that cannot be a run folder, and an experiment that does not
                 exist.
         """
-        from cm3leon.experiment import asks_for_seeds, experiment_name, is_study
+        from cm3leon.experiment import experiment_name
 
         name = experiment_name(self.experiment)
-        if asks_for_seeds(self.overrides) and not is_study(self.experiment):
+        if self.is_study and self.is_single:
             name += "-seeds"
         folder = self.run or path_of(f"runs/{name}", "run")
         check_folder(folder, "run")
@@ -88,6 +88,13 @@ class ExperimentRunOptions(ExperimentOptions):
         from cm3leon.experiment import asks_for_seeds, is_study
 
         return is_study(self.experiment) or asks_for_seeds(self.overrides)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the experiment is a single run, or a sweep of one."""
+        from cm3leon.experiment import is_study
+
+        return not is_study(self.experiment)
 
 
 @dataclass(kw_only=True)

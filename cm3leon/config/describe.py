@@ -228,7 +228,7 @@ def _bodies(source: str) -> dict[str, Sequence[ast.stmt]]:
         for child in ast.iter_child_nodes(node):
             inside = prefix
             if isinstance(child, ast.ClassDef):
-                found[prefix + child.name] = child.body
+                found.setdefault(prefix + child.name, child.body)
                 inside = f"{prefix}{child.name}."
             elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 inside = f"{prefix}{child.name}.<locals>."

@@ -14,15 +14,23 @@ from cm3leon.experiment.files import (
     load_mapping,
     load_plugins,
     overrides_of,
+    split_setting,
     with_absolute_plugins,
     with_overrides,
 )
-from cm3leon.experiment.sections import Experiment, ShardsConfig, SplitConfig, row_name
+from cm3leon.experiment.sections import (
+    Experiment,
+    RunEvaluation,
+    ShardsConfig,
+    SplitConfig,
+    row_name,
+)
 
 __all__ = [
     "SEEDS",
     "SWEEP",
     "Experiment",
+    "RunEvaluation",
     "ShardsConfig",
     "SplitConfig",
     "asks_for_seeds",
@@ -36,6 +44,7 @@ __all__ = [
     "load_plugins",
     "overrides_of",
     "row_name",
+    "split_setting",
     "with_absolute_plugins",
     "with_overrides",
 ]

@@ -137,6 +137,11 @@ def load_mapping(
             f"experiment: {name_or_path} is a study of several runs; give the experiment of one of "
             "them"
         )
+    if SEEDS in mapping:
+        raise UserError(
+            f"{SEEDS}: {name_or_path} is a single run, of which only the command run makes several "
+            f"seeds: python -m cm3leon.run experiment={name_or_path} {SEEDS}={mapping[SEEDS]}"
+        )
     mapping = with_absolute_plugins({**mapping, **(reading.get("sections") or {})}, Path.cwd())
 
     # A run of an earlier version has sections that are gone, and lacks a choice that is new.
@@ -258,7 +263,13 @@ def load_listed(
     return file, with_overrides(mapping, overrides)
 
 
-def with_overrides(mapping: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+def split_setting(key: str) -> tuple[str, ...]:
+    """The path of a setting by its dotted key; what stands behind `sweep` is one part of it."""
+    ((path, _),) = _of_sweep([(split_key(key), None)])
+    return path
+
+
+def with_overrides(mapping: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
     """The content of an experiment, a sweep or a study with overrides.
 
     Raises:

@@ -29,7 +29,7 @@ from cm3leon.evaluation.report import (
 )
 from cm3leon.evaluation.report.answers import aim_fact, evaluation_section
 from cm3leon.io import holds_json, read_json_lines, write_json
-from cm3leon.provenance import commit, environment, processor
+from cm3leon.provenance import code_digest, commit, environment, processor
 from cm3leon.records import KINDS
 from cm3leon.secrets import without_secrets
 from cm3leon.stages.attribution import attribution
@@ -81,13 +81,15 @@ def publish(run: RunFolder, seconds: dict[str, float]) -> list[str]:
     """Write `metrics.json` and `report.html` into the run folder; return the lines of `closing`.
 
     The page loads what it shows, which takes seconds, so both are left as they are if all figures
-    are the same. They have the seconds of each stage, so a stage made anew changes them.
+    are the same. They have the settings, a digest of the code, and the seconds of each stage, so a
+    stage made anew changes them.
     """
     results = json.loads((run.folder / "evaluation" / RESULTS).read_text())
     metrics = figures(run, results, seconds)
     file, page = run.folder / "metrics.json", run.folder / "report.html"
     if not (page.is_file() and holds_json(file, metrics)):
-        # The page first: if this is interrupted in between, both are written again.
+        # Without figures, an interrupted page is not taken for a finished one.
+        file.unlink(missing_ok=True)
         write_report(page, _Page(run, results, metrics).report())
         write_json(file, metrics)
     return closing(run, metrics)
@@ -130,6 +132,7 @@ def _provenance(run: RunFolder) -> Entry:
         "command": command_line(f"experiment={run.folder / KINDS['run']}", f"run={run.folder}"),
         "cm3leon": __version__,
         "git_commit": commit(),
+        "code": code_digest(run.experiment.plugins),
         "python": made_with["python"],
         "packages": {name: installed[name] for name in packages if name in installed},
         "machine": {

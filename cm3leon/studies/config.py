@@ -12,9 +12,7 @@ from cm3leon.config import (
     Component,
     Range,
     Settings,
-    apply_overrides,
     choices,
-    component_sections,
     from_mapping,
     parse_values,
     split_key,
@@ -23,7 +21,7 @@ from cm3leon.config.values import Interval
 from cm3leon.evaluate import Row
 from cm3leon.evaluation.config import Aim, EvaluationConfig, named
 from cm3leon.evaluation.metrics import MOST_RUNS
-from cm3leon.experiment import Experiment
+from cm3leon.experiment import Experiment, with_overrides
 from cm3leon.records import KINDS
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.stage import number_of
@@ -125,7 +123,7 @@ class PlannedRun:
     plan: StudyRun
     """The entry itself."""
     sections: Mapping[str, Any]
-    """Sections of the entry's experiment, as they are written."""
+    """Sections of the entry's experiment, as its file has them."""
     overrides: dict[str, Any]
     """Dotted keys and the values that replace those of the sections: the entry's, the point's, the
     seed."""
@@ -174,7 +172,7 @@ class Study:
 
     def _read(self, run: PlannedRun) -> Experiment:
         overrides = [(split_key(key), value) for key, value in run.overrides.items()]
-        mapping = apply_overrides(run.sections, overrides, component_sections(Experiment))
+        mapping = with_overrides(run.sections, overrides)
         experiment = from_mapping(Experiment, mapping)
         if experiment.until:
             number_of(stages_of(experiment), experiment.until, "until")

@@ -181,10 +181,9 @@ def _plugin_words(study: Study, name: str | None = None) -> tuple[str, ...]:
     Args:
         name: the run of the job; None for a job that reads all runs.
     """
-    runs = [study.runs[name]] if name else study.runs.values()
     plugins = dict.fromkeys(study.config.plugins)
-    for run in runs:
-        plugins |= dict.fromkeys(run.sections.get("plugins", []))
+    for run in [name] if name else study.runs:
+        plugins |= dict.fromkeys(study.experiment(run).plugins)
     return (f"plugins={json.dumps(list(plugins))}",) if plugins else ()
 
 

@@ -32,6 +32,7 @@ from cm3leon.experiment import (
     load_mapping,
     load_plugins,
     overrides_of,
+    split_setting,
     with_absolute_plugins,
     with_overrides,
 )
@@ -131,6 +132,13 @@ def load_study(
                 raise UserError(f"runs: two runs are named {each}; give one of them another name")
         runs |= found
 
+    for run in runs.values():
+        if config.seeds > 1 and "seed" in run.point:
+            raise UserError(
+                f"{SEEDS} is {config.seeds}, and runs.{run.entry}.sweep has seeds too; leave one of "
+                "them out"
+            )
+
     # Check every experiment before any seed is copied.
     study = Study(config, folder, runs, {})
     for name in runs:
@@ -180,7 +188,7 @@ def load_sweep(
         if key != SWEEP:
             settings[key] = getattr(swept, key)
     plan = StudyRun(experiment=str(swept.sweep_of), **settings)
-    runs = _points("", plan, sections, {}, {})
+    runs = _points("", plan, sections, sections, {}, {})
     mapping[SWEEP] = plan.sweep
 
     title = folder.absolute().name
@@ -211,12 +219,14 @@ def _single(name_or_path: str) -> dict[str, Any]:
     if experiment != name:
         experiment = str(Path(experiment).expanduser().resolve())
     study: dict[str, Any] = {
-        "title": f"{name}, with several seeds",
+        "title": f"Seeds of {name}",
         "about": f"The experiment {name}, made and evaluated once for each seed.",
         "runs": {name: {"experiment": experiment}},
     }
-    if "launcher" in sections:
-        study["launcher"] = sections["launcher"]
+    # A launcher may be a plugin's.
+    for key in ("launcher", "plugins"):
+        if key in sections:
+            study[key] = sections[key]
     return study
 
 
@@ -225,9 +235,9 @@ def _of_single(name_or_path: str, words: Sequence[str]) -> list[Override]:
     `runs.NAME.training.steps=9`."""
     name, overrides = experiment_name(name_or_path), []
     for path, value in overrides_of(words):
-        if path[0] in (SEEDS, "launcher", "runs"):
+        if path[0] in (SEEDS, "launcher", "plugins", "runs"):
             overrides.append((path, value))
-        else:
+        if path[0] not in (SEEDS, "launcher", "runs"):
             overrides.append((("runs", name, *path), value))
     return overrides
 
@@ -239,22 +249,37 @@ def _planned(
     trusted_plugins: Sequence[str] | None,
 ) -> dict[str, PlannedRun]:
     """The runs of an entry, with what the command line says of it or of all runs."""
-    said = {}
+    said: dict[str, Any] = {}
     for path, value in words:
         if path[0] in (entry, "*"):
-            said[".".join(path[1:])] = value
-    given = {**plan.overrides, **said}
-    sections = load_mapping(plan.experiment, settings=given, trusted_plugins=trusted_plugins)
-    typed = {}
+            said = _later(said, {".".join(path[1:]): value})
+    given = _later(plan.overrides, said)
+
+    # The whole is read first: it may name plugins, without which the file alone makes no sense.
+    whole = load_mapping(plan.experiment, settings=given, trusted_plugins=trusted_plugins)
+    sections = load_mapping(plan.experiment, trusted_plugins=trusted_plugins)
+
+    # A value is typed by the sections as those before it have left them.
+    typed, before = {}, sections
     for key, value in given.items():
-        typed[key] = typed_value(Experiment, sections, split_key(key), value)
+        typed[key] = typed_value(Experiment, before, split_setting(key), value)
+        before = with_overrides(before, [(split_key(key), typed[key])])
+    if "plugins" in typed:
+        typed["plugins"] = whole["plugins"]  # absolute, as the study's file lies elsewhere
     plan.overrides = typed
-    return _points(entry, plan, sections, typed, {key: typed[key] for key in said})
+    return _points(entry, plan, whole, sections, typed, {key: typed[key] for key in said})
+
+
+def _later(overrides: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, those of `last` behind the others: the name of a component replaces what stands
+    before it."""
+    return {key: value for key, value in overrides.items() if key not in last} | dict(last)
 
 
 def _points(
     entry: str,
     plan: StudyRun,
+    whole: Mapping[str, Any],
     sections: Mapping[str, Any],
     overrides: Mapping[str, Any],
     last: Mapping[str, Any],
@@ -262,13 +287,14 @@ def _points(
     """The runs of an entry by name: `NAME-VALUE-VALUE`, or `KEY=VALUE,KEY=VALUE` in a sweep.
 
     Args:
+        whole: the sections with the overrides, by which swept values are read.
         last: overrides that take precedence over the values of a point.
     """
 
     def name_of_point(point: Mapping[str, Any]) -> str:
         return "-".join([entry, *map(shown, point.values())])
 
-    values = values_of(plan.sweep, sections)
+    values = values_of(plan.sweep, whole)
     points = named_points(plan, values, name_of_point if entry else None)
 
     # Keep the values as they were read, so that the written file means the same as the command.
@@ -280,7 +306,8 @@ def _points(
 
     runs = {}
     for name, point in points.items():
-        runs[name] = PlannedRun(entry, plan, sections, {**overrides, **point, **last}, point)
+        settings = _later(_later(overrides, point), last)
+        runs[name] = PlannedRun(entry, plan, sections, settings, point)
     return runs
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cm3leon.evaluation.config import shown
+from cm3leon.evaluation.config import named, shown
 from cm3leon.evaluation.origin import Origin, is_logarithmic, page_of
 from cm3leon.evaluation.report import (
     Cell,
@@ -68,10 +68,13 @@ def study_report(
         by_compute = asked.against == "compute"
         sections.append(evaluation_section(asked, found, examples[name], by_compute=by_compute))
 
-    # What runs with several seeds found themselves.
-    for name, of_run in results["own_evaluations"].items():
-        facts += [aim_fact(aim, of_run["evaluations"]) for aim in study.experiment(name).aims]
-    sections += _own(study, results["own_evaluations"])
+    # What runs found themselves.
+    own = results.get("own_evaluations", {})
+    for name, of_run in own.items():
+        for aim in study.experiment(name).aims:
+            fact = aim_fact(aim, of_run["evaluations"])
+            facts.append(replace(fact, label=f"{fact.label}{_of(name, own)}"))
+    sections += _own(study, own)
 
     # Runs that sweep nothing share a table; each swept entry has curves and a table of its own.
     single, swept = [], []
@@ -107,10 +110,23 @@ def _own(study: Study, own: Mapping[str, Any]) -> list[Section]:
     for name, of_run in own.items():
         evaluations = study.experiment(name).evaluations
         for each, found in of_run["evaluations"].items():
-            section = evaluation_section(evaluations[each], found, [()] * len(found), text=OWN)
-            of = f", {name}" if len(own) > 1 else ""
-            sections.append(replace(section, title=f"{section.title}{of}"))
+            text = [OWN]
+            if each in of_run["chosen"]:
+                values = []
+                for point in of_run["chosen"][each]:
+                    values.append(" and ".join(named(point)) or "no other value")
+                best_of = evaluations[str(evaluations[each].best_of)].title
+                text.append(f"With {', '.join(values)}: for each seed the best of “{best_of}”.")
+            section = evaluation_section(
+                evaluations[each], found, [()] * len(found), text=" ".join(text)
+            )
+            sections.append(replace(section, title=f"{section.title}{_of(name, own)}"))
     return sections
+
+
+def _of(name: str, own: Mapping[str, Any]) -> str:
+    """Behind a title or label, which run it is about, if there are several."""
+    return f", {name}" if len(own) > 1 else ""
 
 
 def _facts(entry: StudyEntry) -> list[Fact]:

@@ -19,12 +19,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from cm3leon.config import choices
 from cm3leon.evaluation.config import shown
 from cm3leon.evaluation.metrics import OverRuns, over_runs
+from cm3leon.experiment import RunEvaluation
 from cm3leon.io import read_json, read_json_lines
 from cm3leon.records import MARKER
-from cm3leon.stages.evaluation import RESULTS
+from cm3leon.registry import PROTOCOLS
+from cm3leon.stages.evaluation import RESULTS, best_row
+from cm3leon.stages.pipeline import first_unfinished
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.table import stages_of
 from cm3leon.studies.config import Study, StudyRun
 from cm3leon.studies.point import outcome_of
@@ -124,24 +130,55 @@ def entries_of(study: Study, results: Mapping[str, RunResult]) -> list[StudyEntr
 
 
 def own_evaluations(study: Study) -> dict[str, dict[str, Any]]:
-    """What the runs of a study with several seeds found in their own evaluations, over the seeds.
+    """What runs found in their own evaluations, over the seeds, of a study with several seeds or
+    without evaluations of its own.
 
-    By the name of the run, those that sweep nothing and are finished with every seed:
-    `{"judge": ..., "evaluations": {NAME: [row, ...]}}`.
+    By the name of the run, those that sweep nothing and are finished with every seed: `evaluations`
+    with the rows of each, `judge`, and `chosen` with the values that each seed took from the best
+    row of another evaluation (`best_of`).
     """
     found: dict[str, dict[str, Any]] = {}
-    if study.config.seeds == 1:
+    if study.config.seeds == 1 and study.evaluations:
         return found
     for name in first_runs(study.runs):
-        results = []
-        for seed in range(study.config.seeds):
-            file = study.folder / name_of(name, seed) / "evaluation" / RESULTS
-            if (file.parent / MARKER).is_file():
-                results.append(read_json(file))
-        swept = study.runs[name].plan.sweep
-        if len(results) == study.config.seeds and not swept and results[0]["evaluations"]:
-            found[name] = own_over_seeds(results)
+        of_seeds = [name_of(name, seed) for seed in range(study.config.seeds)]
+        asked = study.experiment(name).evaluations
+        if asked and not study.runs[name].plan.sweep and _are_evaluated(study, of_seeds):
+            results = []
+            for each in of_seeds:
+                results.append(read_json(study.folder / each / "evaluation" / RESULTS))
+            found[name] = {**own_over_seeds(results), "chosen": _chosen(asked, results)}
     return found
+
+
+def _are_evaluated(study: Study, names: Sequence[str]) -> bool:
+    """Whether runs are finished with their present settings, to their own evaluation."""
+    for name in names:
+        experiment, folder = study.experiment(name), study.folder / name
+        if experiment.until not in (None, "evaluation"):
+            return False
+        run = RunFolder(experiment, folder, torch.device("cpu"))
+        missing, _ = first_unfinished(stages_of(experiment), run, folder)
+        if missing is not None:
+            return False
+    return True
+
+
+def _chosen(
+    asked: Mapping[str, RunEvaluation], results: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """For each evaluation with `best_of`, the values that each seed took from that one's best
+    row."""
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    for name, evaluation in asked.items():
+        if evaluation.best_of is None:
+            continue
+        lowest = PROTOCOLS.get(asked[evaluation.best_of].protocol.name).lowest_is_best
+        chosen[name] = []
+        for result in results:
+            best = best_row(result["evaluations"][evaluation.best_of], lowest)
+            chosen[name].append(best["point"])
+    return chosen
 
 
 def _over_seeds(results: Sequence[RunResult]) -> RunResult:

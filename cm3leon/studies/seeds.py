@@ -107,15 +107,16 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def own_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Combine what runs wrote of their own evaluations, one mapping a seed: the rows of each
-    evaluation, and the judge's figures."""
+    """Combine what runs with the same settings wrote of their own evaluations, one mapping a seed:
+    the rows of each evaluation, and the judge's figures."""
     evaluations: dict[str, list[dict[str, Any]]] = {}
     for name in results[0]["evaluations"]:
         of_seeds = [result["evaluations"][name] for result in results]
         evaluations[name] = [over_seeds(rows) for rows in zip(*of_seeds, strict=True)]
-    judge = {}
-    for name in results[0]["judge"] or ():
-        judge[name] = _combined([result["judge"][name] for result in results])
+    judge = dict(results[0]["judge"] or {})
+    if len(results) > 1:
+        for name in judge:
+            judge[name] = _combined([result["judge"][name] for result in results])
     return {"judge": judge, "evaluations": evaluations}
 
 

@@ -175,7 +175,7 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a share of one that several ranks have (FSDP2)."""
     # The class takes more than a second to import; until somebody does, nothing is of it.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def local(tensor: Tensor) -> Tensor:
