@@ -334,7 +334,7 @@ def discover(plugins: Sequence[str | Path] = ()) -> None:
 @cache
 def _import_built_in() -> None:
     for name in BUILT_IN:
-        if importlib.util.find_spec(f"cm3leon.{name}"):
+        if importlib.util.find_spec(f"cm3leon.{name.partition('.')[0]}"):
             _import_all(f"cm3leon.{name}")
 
 
