@@ -23,16 +23,20 @@ class Measured:
 
 
 def proportion(hits_B: np.ndarray) -> Measured:
-    """Share of True values, with the Wilson score interval (Wilson 1927). Raises ValueError for no
-    values."""
+    """Share of True values, with the interval of `wilson`. Raises ValueError for no values."""
     n = len(hits_B)
     if not n:
         raise ValueError("a proportion of no items is undefined")
     p = float(np.mean(hits_B))
+    return Measured(p, *wilson(p, n), n)
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """The Wilson score interval of 95 % of a share p of n items (Wilson 1927)."""
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     # The share lies inside its interval, and rounding must not put it outside.
-    return Measured(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def average(values_B: np.ndarray) -> Measured:

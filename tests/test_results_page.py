@@ -60,10 +60,11 @@ def test_another_figure_makes_another_page(script: Any, monkeypatch: pytest.Monk
     page = ROOT / "docs/results.md"
     files = script.result_files()
     (row, *_) = files["digits"].content["evaluations"]["caption"]
-    row["metrics"]["accuracy"] = {"value": 0.5, "low": 0.25, "high": 1.0, "n": 1234}
+    accuracy = {"value": 0.5, "low": 0.25, "high": 1.0, "n": 1234, "runs": {"deviation": 0.125}}
+    row["metrics"]["accuracy"] = accuracy
 
     monkeypatch.setattr(script, "result_files", lambda: files)
-    line = "| captions that name the right digit | 50.0 % | 25.0 to 100 | 93 % | 1,234 |"
+    line = "| captions that name the right digit | 50.0 ± 12.5 % | 25.0 to 100 | 93 % | 1,234 |"
     assert line in script.filled(page)
 
 

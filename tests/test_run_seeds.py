@@ -5,17 +5,21 @@ What such a study says of the runs' own evaluations is in test_study.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from cm3leon.commands.run import Options
 from cm3leon.config import dump_yaml
+from cm3leon.evaluation.metrics import average, proportion
 from cm3leon.experiment import load_experiment
 from cm3leon.run import main
 from cm3leon.studies import load_study
+from cm3leon.studies.seeds import over_seeds
 from cm3leon.types import UserError
 
 
@@ -82,6 +86,7 @@ def test_words_mean_what_they_mean_to_a_single_run(words, tmp_path):
     assert again.experiment("digits-seed_1") == study.experiment("digits-seed_1")
 
 
+@pytest.mark.usefixtures("registries")
 def test_a_plugin_may_bring_the_launcher_and_is_found_from_anywhere(tmp_path, monkeypatch):
     plugin = tmp_path / "elsewhere.py"
     plugin.write_text(
@@ -116,6 +121,25 @@ def test_other_commands_say_that_they_take_one_seed(tmp_path, capsys):
     assert main(["part", *words, "seeds=2"]) == 2
     assert "asks its models nothing, so there is nothing to share" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_interval_over_seeds_of_a_share_is_one_of_shares():
+    hits = [[True] * 19 + [False], [True] * 8 + [False] * 12]
+    shares = [asdict(proportion(np.array(each))) for each in hits]
+    means = [asdict(average(np.array(each, float))) for each in hits]
+    results = []
+    for share, mean in zip(shares, means, strict=True):
+        metrics = json.loads(json.dumps({"right": share, "score": mean}))
+        results.append({"metrics": metrics, "seconds": 1.0})
+    found = over_seeds(results)["metrics"]
+
+    # 0.95 and 0.4: mean 0.675, deviation 0.389, and t = 12.706 for one degree of freedom.
+    half = 12.7062047 * 0.3889087 / 2**0.5
+    assert found["right"]["runs"]["low"] == 0.0
+    assert found["right"]["runs"]["high"] == 1.0
+    assert found["score"]["runs"]["low"] == pytest.approx(0.675 - half, rel=1e-4)
+    assert found["score"]["runs"]["high"] == pytest.approx(0.675 + half, rel=1e-4)
+    assert found["right"]["value"] == found["score"]["value"] == pytest.approx(0.675)
 
 
 def test_it_has_a_folder_of_its_own():

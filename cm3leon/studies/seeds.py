@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cm3leon.evaluate import Row
-from cm3leon.evaluation.metrics import over_runs
+from cm3leon.evaluation.metrics import over_runs, wilson
 
 DRAWS = 2**20
 """Distance between the sampling seeds of neighbouring study seeds: more than there are items."""
@@ -131,10 +131,22 @@ def _combined(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values.append(figure["value"])
         lows.append(figure["low"])
         highs.append(figure["high"])
+
+    # Student's t knows no bounds; a share is between 0 and 1.
+    runs = over_runs(values)
+    if all(map(_is_share, figures)):
+        runs = replace(runs, low=max(0.0, runs.low), high=min(1.0, runs.high))
     return {
         **figures[0],
         "value": float(np.mean(values)),
         "low": float(np.mean(lows)),
         "high": float(np.mean(highs)),
-        "runs": {"values": values, **asdict(over_runs(values))},
+        "runs": {"values": values, **asdict(runs)},
     }
+
+
+def _is_share(figure: Mapping[str, Any]) -> bool:
+    """Whether a figure is a share of its items, as its interval tells."""
+    if not figure.get("n"):
+        return False
+    return (figure["low"], figure["high"]) == wilson(figure["value"], figure["n"])

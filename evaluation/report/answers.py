@@ -33,7 +33,8 @@ from cm3leon.registry import PROTOCOLS
 NOTE = "In brackets the interval of 95 %."
 SEEDS = (
     "Each figure is the mean over {count} seeds, ± the standard deviation between their runs; in "
-    "round brackets the interval of 95 % of that mean (Student's t over the runs), in square "
+    "round brackets the interval of 95 % of that mean (Student's t over the runs, within 0 to 1 for "
+    "a share), in square "
     "brackets that over the items of one run."
 )
 FIRST_SEED = "Answers that are shown are of the first seed."
