@@ -157,6 +157,8 @@ def _are_evaluated(study: Study, names: Sequence[str]) -> bool:
         experiment, folder = study.experiment(name), study.folder / name
         if experiment.until not in (None, "evaluation"):
             return False
+        if not (folder / "evaluation" / MARKER).is_file():
+            return False  # at once: the plan of a large corpus takes a while
         run = RunFolder(experiment, folder, torch.device("cpu"))
         missing, _ = first_unfinished(stages_of(experiment), run, folder)
         if missing is not None:
