@@ -73,10 +73,8 @@ def load_study(
         UserError: for a mistake in its file, in the words, or in one of its experiments.
         PluginError: for a plugin that fails to import.
     """
-    overrides = [parse_override(word) for word in words]
     single = not is_study(name_or_path)
-    if single:
-        overrides = _of_single(name_or_path, words)
+    overrides = _of_single(name_or_path, words) if single else list(map(parse_override, words))
     discover()
 
     # Words are about the study itself, or about the experiment of one run or of all.
