@@ -18,7 +18,7 @@ from cm3leon import __version__
 from cm3leon.commands import load_command
 from cm3leon.commands.words import read_options
 from cm3leon.config import choices
-from cm3leon.secrets import masked
+from cm3leon.secrets import MaskedFormatter, mask_tracebacks, masked
 from cm3leon.terminal import guard, guarded, printable, speaks_for_all
 from cm3leon.training.signals import Signals
 from cm3leon.types import AGAIN, PARTLY, REFUSED, Again, Notice, Partly, UserError, sentences_of
@@ -149,6 +149,7 @@ def _own_warnings_only() -> Iterator[None]:
 
     logged = logging.StreamHandler()
     logged.setLevel(logging.ERROR)
+    logged.setFormatter(MaskedFormatter())
     root = logging.getLogger()
     root.addHandler(logged)  # with a handler in place, libraries set up none that prints warnings
     with warnings.catch_warnings():
@@ -178,7 +179,9 @@ def script() -> NoReturn:
     # torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    guard()  # for good: the traceback of a bug is printed after the end of `main`
+    # For good: the traceback of a bug is printed after the end of `main`.
+    guard()
+    mask_tracebacks()
     sys.exit(main())
 
 

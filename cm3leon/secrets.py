@@ -10,9 +10,14 @@ query whose names are those of secrets, and the values of environment variables 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import sys
+import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 SHORTEST = 8
@@ -70,6 +75,41 @@ def _without(content: Any, secrets: Sequence[str]) -> Any:
 def places_of_secrets(settings: Mapping[str, Any]) -> list[str]:
     """List the keys of a section whose values hold secrets, at any depth."""
     return [key for key, value in settings.items() if without_secrets(value) != value]
+
+
+class MaskedFormatter(logging.Formatter):
+    """Formats what a library logs, including its tracebacks, with secrets masked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return masked(super().format(record))
+
+
+def mask_tracebacks() -> None:
+    """Mask secrets in the tracebacks of this process and of its threads from here on.
+
+    Errors of libraries quote addresses with their passwords, and a job's log lies in the run's
+    folder.
+    """
+    sys.excepthook = _print_traceback
+    threading.excepthook = _print_traceback_of_thread
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    lines = traceback.format_exception(kind, error, trace)
+    # The whole text is masked at once, as Python itself would print it in pieces.
+    print(masked("".join(lines)), end="", file=sys.stderr, flush=True)
+
+
+def _print_traceback_of_thread(given: threading.ExceptHookArgs) -> None:
+    # A thread that calls sys.exit ends in silence, as Python has it.
+    if given.exc_value is None or isinstance(given.exc_value, SystemExit):
+        return
+    if given.thread is not None:
+        print(f"Exception in thread {given.thread.name}:", file=sys.stderr)
+    _print_traceback(given.exc_type, given.exc_value, given.exc_traceback)
 
 
 def _of_file_systems() -> Iterator[tuple[str, str]]:

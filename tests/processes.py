@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon.secrets import mask_tracebacks
 from cm3leon.terminal import guard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,7 +172,9 @@ def _call(words: Sequence[str], environment: Mapping[str, str], paths: Sequence[
         os.close(file)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
-    guard()  # as `python -m cm3leon.run` does
+    # As `python -m cm3leon.run` does.
+    guard()
+    mask_tracebacks()
 
     # An error ends the process as it would end an interpreter: with a traceback and the code 1.
     module, *rest = words

@@ -58,6 +58,7 @@ def test_waiting_threads_soon_give_their_cores_away_unless_the_user_says_otherwi
 ) -> None:
     monkeypatch.setattr(run, "main", lambda: 0)
     monkeypatch.setattr(run, "guard", lambda: None)
+    monkeypatch.setattr(run, "mask_tracebacks", lambda: None)
     # Each is set first, so that monkeypatch puts it back as it was.
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")

@@ -21,6 +21,8 @@ from cm3leon.types import AGAIN
 
 STOPPED = 1
 """Exit code of a job that is not started again."""
+FAILED = 1
+"""Exit code of a bug, as Python has it."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,24 @@ class SlurmTask:
 
 
 def run(command: tuple[str, ...]) -> int:
-    """Exit code of `python -m cm3leon.run` with these arguments, in this process;
-    other exceptions pass."""
+    """Exit code of `python -m cm3leon.run` with these arguments, in this process.
+
+    The traceback of a bug is printed with its secrets masked. submitit would write it as it is into
+    a file of the run folder.
+
+    Raises:
+        UncompletedJobError: from submitit's handler, if it does not requeue the job.
+    """
     before, sys.argv = sys.argv, ["cm3leon.run", *command]
     try:
         runpy.run_module("cm3leon.run", run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except UncompletedJobError:
+        raise
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        return FAILED
     finally:
         sys.argv = before
     return 0
