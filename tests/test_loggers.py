@@ -28,7 +28,7 @@ from PIL import Image
 from cm3leon import registry
 from cm3leon.config import Component
 from cm3leon.loggers import process
-from cm3leon.loggers.base import Loggers
+from cm3leon.loggers.base import Logger, Loggers
 from cm3leon.loggers.child import Record
 from cm3leon.loggers.pictures import sheet
 from cm3leon.registry import LOGGERS
@@ -251,6 +251,81 @@ def test_a_logger_that_fails_stops_nothing_and_is_said_once(
     said = capsys.readouterr().out
     assert said.count("odd: ") == 1
     assert sentence in said
+
+
+class InProcess(Logger):
+    """A logger in the process of the training, which raises an error where it is told to."""
+
+    where, error = "", BaseException()
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._do("__init__")
+
+    def _do(self, name: str, *_: object, **__: object) -> None:
+        if name == self.where:
+            raise self.error
+
+    def start(self, training: process.Training) -> None:
+        self._do("start")
+
+    def figures(self, *given: object) -> None:
+        self._do("figures")
+
+    def close(self, *, finished: bool) -> None:
+        self._do("close")
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, BaseException], Component]:
+    """A function that makes a section of a logger that raises an error somewhere."""
+    monkeypatch.setattr(LOGGERS, "_entries", dict(LOGGERS._entries))
+    LOGGERS.register("in_process")(InProcess)
+
+    def section(where: str, error: BaseException) -> Component:
+        monkeypatch.setattr(InProcess, "where", where)
+        monkeypatch.setattr(InProcess, "error", error)
+        return LOGGERS.check("in_process")
+
+    return section
+
+
+@pytest.mark.parametrize("where", ["__init__", "start", "figures", "close"])
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ConnectionError("no network"), "no network"),
+        (SystemExit(3), "it tried to end the process (sys.exit)"),
+    ],
+)
+def test_a_logger_in_this_process_that_fails_stops_nothing(
+    tmp_path: Path,
+    in_process: Any,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    error: BaseException,
+    sentence: str,
+) -> None:
+    stage = tmp_path / "run/pretraining"
+    train(stage, in_process(where, error), LOGGERS.check("tensorboard"))
+    assert [record["step"] for record in lines(stage / "log.jsonl")] == [1, 2, 3, 4]
+    assert any((stage / "tensorboard").iterdir())
+    said = capsys.readouterr().out
+    whole = f"in_process: {sentence}; it is left out from here on; the training goes on"
+    assert said.count(whole) == said.count("in_process: ") == 1
+
+
+@pytest.mark.parametrize("where", ["__init__", "start", "figures"])
+def test_ctrl_c_inside_of_a_logger_stops_the_training(
+    tmp_path: Path, in_process: Any, where: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run/pretraining", in_process(where, KeyboardInterrupt()))
+
+
+def test_settings_that_a_logger_refuses_stop_the_training(tmp_path: Path, in_process: Any) -> None:
+    with pytest.raises(UserError, match="wrong settings"):
+        train(tmp_path / "run/pretraining", in_process("__init__", UserError("wrong settings")))
 
 
 def test_a_full_queue_keeps_nobody_waiting(

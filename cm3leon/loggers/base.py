@@ -40,7 +40,8 @@ class Training:
 class Logger:
     """Records a training. A derived class ignores what it does not override.
 
-    An error in a logger ends the logger and is reported once; the training goes on.
+    An error in a logger ends the logger and is reported once; the training goes on. This covers
+    `__init__` as well, unless it raises UserError: settings that fit nothing are refused.
     """
 
     package = ""
@@ -135,13 +136,24 @@ class Loggers:
         for name, logger in list(self._loggers.items()):
             try:
                 do(logger)
-            except Exception as error:
+            except FAILURES as error:
                 del self._loggers[name]
-                self._say(f"{name}: {reason(error)}; it is left out from here on")
+                self._say(failure(name, error))
 
 
-def reason(error: Exception) -> str:
+FAILURES = (Exception, SystemExit)
+"""What counts as an error in a logger; Ctrl-C and signals stop the training as ever."""
+
+
+def failure(name: str, error: Exception | SystemExit) -> str:
+    """Say that a logger has failed and why."""
+    return f"{name}: {reason(error)}; it is left out from here on"
+
+
+def reason(error: Exception | SystemExit) -> str:
     """Return the message of an error as one line without secrets."""
+    if isinstance(error, SystemExit):
+        return "it tried to end the process (sys.exit)"
     if isinstance(error, OSError) and error.strerror:
         return masked(error.strerror)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

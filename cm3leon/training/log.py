@@ -10,13 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 from cm3leon.config import Component, NoSettings
-from cm3leon.loggers.base import Logger, Loggers, Training
+from cm3leon.loggers.base import FAILURES, Logger, Loggers, Training, failure
 from cm3leon.loggers.jsonl import JsonLines
 from cm3leon.loggers.process import Process
 from cm3leon.loggers.tensorboard import TensorBoard
 from cm3leon.registry import LOGGERS
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.meter import Record
+from cm3leon.types import UserError
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,24 @@ class TrainingLog:
 
 
 def _named(loggers: Sequence[Component], say: Callable[[str], None]) -> dict[str, Logger]:
-    """The loggers by name, without the JSON lines, which are always written."""
+    """The loggers by name, without the JSON lines, which are always written.
+
+    Raises:
+        UserError: for settings that a logger refuses when it is built.
+    """
     named: dict[str, Logger] = {}
     for each in loggers:
         if each.name == "jsonl":
             continue
         if LOGGERS.get(each.name).apart:
             named[each.name] = Process(each, say)
-        else:
+            continue
+        try:
             named[each.name] = LOGGERS.build(each)
+        except UserError:
+            raise
+        except FAILURES as error:
+            say(failure(each.name, error))
     return named
 
 
