@@ -96,6 +96,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "`run` needs an experiment: experiment=NAME, for example experiment=digits"),
         (["--shaw"], "--shaw is not a known flag; did you mean --show?"),
+        (["--schema", "bogus"], "--schema takes no bogus; its only setting is plugins="),
+        (
+            ["--schema", "experiment=digits"],
+            "--schema takes no experiment=digits; its only setting",
+        ),
+        (["--list", "seed=3"], "--list takes no seed=3; its only setting is plugins="),
         (
             ["run", "digits"],
             "digits follows the command run; everything after it must be key=value",

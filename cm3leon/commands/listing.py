@@ -64,10 +64,10 @@ def listing(words: Sequence[str]) -> str:
             word lists everything. `plugins=` with paths of plugins adds their components.
 
     Raises:
-        UserError: for a name that nothing has; it says the nearest one.
+        UserError: for a name that nothing has; it says the nearest one. Also for a setting.
     """
     wanted = [word for word in words if "=" not in word]
-    discover(plugins_of(words))
+    discover(plugins_of([word for word in words if "=" in word], "--list"))
     listed = [*_commands(), *_sections(), *_components(), *_experiments()]
     if not wanted:
         return _under_headings([(each, "") for each in listed])
@@ -135,9 +135,19 @@ def _under_headings(chosen: Sequence[tuple[Listed, str]]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def plugins_of(words: Sequence[str]) -> list[str]:
-    """The plugins that a command line names, as absolute paths."""
-    named = [parse_override(word) for word in words if word.startswith("plugins=")]
+def plugins_of(words: Sequence[str], flag: str) -> list[str]:
+    """The plugins that the words behind a flag name, as absolute paths.
+
+    Raises:
+        UserError: for a word that is not plugins=.
+    """
+    for word in words:
+        if not word.startswith("plugins="):
+            raise UserError(
+                f"{flag} takes no {word}; its only setting is plugins=, for example "
+                "plugins=[my_plugin.py]"
+            )
+    named = [parse_override(word) for word in words]
     return with_absolute_plugins(apply_overrides({}, named), Path.cwd()).get("plugins", [])
 
 

@@ -20,8 +20,11 @@ def schema(words: Sequence[str]) -> str:
 
     Args:
         words: `plugins=` with paths of plugins whose components are included.
+
+    Raises:
+        UserError: for any other word.
     """
-    discover(plugins_of(words))
+    discover(plugins_of(words, "--schema"))
     return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
 
 
