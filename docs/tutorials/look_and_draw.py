@@ -17,9 +17,9 @@
 # the steps of [the page](../page.md): draw with documents chosen one by one, describe, fill in,
 # edit, and look into the memory bank.
 #
-# `python -m cm3leon.run experiment=digits` makes the run that is used here, `runs/digits`, in [9 to
-# 31 minutes](../results.md) on two processor cores. Any other finished run with a memory bank will
-# do: name its folder in the variable `CM3LEON_RUN`.
+# `python -m cm3leon.run experiment=digits` makes the run that is used here, `runs/digits`, in [30 to
+# 38 minutes](../results.md) on one busy processor core. Any other finished run with a memory bank
+# will do: name its folder in the variable `CM3LEON_RUN`.
 #
 # To open this file as a notebook: `pip install jupytext jupyterlab`, then
 # `jupytext --to ipynb docs/tutorials/look_and_draw.py` and `jupyter lab`.
