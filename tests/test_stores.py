@@ -148,6 +148,23 @@ def test_trouble_that_lasts_is_a_sentence_after_a_bounded_number_of_tries(
     assert gate.count(text) == remote.TRIES
 
 
+@pytest.mark.parametrize(("kind", "count"), [("503", 4), ("500", 2)])
+def test_s3fs_tries_within_each_try_and_botocore_does_not(
+    kind: str, count: int, server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tries of s3fs, which are five for users, within each of two."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(remote, "TRIES", 2)
+    write_tar(tmp_path / "a.tar", [("0.png", encoded(picture())), ("0.txt", b"one")])
+    with gate_to(server) as gate, surroundings(gate, tmp_path, tries=2):
+        upload(tmp_path, f"s3://within-{kind}/corpus")
+        gate.asked.clear()
+        gate.faults = [Fault(kind, "GET /within", 10_000)]
+        with pytest.raises(UserError, match="cannot be reached"):
+            contents(build("webdataset", path=f"s3://within-{kind}/corpus/a.tar"))
+        assert gate.count("GET /within") == count
+
+
 def test_waits_grow_and_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", waits.append)

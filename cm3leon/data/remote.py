@@ -80,8 +80,9 @@ _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsE
 def file_system(path: str) -> tuple[Any, str]:
     """The file system of a path or address, and the path in it.
 
-    S3 is asked anew for every listing. Its own retries are turned off, so that a request is tried
-    `TRIES` times and not five times as often.
+    S3 is asked anew for every listing. The retries of botocore are turned off. What is left are the
+    five quick tries of s3fs (within 2 seconds; for throttling and lost connections alone), which
+    each of the `TRIES` of `persistently` includes.
 
     Raises:
         ImportError, ValueError: for a file system that is unknown or not installed.
