@@ -174,6 +174,13 @@ def detector(name: str, annotators: Path, resolution: int = 64) -> Any:
     return EXTRACTORS.build({"name": name, "path": str(annotators), "resolution": resolution})
 
 
+@pytest.mark.parametrize("resolution", [20, 100])
+def test_a_resolution_that_a_detector_would_round_is_refused(resolution: int) -> None:
+    section = {"name": "hed", "path": "anywhere", "resolution": resolution}
+    with pytest.raises(UserError, match=rf"resolution is {resolution}; .* a multiple of 64"):
+        EXTRACTORS.check(section)
+
+
 def test_soft_edges_are_the_mean_of_the_networks_five_maps(annotators: Path) -> None:
     import torch
     import torch.nn.functional as F

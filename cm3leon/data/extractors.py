@@ -24,6 +24,9 @@ from cm3leon.registry import EXTRACTORS
 from cm3leon.types import UserError
 from cm3leon.weights import check_no_adapter
 
+SIDES = 64
+"""The sides of images as ControlNet's detectors see them are multiples of this."""
+
 
 class Extractor:
     """Base of the extractors, which turn an image into its feature image. Registered in
@@ -176,6 +179,14 @@ class _Detector(Extractor):
         """Folder that holds the file of the weights."""
         resolution: PositiveInt = 512
         """Shorter side of the image that the detector sees, in pixels; a multiple of 64."""
+
+        def check(self) -> None:
+            # controlnet_aux rounds both sides to such multiples, small ones down to nothing.
+            if self.resolution % SIDES:
+                raise UserError(
+                    f"resolution is {self.resolution}; it must be a multiple of {SIDES}, for "
+                    "example 512"
+                )
 
     config: Config
 
