@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +51,12 @@ def sections() -> dict[str, list[str]]:
         elif line.strip() and not line.startswith("#"):
             found[name].append(line.strip())
     return found
+
+
+def packages(lines: Iterable[str]) -> set[str]:
+    """The names of packages in requirements, as an index of packages compares them."""
+    names = [re.match(r"[\w.-]+", line) for line in lines]
+    return {re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name}
 
 
 def copied() -> list[str]:
@@ -202,3 +211,21 @@ def test_the_files_that_are_copied_install_and_run(tmp_path: Path) -> None:
         [python, "-c", found], cwd=runs, env=environment, capture_output=True, text=True, check=True
     )
     assert Path(done.stdout.strip()).is_relative_to(code)
+
+
+def test_the_page_names_the_extras_that_the_stack_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    locked = packages((ROOT / LOCK).read_text().splitlines())
+    lacking = {
+        extra
+        for extra, wanted in given["extras_require"].items()
+        if packages(wanted) - locked and extra not in ("cpu", "docs", "test", "dev")
+    }
+
+    section = (ROOT / "docs/slurm.md").read_text().partition("## In a container")[2]
+    sentence = re.search(r"lacks packages of the extras (.+?) \(", section, re.S)
+    assert sentence
+    assert set(re.findall(r"`(\w+)`", sentence[1])) == lacking
+    assert packages(given["extras_require"]["features"]) - locked == {"controlnet-aux"}
