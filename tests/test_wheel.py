@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from email import message_from_string
 from pathlib import Path
 
@@ -80,6 +82,23 @@ def test_wheel_holds_everything_and_takes_no_foreign_name(installed: Path) -> No
 
     entries = (ROOT / "experiments.yaml").read_text()
     assert (installed / "cm3leon/experiments.yaml").read_text() == entries
+
+
+def test_the_sdist_holds_what_its_readme_links_to_and_its_containers_copy(installed: Path) -> None:
+    (sdist,) = installed.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+
+    links = re.findall(r"\]\(([\w./]+)", (ROOT / "README.md").read_text())
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.M)
+    expected = {
+        *(link for link in links if (ROOT / link).exists()),
+        *" ".join(copied).split(),
+        *("Makefile", "Dockerfile", "apptainer.def", "requirements/lowest.lock"),
+        *("docs/results/digits.json", "docs/tutorials/look_and_draw.py"),
+    }
+    assert len(expected) > 30
+    assert not expected - held
 
 
 def test_list_from_another_folder(installed: Path, elsewhere: Path) -> None:
