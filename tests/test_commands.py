@@ -16,7 +16,10 @@ from cm3leon.commands import COMMANDS, plan
 from cm3leon.types import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
 CODE_FILES = [
     file
     for folder in ("cm3leon", "evaluation", "plugins")
