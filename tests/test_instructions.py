@@ -431,6 +431,9 @@ def test_annotations_of_another_split_are_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- scenes
 
 
+QUESTIONS = ("vqa", "relation", "relation_steps")
+
+
 @pytest.mark.parametrize("task", SCENE_TASKS)
 def test_every_task_is_about_scenes_too(task: str) -> None:
     config = from_mapping(SceneInstructionsSource.Config, {"task": task, "count": 60, "side": 48})
@@ -441,7 +444,7 @@ def test_every_task_is_about_scenes_too(task: str) -> None:
     for document in documents:
         assert document.images[-1].shape == (48, 48, 3)
         roles = {segment.role for segment in document.segments}
-        is_answered = task in ("caption", "paragraph", "vqa", "reasoning")
+        is_answered = task in ("caption", "paragraph", "reasoning", *QUESTIONS)
         assert ("answer" in roles) == is_answered
         assert ("instruction" in roles) == (not is_answered and task != "text_to_image")
         assert ("condition" in roles) == (task == "edit" or task in FEATURES)

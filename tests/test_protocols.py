@@ -426,6 +426,23 @@ def test_items_have_the_size_of_the_model_that_is_asked(tmp_path, monkeypatch):
         assert asking.shards(row) == 1
 
 
+@pytest.mark.parametrize("task", ["vqa", "relation", "relation_steps", "reasoning"])
+def test_an_answer_in_steps_counts_by_its_end(task):
+    section = {"name": "scene_task", "task": task, "count": 20, "side": 48, "world": SMALL}
+    asking = PROTOCOLS.build(section)
+    for item in asking.items():
+        true = str(item.truth.values["answer"])
+        end = true.split(" ")[-1]
+        other = {"yes": "no", "no": "yes", "(A)": "(B)", "(B)": "(A)"}.get(end, "neither")
+        assert asking.right(item, Answer(text=f" {true}."))
+        assert not asking.right(item, Answer(text=true.removesuffix(end) + other))
+        assert not asking.right(item, Answer(text=""))
+
+        # Only where steps may come first, words before the end do not matter.
+        in_steps = task in ("relation_steps", "reasoning")
+        assert asking.right(item, Answer(text=f"something else, so {end}.")) == in_steps
+
+
 def test_too_many_missing_images_are_fatal(tmp_path):
     refusal = r"items cannot be used .* more than protocol.missing=0.01 allows"
     with pytest.raises(UserError, match=refusal):

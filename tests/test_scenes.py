@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm3leon.config import from_mapping
+from cm3leon.data.source import Skipped
 from cm3leon.plugins.scenes import language, render
+from cm3leon.plugins.scenes.instructions import SceneInstructionsSource
 from cm3leon.plugins.scenes.parse import cells_of, parse
 from cm3leon.plugins.scenes.source import ScenesSource
 from cm3leon.plugins.scenes.world import (
@@ -334,6 +336,41 @@ def test_answers_are_true(seed: int, world: World) -> None:
             else:
                 found = {getattr(thing, attribute) for thing in described}
             assert answer in found
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=100)
+def test_the_steps_to_a_relation_lead_to_its_answer(seed: int) -> None:
+    """Whoever reads only the question and the two places comes to the same answer."""
+    world = World(jitter=0.0, overlap=0.0, words=0.0, figures=0.0)
+    plain, steps = (
+        SceneInstructionsSource(SceneInstructionsSource.Config(task=task, world=world, side=24))
+        for task in ("relation", "relation_steps")
+    )
+    found, explained = plain.example(seed), steps.example(seed)
+    if isinstance(found, Skipped) or isinstance(explained, Skipped):
+        assert isinstance(found, Skipped) == isinstance(explained, Skipped)
+        return
+
+    values = explained[1].values
+    said = re.fullmatch(
+        r"the (.+) is at the (.+), the (.+) at the (.+), so (\w+)", values["answer"]
+    )
+    asked = re.fullmatch(
+        r"is the (.+) (left of|right of|above|below) the (.+)\?", values["question"]
+    )
+    assert said
+    assert asked
+    assert (said[1], said[3]) == (asked[1], asked[3])
+    first, second = language.place_of(said[2]), language.place_of(said[4])
+    assert first
+    assert second
+    side = {name: number for number, name in enumerate((*ROWS, *COLUMNS))}
+    axis = 0 if asked[2] in ("above", "below") else 1
+    difference = side[first[axis]] - side[second[axis]]
+    holds = difference < 0 if asked[2] in ("above", "left of") else difference > 0
+    assert said[5] == ("yes" if holds else "no")
+    assert explained[1].kind == found[1].kind == "relation"
 
 
 def test_every_kind_of_question_and_edit_occurs() -> None:

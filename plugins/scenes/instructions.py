@@ -57,8 +57,8 @@ class SceneInstructionsSource(DrawnSource):
         """The task, and the scenes that it is about."""
 
         task: str
-        """text_to_image, caption, paragraph, vqa, reasoning, edit, grounded, write, or a kind of
-        feature image."""
+        """text_to_image, caption, paragraph, vqa, relation, relation_steps, reasoning, edit,
+        grounded, write, or a kind of feature image."""
 
         def check(self) -> None:
             DrawnConfig.check(self)
@@ -127,11 +127,31 @@ def _vqa(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | N
     # Each kind of question comes equally often, however many there are of it.
     kind = pick(rng, sorted({question.kind for question in asked}))
     question = pick(rng, [question for question in asked if question.kind == kind])
-    values = {
-        "question": question.text,
-        "answer": question.answer,
-        "image": render.picture(scene, side),
-    }
+    return _asked(question, question.answer, scene, side)
+
+
+def _relation(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
+    """How two things stand to each other, answered by yes or no."""
+    question = _about_relation(scene, world, rng)
+    return _asked(question, question.answer, scene, side) if question else None
+
+
+def _relation_steps(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
+    """The same question, answered in steps: first the two places, then yes or no."""
+    question = _about_relation(scene, world, rng)
+    if question is None:
+        return None
+    return _asked(question, f"{question.why}, so {question.answer}", scene, side)
+
+
+def _about_relation(scene: Scene, world: World, rng: Random) -> language.Question | None:
+    asked = language.questions(scene, world, rng)
+    relations = [question for question in asked if question.kind == "relation"]
+    return pick(rng, relations) if relations else None
+
+
+def _asked(question: language.Question, answer: str, scene: Scene, side: int) -> SceneExample:
+    values = {"question": question.text, "answer": answer, "image": render.picture(scene, side)}
     return SceneExample("vqa", values, scene, question.kind)
 
 
@@ -207,6 +227,8 @@ TASKS: dict[str, Callable[[Scene, World, Random, int], SceneExample | None]] = {
     "caption": _caption,
     "paragraph": _paragraph,
     "vqa": _vqa,
+    "relation": _relation,
+    "relation_steps": _relation_steps,
     "reasoning": _reasoning,
     "edit": _edit,
     "grounded": _grounded,

@@ -40,6 +40,8 @@ class Question:
     kind: str
     text: str
     answer: str
+    why: str = ""
+    """What the answer follows from; only questions about relations have it."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,11 @@ def _relation(one: Thing, other: Thing) -> str:
     return "above" if dy < 0 else "below"
 
 
+def _places(name: str, thing: Thing, other_name: str, other: Thing) -> str:
+    """Where two things are, each called by its name."""
+    return f"the {name} is at the {place_name(thing)}, the {other_name} at the {place_name(other)}"
+
+
 # -------------------------------------------------------------------------------------- questions
 
 
@@ -266,9 +273,10 @@ def _about_two(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
                 continue
             relation = _relation(thing, other)
             if relation:
-                yield Question("relation", f"is the {name} {relation} the {other_name}?", "yes")
-                wrong = _OPPOSITES[relation]
-                yield Question("relation", f"is the {name} {wrong} the {other_name}?", "no")
+                wrong, why = _OPPOSITES[relation], _places(name, thing, other_name, other)
+                for said, answer in ((relation, "yes"), (wrong, "no")):
+                    text = f"is the {name} {said} the {other_name}?"
+                    yield Question("relation", text, answer, why)
 
             # The nearer of two things comes later in the scene.
             before = scene.things.index(thing) > scene.things.index(other)
@@ -286,10 +294,7 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
     for name, thing in named:
         for other_name, other in named:
             # This explains the answer to a question about places.
-            places = (
-                f"The {name} is at the {place_name(thing)}, "
-                f"the {other_name} at the {place_name(other)}."
-            )
+            places = f"T{_places(name, thing, other_name, other)[1:]}."
             if SIZES[thing.size] > SIZES[other.size]:
                 sizes = f"The {name} is {thing.size}, the {other_name} {other.size}."
                 asked.append(("larger", name, other_name, sizes))

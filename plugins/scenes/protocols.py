@@ -35,7 +35,14 @@ from .world import BACKGROUNDS, Scene, World
 FIRST = 100_000_000
 """Seed of the first scene that is asked about, far from the seeds of training."""
 NUMBER = ("no object", "one object", "two objects", "three objects", "four objects")
-TEXT_TASKS = {"caption": 64, "paragraph": 128, "vqa": 32, "reasoning": 64}
+TEXT_TASKS = {
+    "caption": 64,
+    "paragraph": 128,
+    "vqa": 32,
+    "relation": 32,
+    "relation_steps": 64,
+    "reasoning": 64,
+}
 """Tasks that are answered in text, with the most tokens of an answer. With a tokenizer of 512
 pieces, the longest true answers about 300 scenes of the whole world have 33, 100, 5 and 36."""
 
@@ -117,9 +124,9 @@ class SceneTask(Protocol):
         if self.config.task in ("caption", "paragraph"):
             return caption_right(text, example.shows)
         wanted = str(example.values["answer"])
-        # Steps of reasoning end in "the answer is (B)", or the letter stands alone.
-        if self.config.task == "reasoning":
-            return text.rstrip(". ").endswith(wanted.rstrip(". "))
+        # Steps end in the answer, as in "the answer is (B)", or it stands alone.
+        if self.config.task in ("reasoning", "relation_steps"):
+            return text.rstrip(". ").split(" ")[-1] == wanted.rstrip(". ").split(" ")[-1]
         return text.strip(" .").lower() == wanted.lower()
 
     def _image_right(self, example: SceneExample, found: Scene, side: int) -> bool:
