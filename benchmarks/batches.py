@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from cm3leon.types import Sample, TokenDocument, TokenSegment
 VOCAB = Vocab(text_size=56_320, image_size=8_192)
 SEQ_LEN = 4096
 CAPTION, CODES = 16, 1024
-MARKED_CAPTION = 20
+MARKED_CAPTIONS = (20, 70, 140)
 """Text tokens of the documents that are followed through the packing."""
 POOL = 1 << 20
 """Random ids of which documents are cut."""
@@ -215,8 +216,10 @@ def resident() -> float:
 # -------------------------------------------------------------------------------- what queries see
 
 
-def draw_marked(position: int, rng: np.random.Generator) -> Sample:
+def draw_marked(length: int, position: int, rng: np.random.Generator) -> Sample:
     """Draw a pair with 0 to 3 retrieved ones, whose ids tell the document that they are of.
+
+    Their captions have `length` tokens.
 
     Document k has the k-th text id and the k-th code over and over; the query is document 0, and
     the one before it is document 1.
@@ -224,14 +227,15 @@ def draw_marked(position: int, rng: np.random.Generator) -> Sample:
     text, image = VOCAB.id_range("text")[0], VOCAB.id_range("image")[0]
     documents = []
     for k in range(int(rng.integers(4)) + 1):
-        caption = TokenSegment("text", np.full(MARKED_CAPTION, text + k))
+        caption = TokenSegment("text", np.full(length, text + k))
         codes = TokenSegment("image", np.full(CODES, image + k))
         documents.append(TokenDocument(f"{position}-{k}", (caption, codes)))
     return Sample(documents[0], tuple(reversed(documents[1:])))
 
 
-def measure_sight(method: str, blocks: int) -> str:
-    """The columns of a row on what the image tokens of queries see.
+def measure_sight(method: str, length: int, blocks: int) -> str:
+    """The columns of a row on what the image tokens of queries see,
+    with captions of `length` tokens.
 
     They are the fill; the shares of these tokens with 0, 1, 2 and 3 whole documents before them;
     the same with documents of which at least 90 % is there; the share without their whole caption;
@@ -240,7 +244,7 @@ def measure_sight(method: str, blocks: int) -> str:
     objective = OBJECTIVES.build("causal", vocab=VOCAB)
     packing = PackingConfig(method=method)  # type: ignore[arg-type]
     stream = BlockStream(
-        draw_marked,
+        partial(draw_marked, length),
         objective,
         packing,
         seq_len=SEQ_LEN,
@@ -260,12 +264,12 @@ def measure_sight(method: str, blocks: int) -> str:
             piece_T = batch.ids_BT[batch.sample_BT == number].numpy()
             captions_K = np.array([(piece_T == text + k).sum() for k in range(4)])
             codes_K = np.array([(piece_T == image + k).sum() for k in range(4)])
-            share_K = (captions_K[1:] + codes_K[1:]) / (MARKED_CAPTION + CODES)
+            share_K = (captions_K[1:] + codes_K[1:]) / (length + CODES)
 
             # The query's tokens in the block see the same documents.
             asked = int(codes_K[0])
             queries += asked
-            without_caption += asked * (captions_K[0] < MARKED_CAPTION)
+            without_caption += asked * (captions_K[0] < length)
             whole[(share_K == 1).sum()] += asked
             nearly[(share_K >= 0.9).sum()] += asked
 
@@ -360,11 +364,15 @@ def main() -> None:
         default=24_576,
         help="documents of the corpus that is read from shards",
     )
+    parser.add_argument("--sight", action="store_true", help="make only the last table")
     arguments = parser.parse_args()
     places, batches = arguments.places, arguments.batches
 
     torch.set_num_threads(1)
     discover()
+    if arguments.sight:
+        print_sight(10 * batches)
+        return
     corpus = Corpus(arguments.documents)
     print(f"{arguments.documents:,} documents, blocks of {SEQ_LEN:,}, ", end="")
     print(f"{LANES} blocks a batch, one core\n")
@@ -392,11 +400,17 @@ def main() -> None:
     columns = measure_peer(padded, thousands(corpus, 5000))
     print(f"| peer: whole documents in order, padded | {columns} |")
 
-    print(f"\nDocuments of {MARKED_CAPTION} + {CODES} tokens, 0 to 3 retrieved, causal:\n")
-    print("| packing | fill | 0/1/2/3 whole documents, % | 90 % of them, % | no caption | loss |")
-    print("|---|---|---|---|---|---|")
-    for method in ("stream", "whole", "together"):
-        print(f"| {method} | {measure_sight(method, 10 * arguments.batches)} |", flush=True)
+    print_sight(10 * batches)
+
+
+def print_sight(blocks: int) -> None:
+    print(f"\nDocuments of a caption and {CODES} codes, 0 to 3 retrieved, causal:\n")
+    print("| caption | packing | fill | 0/1/2/3 whole documents, % | 90 % of them, % ", end="")
+    print("| no caption | loss |\n|---|---|---|---|---|---|---|")
+    for length in MARKED_CAPTIONS:
+        for method in ("stream", "whole", "together"):
+            columns = measure_sight(method, length, blocks)
+            print(f"| {length} | {method} | {columns} |", flush=True)
 
 
 if __name__ == "__main__":

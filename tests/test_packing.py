@@ -344,6 +344,31 @@ def test_together_fills_blocks_and_keeps_queries_whole() -> None:
     assert set(lost) == {88, 89}
 
 
+@pytest.mark.parametrize(
+    ("captions", "objective"),
+    [((20, 20), "cm3"), ((70, 70), "causal"), ((140, 140), "causal"), ((20, 120), "cm3")],
+)
+def test_together_fills_blocks_whatever_the_length_of_captions(
+    captions: tuple[int, int], objective: str
+) -> None:
+    text, image = VOCAB.id_range("text")[0], VOCAB.id_range("image")[0]
+
+    def draw(position: int, rng: np.random.Generator) -> Sample:
+        documents_ = []
+        for k in range(int(rng.integers(4)) + 1):
+            length = int(rng.integers(captions[0], captions[1] + 1))
+            caption = TokenSegment("text", np.full(length, text + k))
+            codes = TokenSegment("image", np.full(CODES, image + k))
+            documents_.append(TokenDocument(f"{position}-{k}", (caption, codes)))
+        return Sample(documents_[0], tuple(documents_[1:]))
+
+    blocks = stream(
+        "together", draw=draw, objective=objective, seq_len=4096, batch_size=1, window=64
+    )
+    filled = [float((blocks.next().sample_BT >= 0).float().mean()) for _ in range(60)]
+    assert np.mean(filled) >= 0.99
+
+
 def test_whole_and_stream_hide_what_was_retrieved() -> None:
     """The figures for which `together` exists: the documents that queries see without it."""
     seen = {}
@@ -429,7 +454,8 @@ def test_where_a_cut_document_begins(length: int, begins: list[int]) -> None:
     assert is_cut == (22 < length < 30)
 
 
-def test_a_document_without_its_beginning_is_no_target() -> None:
+@pytest.mark.parametrize("objective", ["causal", {"name": "cm3", "mean_spans": 0.0}])
+def test_a_document_without_its_beginning_is_no_target(objective: Any) -> None:
     """A sample of 30 tokens loses the first two of its farthest document in a block of 28.
 
     What is left of that document, `T <break> I I I I <break>` behind `<eos>`, carries no loss.
@@ -440,7 +466,7 @@ def test_a_document_without_its_beginning_is_no_target() -> None:
         blocks = stream(
             "together",
             draw=lambda *_: sample,
-            objective="causal",
+            objective=objective,
             batch_size=1,
             seq_len=seq_len,
             window=1,

@@ -35,9 +35,10 @@ same one."""
 TOLERANCE = 0.01
 """Share of a block that whole and together may leave empty in favour of samples that are harder to
 place."""
-SPARE = 0.25
-"""Share of its farthest retrieved document that a sample may lose
-to share its block with another."""
+SPARE = 0.5
+"""Share of its farthest retrieved document that a sample may lose to share its block with another.
+With a quarter, no two samples shared a block of 4,096 if captions had more than 65 tokens, and a
+seventh of the positions stayed empty."""
 LARGEST_POOL = 4
 """Most windows of samples that together draws ahead, if those of one window fill no block."""
 
