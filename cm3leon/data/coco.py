@@ -57,8 +57,8 @@ class CocoSource(FileSource):
         instances: Annotated[str, Location()] | None = None
         """The instances JSON of the same images; null = no labels."""
         captions: Literal["first", "all"] = "first"
-        """first = one document per image, with its first caption; all = one document per caption,
-        so that documents of one image may lie in different splits."""
+        """first = one document per image, with its first caption; all = one document per caption;
+        those of one image lie in the same split."""
 
     suffixes = (".json",)
 

@@ -43,7 +43,8 @@ class Pages(Protocol):
         count: PositiveInt | None = None
         """Number of items, the first ones; null: all."""
         split: Literal["train", "validation", "held_out", "all"] = "held_out"
-        """The split of the pages; all for a corpus that no run was trained on."""
+        """The split of the pages; all for a corpus that no run was trained on. Pages that a run was
+        trained on are in its memory bank, so retrieved documents may show what is asked for."""
         validation: Probability = 0.1
         """split.validation of the run that was trained on the corpus."""
         held_out: Probability = 0.2
