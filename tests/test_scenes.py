@@ -353,15 +353,14 @@ def test_the_steps_to_a_relation_lead_to_its_answer(seed: int) -> None:
         return
 
     values = explained[1].values
-    said = re.fullmatch(
-        r"the (.+) is at the (.+), the (.+) at the (.+), so (\w+)", values["answer"]
-    )
+    places = r"the (.+) is at the (.+), the (.+) at the (.+)"
+    said = re.fullmatch(rf"{places}, so the (.+) is (.+) the (.+): (\w+)", values["answer"])
     asked = re.fullmatch(
         r"is the (.+) (left of|right of|above|below) the (.+)\?", values["question"]
     )
     assert said
     assert asked
-    assert (said[1], said[3]) == (asked[1], asked[3])
+    assert (said[1], said[3]) == (said[5], said[7]) == (asked[1], asked[3])
     first, second = language.place_of(said[2]), language.place_of(said[4])
     assert first
     assert second
@@ -369,7 +368,8 @@ def test_the_steps_to_a_relation_lead_to_its_answer(seed: int) -> None:
     axis = 0 if asked[2] in ("above", "below") else 1
     difference = side[first[axis]] - side[second[axis]]
     holds = difference < 0 if asked[2] in ("above", "left of") else difference > 0
-    assert said[5] == ("yes" if holds else "no")
+    assert said[8] == ("yes" if holds else "no")
+    assert (said[6] == asked[2]) == holds
     assert explained[1].kind == found[1].kind == "relation"
 
 

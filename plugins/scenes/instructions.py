@@ -137,11 +137,11 @@ def _relation(scene: Scene, world: World, rng: Random, side: int) -> SceneExampl
 
 
 def _relation_steps(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
-    """The same question, answered in steps: first the two places, then yes or no."""
+    """The same question, answered in steps: the two places, the relation, then yes or no."""
     question = _about_relation(scene, world, rng)
     if question is None:
         return None
-    return _asked(question, f"{question.why}, so {question.answer}", scene, side)
+    return _asked(question, f"{question.why}: {question.answer}", scene, side)
 
 
 def _about_relation(scene: Scene, world: World, rng: Random) -> language.Question | None:

@@ -273,7 +273,8 @@ def _about_two(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
                 continue
             relation = _relation(thing, other)
             if relation:
-                wrong, why = _OPPOSITES[relation], _places(name, thing, other_name, other)
+                wrong, places = _OPPOSITES[relation], _places(name, thing, other_name, other)
+                why = f"{places}, so the {name} is {relation} the {other_name}"
                 for said, answer in ((relation, "yes"), (wrong, "no")):
                     text = f"is the {name} {said} the {other_name}?"
                     yield Question("relation", text, answer, why)
