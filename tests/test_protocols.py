@@ -443,6 +443,22 @@ def test_an_answer_in_steps_counts_by_its_end(task):
         assert asking.right(item, Answer(text=f"something else, so {end}.")) == in_steps
 
 
+def test_the_steps_of_an_answer_are_figures_of_their_own():
+    section = {"name": "scene_task", "task": "relation_steps", "count": 4, "side": 48}
+    asking = PROTOCOLS.build({**section, "world": SMALL})
+    items = asking.items()
+    true = [str(item.truth.values["answer"]) for item in items]
+
+    # One answer is whole, one has a wrong end, one wrong places, and one says only yes or no.
+    end = {"yes": "no", "no": "yes"}[true[1].split(" ")[-1]]
+    wrong_end = f"{true[1].rsplit(' ', 1)[0]} {end}"
+    wrong_places = true[2].replace(" at the ", " at the very ")
+    texts = [true[0], wrong_end, wrong_places, true[3].split(" ")[-1]]
+    figures = asking.score(items, [Answer(text=text) for text in texts])
+    shares = {name: figure.value for name, figure in figures.items()}
+    assert shares == {"right": 0.75, "places": 0.5, "relation": 0.75}
+
+
 def test_too_many_missing_images_are_fatal(tmp_path):
     refusal = r"items cannot be used .* more than protocol.missing=0.01 allows"
     with pytest.raises(UserError, match=refusal):

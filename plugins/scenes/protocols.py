@@ -49,7 +49,8 @@ pieces, the longest true answers about 300 scenes of the whole world have 33, 10
 
 @PROTOCOLS.register("scene_task")
 class SceneTask(Protocol):
-    """A task about scenes: the share of right answers, in all and by kind of question or scene."""
+    """A task about scenes: the share of right answers, in all and by kind of question or scene, and
+    of right steps if an answer has steps."""
 
     @dataclass(kw_only=True)
     class Config(DrawnConfig):
@@ -102,6 +103,14 @@ class SceneTask(Protocol):
         )
         result = {"right": proportion(right_B)}
 
+        # The steps that an answer gives, each by itself.
+        if self.config.task == "relation_steps":
+            wanted = [_steps(str(item.truth.values["answer"])) for item in items]
+            given = [_steps(answer.text) for answer in answers]
+            for number, step in enumerate(("places", "relation")):
+                pairs = zip(wanted, given, strict=True)
+                result[step] = proportion(np.array([w[number] == g[number] for w, g in pairs]))
+
         # Figures of each kind, if there are several.
         kind_B = np.array([item.kind for item in items])
         kinds = sorted(set(kind_B.tolist()))
@@ -143,6 +152,13 @@ class SceneTask(Protocol):
         # A caption of several things does not say where each is; a feature image does.
         placed = task in FEATURES or len(shown.things) == 1
         return shows(shown, found, ("colour", "shape", "place") if placed else ("colour", "shape"))
+
+
+def _steps(answer: str) -> tuple[str, str]:
+    """The two places and the relation that an answer in steps says; empty if it says none."""
+    places, _, rest = answer.strip().partition(", so ")
+    relation, _, _ = rest.rpartition(": ")
+    return places, relation
 
 
 def _boxes(scene: Scene, side: int) -> list[tuple[str, tuple[float, float, float, float]]]:
