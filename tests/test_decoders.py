@@ -174,6 +174,35 @@ def test_top_p_decoder_puts_its_parts_together() -> None:
     assert [built("top_p", cfg=weight).streams for weight in (2.5, 0, 1)] == [2, 2, 1]
 
 
+@given(
+    size=st.integers(1, 30),
+    seed=st.integers(0, 999),
+    alpha=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
+    weight=st.sampled_from([0.0, 1.0, 3.0, 7.5]),
+)
+@settings(max_examples=100)
+def test_alpha_keeps_what_is_likely_without_guidance(
+    size: int, seed: int, alpha: float, weight: float
+) -> None:
+    streams = [normal(2, size, seed=seed + 1000 * number) for number in range(3)]
+    for name, weights in (("top_p", {"cfg": weight}), ("edit", {"text": weight, "image": 1.5})):
+        given_BV = streams if name == "edit" else streams[:2]
+        all_BV = built(name, top_p=1.0, **weights).logits(*given_BV)
+        some_BV = built(name, top_p=1.0, alpha=alpha, **weights).logits(*given_BV)
+        for row in range(2):
+            c_V = np.exp(streams[0][row].numpy())
+            stays_V = c_V >= alpha * c_V.max() * (1 - 1e-12)
+            expected_V = np.where(stays_V, all_BV[row].numpy(), -np.inf)
+            np.testing.assert_array_equal(some_BV[row].numpy(), expected_V)
+
+
+def test_alpha_leaves_a_token_where_the_likely_one_would_repeat() -> None:
+    """After 1 2 1, the token 2 would repeat a pair; the next likely one is 3."""
+    conditional_BV = torch.tensor([[0.0, 0.0, 9.0, 5.0]], dtype=torch.float64)
+    decoder = built("top_p", cfg=1, top_p=1.0, alpha=0.5, no_repeat=2)
+    assert kept(decoder.logits(conditional_BV, None, past=[[1, 2, 1]])) == [{3}]
+
+
 def test_cd_k_decoder_puts_its_parts_together() -> None:
     conditional_BV, unconditional_BV = normal(2, 30, seed=5), normal(2, 30, seed=6)
     decoder = built("cd_k", alpha=0.2, k=4, temperature=0.5)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from cm3leon.config import (
@@ -20,7 +21,12 @@ from cm3leon.config import (
     Temperature,
 )
 from cm3leon.decoders.base import Decoder
-from cm3leon.decoders.guidance import classifier_free, contrastive_k, two_conditions
+from cm3leon.decoders.guidance import (
+    classifier_free,
+    contrastive_k,
+    implausible,
+    two_conditions,
+)
 from cm3leon.decoders.processors import forbid_repeats, keep_top_k, keep_top_p, penalize
 from cm3leon.registry import DECODERS
 from cm3leon.types import UserError
@@ -36,6 +42,10 @@ class SamplingConfig:
     """Share of the probability that is kept, from the most likely token on; 1 keeps all tokens."""
     top_k: NonNegativeInt = 0
     """Number of most likely tokens that are kept; 0 keeps all."""
+    alpha: Probability = 0.0
+    """A token is kept if its probability without guidance is at least this share of the largest, as
+    in contrastive decoding; 0 keeps all. A large weight of guidance needs it where the model is
+    nearly certain."""
     repetition_penalty: Annotated[float, Range(ge=0.01, le=100)] = 1.0
     """For text: logits of tokens that the answer already has are divided by it if positive, and
     multiplied by it if negative (CTRL, arXiv 1909.05858); 1 turns it off."""
@@ -52,13 +62,23 @@ class _Sampling(Decoder):
     def looks_back(self) -> bool:
         return self.config.repetition_penalty != 1 or self.config.no_repeat > 0
 
-    def _drawn_from(self, guided_BV: Tensor, past: Sequence[Sequence[int]]) -> Tensor:
+    def _drawn_from(
+        self, guided_BV: Tensor, conditional_BV: Tensor, past: Sequence[Sequence[int]]
+    ) -> Tensor:
         config = self.config
-        if past:
-            guided_BV = forbid_repeats(
-                penalize(guided_BV, past, config.repetition_penalty), past, config.no_repeat
-            )
+        if config.alpha:
+            # A token that may not come again leaves its place to the next ones.
+            likely_BV = self._without_repeats(conditional_BV, past)
+            unlikely_BV = implausible(likely_BV, alpha=config.alpha)
+            guided_BV = guided_BV.masked_fill(unlikely_BV, -torch.inf)
+        guided_BV = self._without_repeats(guided_BV, past)
         return keep_top_p(keep_top_k(guided_BV / config.temperature, config.top_k), config.top_p)
+
+    def _without_repeats(self, logits_BV: Tensor, past: Sequence[Sequence[int]]) -> Tensor:
+        if not past:
+            return logits_BV
+        penalized_BV = penalize(logits_BV, past, self.config.repetition_penalty)
+        return forbid_repeats(penalized_BV, past, self.config.no_repeat)
 
 
 @DECODERS.register("top_p")
@@ -88,7 +108,7 @@ class TopP(_Sampling):
         guided_BV = conditional_BV
         if unconditional_BV is not None:
             guided_BV = classifier_free(conditional_BV, unconditional_BV, self.config.cfg)
-        return self._drawn_from(guided_BV, past)
+        return self._drawn_from(guided_BV, conditional_BV, past)
 
 
 @DECODERS.register("edit")
@@ -127,7 +147,7 @@ class TwoConditions(_Sampling):
             )
         elif unconditional_BV is not None:
             guided_BV = classifier_free(conditional_BV, unconditional_BV, config.text)
-        return self._drawn_from(guided_BV, past)
+        return self._drawn_from(guided_BV, conditional_BV, past)
 
 
 @DECODERS.register("cd_k")

@@ -32,6 +32,14 @@ def two_conditions(
     return neither_BV + first * (first_BV - neither_BV) + both * (both_BV - first_BV)
 
 
+def implausible(conditional_BV: Tensor, *, alpha: float, k: int = 1) -> Tensor:
+    """Tokens (B, V) with a probability below alpha times the k-th largest, as a mask."""
+    log_p_BV = conditional_BV.log_softmax(-1)
+    kth_B1 = log_p_BV.topk(min(k, log_p_BV.shape[-1]), dim=-1).values[:, -1:]
+    log_alpha = math.log(alpha) if alpha > 0 else -math.inf
+    return log_p_BV < kth_B1 + log_alpha
+
+
 def contrastive_k(
     conditional_BV: Tensor, unconditional_BV: Tensor, *, alpha: float, k: int
 ) -> Tensor:
@@ -45,8 +53,5 @@ def contrastive_k(
         p_uncond    0.5   0.1   0.2   0.2
         score       0.00  1.10  -0.51 -inf
     """
-    log_p_BV = conditional_BV.log_softmax(-1)
-    kth_B1 = log_p_BV.topk(min(k, log_p_BV.shape[-1]), dim=-1).values[:, -1:]
-    score_BV = log_p_BV - unconditional_BV.log_softmax(-1)
-    log_alpha = math.log(alpha) if alpha > 0 else -math.inf
-    return score_BV.masked_fill(log_p_BV < kth_B1 + log_alpha, -torch.inf)
+    score_BV = conditional_BV.log_softmax(-1) - unconditional_BV.log_softmax(-1)
+    return score_BV.masked_fill(implausible(conditional_BV, alpha=alpha, k=k), -torch.inf)
