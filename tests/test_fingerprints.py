@@ -14,9 +14,10 @@ import torch
 from corpora import CORPORA
 
 from cm3leon import digests
-from cm3leon.config import Location, NoEffect, recorded_settings, result_settings
+from cm3leon.config import Later, Location, NoEffect, recorded_settings, result_settings, to_mapping
 from cm3leon.digests import BLOCK, WHOLE, files_digest, path_digest, remembered
 from cm3leon.experiment import load_experiment
+from cm3leon.registry import DECODERS, discover
 from cm3leon.retrievers.dense import DenseRetriever
 from cm3leon.retrievers.encoder import EncoderConfig
 from cm3leon.stages.run_folder import RunFolder
@@ -51,6 +52,26 @@ class Outer:
     """Locations with shares."""
     paths: list[Path] = field(default_factory=list)
     """Several."""
+
+
+@dataclass(kw_only=True)
+class Grown:
+    """A section that got a field."""
+
+    size: int = 3
+    """What was there."""
+    alpha: Annotated[float, Later()] = 0.0
+    """What came later."""
+
+
+def test_a_later_field_counts_where_it_is_set() -> None:
+    assert result_settings(Grown()) == {"size": 3}
+    assert result_settings(Grown(alpha=0.1)) == {"size": 3, "alpha": 0.1}
+    assert to_mapping(Grown()) == {"size": 3, "alpha": 0.0}
+    discover()
+    for name in ("top_p", "edit"):
+        assert "alpha" not in result_settings(DECODERS.check(name))
+        assert result_settings(DECODERS.check({"name": name, "alpha": 0.1}))["alpha"] == 0.1
 
 
 def test_what_changes_no_result_and_where_files_lie_are_left_out() -> None:

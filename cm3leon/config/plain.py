@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from cm3leon.config.schema import Component, Location, NoEffect, hints_of, key_of
+from cm3leon.config.schema import Component, Later, Location, NoEffect, hints_of, key_of
 
 M = TypeVar("M")
 
@@ -39,7 +39,8 @@ def to_mapping(config: Any) -> Any:
 def result_settings(config: Any, held: Callable[[str], Any] | None = None) -> Any:
     """The settings that a result depends on, as plain data.
 
-    This is `to_mapping` without fields marked `NoEffect`. Locations are left out too, or replaced
+    This is `to_mapping` without fields marked `NoEffect`, and without those marked `Later` that have
+    their default. Locations are left out too, or replaced
     by what lies there:
 
         result_settings(config)                    # {"layout": "auto"}
@@ -101,10 +102,13 @@ def _plain(config: Any, at: Callable[[Location, Any], Any], *, results_only: boo
     if not dataclasses.is_dataclass(config):
         return to_mapping(config)
 
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     result = {}
     for name, annotation in hints_of(typing.cast(type, type(config))).items():
         value = getattr(config, name)
         if results_only and _marked(annotation, NoEffect) is not None:
+            continue
+        if results_only and _marked(annotation, Later) and value == defaults[name]:
             continue
         place = _marked(annotation, Location)
         found = at(place, value) if place and value is not None else again(value)

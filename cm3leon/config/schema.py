@@ -78,6 +78,13 @@ class NoEffect:
 
 
 @dataclass(frozen=True)
+class Later:
+    """Marks a field that came after results that are still valid:
+    `Annotated[Probability, Later()]`. At its default it is left out of what results depend on, so
+    that finished runs stay up to date."""
+
+
+@dataclass(frozen=True)
 class Component:
     """A component chosen by its registry name, with its checked `Config`; the registry builds it.
 

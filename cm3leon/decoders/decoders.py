@@ -13,6 +13,7 @@ from torch import Tensor
 from cm3leon.config import (
     Component,
     Guidance,
+    Later,
     NonNegativeInt,
     NoSettings,
     PositiveInt,
@@ -42,7 +43,7 @@ class SamplingConfig:
     """Share of the probability that is kept, from the most likely token on; 1 keeps all tokens."""
     top_k: NonNegativeInt = 0
     """Number of most likely tokens that are kept; 0 keeps all."""
-    alpha: Probability = 0.0
+    alpha: Annotated[Probability, Later()] = 0.0
     """A token is kept if its probability without guidance is at least this share of the largest, as
     in contrastive decoding; 0 keeps all. A large weight of guidance needs it where the model is
     nearly certain."""

@@ -321,6 +321,8 @@ class Evaluation:
             if not getattr(row.setting, name):
                 left_out.add(name)
         setting = to_mapping(row.setting)
+        if row.setting.decoder:
+            setting["decoder"] = result_settings(row.setting.decoder)
         for name in left_out:
             del setting[name]
 
