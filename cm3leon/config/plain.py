@@ -40,8 +40,7 @@ def result_settings(config: Any, held: Callable[[str], Any] | None = None) -> An
     """The settings that a result depends on, as plain data.
 
     This is `to_mapping` without fields marked `NoEffect`, and without those marked `Later` that have
-    their default. Locations are left out too, or replaced
-    by what lies there:
+    their default. Locations are left out too, or replaced by what lies there:
 
         result_settings(config)                    # {"layout": "auto"}
         result_settings(config, held=path_digest)  # {"path": "sha256:9f86...", "layout": "auto"}
