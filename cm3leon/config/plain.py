@@ -107,7 +107,8 @@ def _plain(config: Any, at: Callable[[Location, Any], Any], *, results_only: boo
         value = getattr(config, name)
         if results_only and _marked(annotation, NoEffect) is not None:
             continue
-        if results_only and _marked(annotation, Later) and value == defaults[name]:
+        later = _marked(annotation, Later) is not None
+        if results_only and later and value == defaults[name]:
             continue
         place = _marked(annotation, Location)
         found = at(place, value) if place and value is not None else again(value)
