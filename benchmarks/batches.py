@@ -404,6 +404,7 @@ def main() -> None:
 
 
 def print_sight(blocks: int) -> None:
+    """Print the table of what queries see, for captions of several lengths."""
     print(f"\nDocuments of a caption and {CODES} codes, 0 to 3 retrieved, causal:\n")
     print("| caption | packing | fill | 0/1/2/3 whole documents, % | 90 % of them, % ", end="")
     print("| no caption | loss |\n|---|---|---|---|---|---|---|")

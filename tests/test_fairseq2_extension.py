@@ -419,14 +419,16 @@ def assert_alike(found: dict[int, list[float]], expected: dict[int, list[float]]
     """Check that losses agree to the rounding of float32.
 
     On a GPU attention has other kernels than in the processes on the CPU: the tolerance is wider.
-    So it is for norms of gradients, in which the weights' rounding adds up (2e-5 after 8 steps).
+    So it is for norms of gradients in the second half, as the weights' rounding adds up: 2e-5 after
+    8 steps were seen.
     """
     rel = 1e-3 if torch.cuda.is_available() else 1e-5
     assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
     for step, (*of_step, norm) in found.items():
         *expected_losses, expected_norm = expected[step]
         assert of_step == pytest.approx(expected_losses, rel=rel), step
-        assert norm == pytest.approx(expected_norm, rel=10 * rel), step
+        of_norm = rel if step <= STEPS // 2 else 10 * rel
+        assert norm == pytest.approx(expected_norm, rel=of_norm), step
 
 
 @pytest.fixture(scope="module")

@@ -288,11 +288,15 @@ def marked(position: int, rng: np.random.Generator) -> Sample:
 
     The ids of document k, counted from the query, are 4 + k in its text and code k in its image.
     """
-    count = int(rng.integers(4))
+    return marked_with([CAPTION] * (int(rng.integers(4)) + 1), position)
+
+
+def marked_with(captions: list[int], position: int) -> Sample:
+    """A `marked` sample whose documents, the query first, have captions of these lengths."""
     text, image = VOCAB.id_range("text")[0], VOCAB.id_range("image")[0]
     documents_ = []
-    for k in range(count + 1):
-        caption = TokenSegment("text", np.full(CAPTION, text + k))
+    for k, length in enumerate(captions):
+        caption = TokenSegment("text", np.full(length, text + k))
         codes = TokenSegment("image", np.full(CODES, image + k))
         documents_.append(TokenDocument(f"{position}-{k}", (caption, codes)))
     return Sample(documents_[0], tuple(reversed(documents_[1:])))
@@ -351,16 +355,10 @@ def test_together_fills_blocks_and_keeps_queries_whole() -> None:
 def test_together_fills_blocks_whatever_the_length_of_captions(
     captions: tuple[int, int], objective: str
 ) -> None:
-    text, image = VOCAB.id_range("text")[0], VOCAB.id_range("image")[0]
-
     def draw(position: int, rng: np.random.Generator) -> Sample:
-        documents_ = []
-        for k in range(int(rng.integers(4)) + 1):
-            length = int(rng.integers(captions[0], captions[1] + 1))
-            caption = TokenSegment("text", np.full(length, text + k))
-            codes = TokenSegment("image", np.full(CODES, image + k))
-            documents_.append(TokenDocument(f"{position}-{k}", (caption, codes)))
-        return Sample(documents_[0], tuple(documents_[1:]))
+        count = int(rng.integers(4)) + 1
+        lengths = rng.integers(captions[0], captions[1] + 1, size=count)
+        return marked_with(lengths.tolist(), position)
 
     blocks = stream(
         "together", draw=draw, objective=objective, seq_len=4096, batch_size=1, window=64

@@ -106,11 +106,12 @@ class SceneTask(Protocol):
 
         # The steps that an answer gives, each by itself.
         if self.config.task == "relation_steps":
-            wanted = [_steps(str(item.truth.values["answer"])) for item in items]
-            given = [_steps(answer.text) for answer in answers]
-            for number, step in enumerate(("places", "relation")):
-                pairs = zip(wanted, given, strict=True)
-                result[step] = proportion(np.array([w[number] == g[number] for w, g in pairs]))
+            right_B2 = np.zeros((len(items), 2), bool)
+            for row, (item, answer) in enumerate(zip(items, answers, strict=True)):
+                wanted, given = _steps(str(item.truth.values["answer"])), _steps(answer.text)
+                right_B2[row] = np.equal(wanted, given)
+            result["places"] = proportion(right_B2[:, 0])
+            result["relation"] = proportion(right_B2[:, 1])
 
         # Figures of each kind, if there are several.
         kind_B = np.array([item.kind for item in items])
