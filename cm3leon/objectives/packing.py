@@ -36,10 +36,10 @@ from cm3leon.types import Batch, Block, Sample, TokenDocument, TokenSegment, Use
 class PackingConfig:
     """How samples become blocks of `seq_len` positions."""
 
-    method: Literal["stream", "whole", "together"] = "whole"
-    """stream: samples are cut so that every position is filled. whole: no document is cut, and the
-    rest of a block is padding. together: a sample is in one block, where its farthest retrieved
-    document may lose its beginning; that document is then context without a loss."""
+    method: Literal["stream", "whole", "together"] = "together"
+    """together: a sample is in one block, where its farthest retrieved document may lose its
+    beginning; that document is then context without a loss. whole: no document is cut, and the rest
+    of a block is padding. stream: samples are cut so that every position is filled."""
     window: PositiveInt = 64
     """Methods whole and together: how many samples a block is chosen from."""
     positions: Literal["auto", "restart", "run_on"] = "auto"
