@@ -17,6 +17,7 @@ from samples import VOCAB, document, documents, segment, unrotate
 
 from cm3leon.config import from_mapping
 from cm3leon.data.shuffle import shuffled
+from cm3leon.experiment import load_experiment
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.block_stream import BlockStream, merge_states
 from cm3leon.objectives.packing import PackingConfig, choose, collate, fit, pack, shorten
@@ -37,6 +38,20 @@ packable = st.lists(st.integers(1, 9), max_size=6).flatmap(
         st.just(lengths), st.integers(sum(lengths), sum(lengths) + 7).filter(bool)
     )
 )
+
+
+def test_samples_are_packed_together_unless_it_is_said_otherwise() -> None:
+    assert PackingConfig().method == "together"
+    assert not PackingConfig().run_on
+
+    # What was measured with another method still names it.
+    for name in (
+        "digits",
+        "demo",
+        "experiments/scenes/model.yaml",
+        "experiments/entities/model.yaml",
+    ):
+        assert load_experiment(name).packing.method == "whole", name
 
 
 @given(packable, st.booleans())
