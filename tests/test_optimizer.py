@@ -50,7 +50,7 @@ def test_muon_takes_the_layers_matrices_and_adamw_everything_else(
 
     torch's Muon computes in bf16, so ours does here as well.
     """
-    monkeypatch.setattr(muon, "uses_bf16", lambda device, precision: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     rates = {"learning_rate": 0.02, "weight_decay": 0.1, "undecayed": ["positions"]}
     model, twin = small(), small()
     ours = new_optimizer(model, DecoderTrainingConfig(optimizer="muon", **rates))
@@ -77,18 +77,20 @@ def test_muon_takes_the_layers_matrices_and_adamw_everything_else(
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("precision", ["auto", "bf16", "float32"])
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (24, 24)])
 def test_muon_moves_along_the_singular_vectors_of_the_momentum(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], bf16: bool
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], precision: Any, native: bool
 ) -> None:
     """The reference is an SVD in float64, with the polynomial applied to the singular values."""
-    monkeypatch.setattr(muon, "uses_bf16", lambda device, precision: bf16)
     torch.manual_seed(1)
     matrix = nn.Parameter(torch.zeros(shape))
     matrix.grad = torch.randn(shape)
-    optimizer = muon.ShardedMuon([{"params": [matrix], "weight_decay": 0.0}], lr=1.0)
-    optimizer.step()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    groups = [{"params": [matrix], "weight_decay": 0.0}]
+    muon.ShardedMuon(groups, rate=1.0, precision=precision).step()
 
     # At the first step the momentum has the direction of the gradient. Each of
     # the five steps of the Newton-Schulz iteration applies this polynomial to the singular values.
@@ -99,7 +101,13 @@ def test_muon_moves_along_the_singular_vectors_of_the_momentum(
 
     expected = -0.2 * max(shape) ** 0.5 * (U * values @ V)
     error = (matrix.detach() - expected).norm() / expected.norm()
-    assert error < (0.03 if bf16 else 0.01)
+
+    # Products are in bf16 only if training is and the processor computes in it. What goes in and
+    # comes out is rounded to bf16 by half a percent.
+    if native and precision != "float32":
+        assert 0.007 < error < 0.03
+    else:
+        assert error < 0.007
 
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:

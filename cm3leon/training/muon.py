@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cm3leon.training.device import uses_bf16
 from cm3leon.training.distributed import is_sharded
+from cm3leon.types import TrainingPrecision
 
 MOMENTUM = 0.95
 
@@ -28,6 +29,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Args:
         matrices: groups of two-dimensional parameters, for Muon.
         others: groups for AdamW.
+        precision: of the products that make a matrix orthogonal.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         *,
         rate: float,
         betas: tuple[float, float],
+        precision: TrainingPrecision,
     ) -> None:
         self._parts: list[torch.optim.Optimizer] = [
-            ShardedMuon(matrices, lr=rate, momentum=MOMENTUM),
+            ShardedMuon(matrices, rate=rate, precision=precision),
             torch.optim.AdamW(others, lr=rate, betas=betas, fused=True),
         ]
         groups: list[dict[str, Any]] = []
@@ -57,13 +60,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 class ShardedMuon(torch.optim.Muon):
-    """torch's Muon, also for the sharded matrices of FSDP2, and fast where a CPU only emulates bf16.
+    """torch's Muon, also for the sharded matrices of FSDP2, and with products in float32 where
+    training computes in it.
 
     The nearest orthogonal matrix is a function of the whole matrix. So the ranks take turns: as
-    many matrices as there are ranks are gathered in bf16, in which they are orthogonalised anyway;
-    each rank computes one and sends it to all. That is 4 bytes of traffic a weight and step, and no
-    matrix is computed twice.
+    many matrices as there are ranks are gathered in bf16; each rank computes one and sends it to
+    all. That is 4 bytes of traffic a weight and step, and no matrix is computed twice.
     """
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], *, rate: float, precision: TrainingPrecision
+    ) -> None:
+        super().__init__(groups, lr=rate, momentum=MOMENTUM)
+        self._precision: TrainingPrecision = precision
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -75,7 +84,7 @@ class ShardedMuon(torch.optim.Muon):
                 self._change_shards(matrices, group)
                 continue
             for p in matrices:
-                _change(p, _orthogonal(self._update(p, group), group), group)
+                _change(p, self._orthogonal(self._update(p, group), group), group)
 
     def _change_shards(self, matrices: Sequence[Any], group: dict[str, Any]) -> None:
         from torch.distributed.tensor import distribute_tensor
@@ -88,7 +97,7 @@ class ShardedMuon(torch.optim.Muon):
             updates: list[Any] = [self._update(p, group) for p in some]
             wholes = [update.full_tensor().contiguous() for update in updates]
             if rank < len(some):
-                wholes[rank] = _orthogonal(wholes[rank], group)
+                wholes[rank] = self._orthogonal(wholes[rank], group)
             for owner, (p, whole) in enumerate(zip(some, wholes, strict=True)):
                 dist.broadcast(whole, src=owner)
                 direction = distribute_tensor(
@@ -105,6 +114,17 @@ class ShardedMuon(torch.optim.Muon):
         state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
         return p.grad.lerp(state["momentum_buffer"], group["momentum"]).bfloat16()
 
+    def _orthogonal(self, update: Tensor, group: dict[str, Any]) -> Tensor:
+        """A nearly orthogonal matrix with the singular vectors of an update, in bf16.
+
+        Products are in bf16 if those of training are, but on a CPU that only emulates bf16 in
+        float32, which is faster there.
+        """
+        trains_in_bf16 = uses_bf16(update.device, self._precision)
+        if not (trains_in_bf16 and uses_bf16(update.device, "auto")):
+            update = update.float()
+        return orthogonal(update, group).bfloat16().contiguous()
+
 
 def _change(p: nn.Parameter, direction: Tensor, group: dict[str, Any]) -> None:
     """Let a matrix decay and step along the direction, scaled so that entries are like AdamW's."""
@@ -113,23 +133,19 @@ def _change(p: nn.Parameter, direction: Tensor, group: dict[str, Any]) -> None:
     p.add_(direction, alpha=-rate * 0.2 * math.sqrt(max(p.shape)))
 
 
-def _orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return a nearly orthogonal matrix with the singular vectors of an update, in bf16.
+def orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """A nearly orthogonal matrix with the singular vectors of an update, in its dtype.
 
     Each round applies the polynomial a s + b s^3 + c s^5 to the singular values, which takes them
-    near 1. Products are in bf16, or in float32 on a CPU that only emulates bf16, which is slower.
+    near 1.
     """
     a, b, c = group["ns_coefficients"]
     rows, columns = update.shape
-    x = update if uses_bf16(update.device, "auto") else update.float()
 
     # The square of the shorter side is the cheaper one.
-    if rows > columns:
-        x = x.T
+    x = update.T if rows > columns else update
     x = x / x.norm().clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    if rows > columns:
-        x = x.T
-    return x.bfloat16().contiguous()
+    return x.T if rows > columns else x

@@ -33,6 +33,7 @@ def new_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opti
             _groups([(n, p) for n, p in trained if id(p) not in inside], config),
             rate=config.learning_rate,
             betas=betas,
+            precision=config.precision,
         )
 
     groups = _groups(trained, config)
