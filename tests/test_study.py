@@ -479,6 +479,41 @@ def test_the_best_of_several_samples_needs_a_clip(made, tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*.npz"))) == 1
 
 
+def test_of_several_samples_it_is_told_whether_any_is_right(made, tmp_path, monkeypatch):
+    evaluation = load_study(str(made[0]), (), made[1]).evaluations["images"]
+    evaluation.sweep, evaluation.models = {"samples": [1, 2, 4]}, {"first": made[1] / "first"}
+    asked = Evaluation(evaluation.protocol, tmp_path)
+
+    # By this rule about a third of the samples is right.
+    def right(item, answer):
+        return int(answer.image_HWC.sum()) % 3 == 0
+
+    monkeypatch.setattr(asked.protocol, "right", right)
+    tokenizer = CM3Leon.load(made[1] / "first").run.image_tokenizer
+    for row in rows("images", evaluation):
+        asked.answer(row, range(asked.shards(row)))
+        metrics, samples = asked.measure(row)["metrics"], row.setting.samples
+        if samples == 1:
+            assert "right_in_any" not in metrics
+            continue
+
+        expected = []
+        for file in sorted(asked.folder_of(row).glob("0*.npz")):
+            with np.load(file) as held:
+                for codes_nN in held["codes"][:, :samples]:
+                    drawn = tokenizer.decode(codes_nN.astype(np.int64))
+                    expected.append(any(image_HWC.sum() % 3 == 0 for image_HWC in drawn))
+        assert len(expected) == 12
+        assert metrics["right_in_any"]["value"] == np.mean(expected)
+        assert metrics["right_in_any"]["value"] >= metrics["right"]["value"]
+
+    # A protocol that cannot say of one image whether it is right has no such figure.
+    monkeypatch.setattr(asked.protocol, "right", lambda item, answer: None)
+    monkeypatch.setattr(asked.protocol, "score", lambda items, answers: {})
+    (asked.folder_of(row) / "result-4.json").unlink()
+    assert "right_in_any" not in asked.measure(row)["metrics"]
+
+
 def test_features_of_answers_are_kept_by_whoever_draws_them(made, tmp_path, monkeypatch):
     # The number of features decides how many images are needed: for so few, twelve are enough.
     monkeypatch.setattr(CaptionedImages, "_features", 2)

@@ -1,15 +1,22 @@
-"""Answers from the arrays of a file of answers: the best sample of each item,
-or all of one item."""
+"""Answers from the arrays of a file of answers: the best sample of each item, or all of one item;
+and the best answers that a model could give."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cm3leon.api import CM3Leon
-from cm3leon.evaluation.protocols.base import Answer, Item, Protocol
+from cm3leon.evaluation.metrics import Measured, proportion
+from cm3leon.evaluation.protocols.base import (
+    RIGHT_IN_ANY,
+    Answer,
+    Item,
+    Protocol,
+    true_answer,
+)
 from cm3leon.retrievers.strategy import NONE
 
 
@@ -66,6 +73,52 @@ def drawn_images(
     for image_HWC, clip in zip(images_nHWC, clip_n[order_n], strict=True):
         answers.append(Answer(image_HWC=image_HWC, clip=float(clip)))
     return answers
+
+
+def right_in_any(
+    model: CM3Leon,
+    protocol: Protocol,
+    files: Iterable[tuple[Sequence[Item], Mapping[str, np.ndarray]]],
+    samples: int,
+) -> dict[str, Measured]:
+    """The share of items of which at least one image is right, by name: what a perfect choice
+    between an item's images would reach. {} if the protocol cannot say what is right.
+
+    Args:
+        files: the items of each file of answers, and its arrays.
+    """
+    right = []
+    for items, held in files:
+        for index, item in enumerate(items):
+            drawn = drawn_images(model, held, index, samples)
+            of_item = [protocol.right(item, answer) for answer in drawn]
+            if None in of_item:
+                return {}
+            right.append(any(of_item))
+    return {RIGHT_IN_ANY: proportion(np.array(right))}
+
+
+def rebuilt_truths(
+    model: CM3Leon, protocol: Protocol, items: Sequence[Item], batch: int
+) -> list[Answer]:
+    """The best answers that the model could give: true texts, and true images through its image
+    tokenizer and back, `batch` of them at a time."""
+    truths = [true_answer(item, protocol.answers_in) for item in items]
+    if protocol.answers_in == "text":
+        return truths
+
+    tokenizer = model.run.image_tokenizer
+    rebuilt: list[Answer] = []
+    for first in range(0, len(truths), batch):
+        codes_BN = tokenizer.encode(images_of(truths[first : first + batch]))
+        for image_HWC, codes_N in zip(tokenizer.decode(codes_BN), codes_BN, strict=True):
+            rebuilt.append(Answer(image_HWC=image_HWC, codes_N=codes_N))
+    return rebuilt
+
+
+def images_of(answers: Sequence[Answer]) -> np.ndarray:
+    """The images (B, H, W, C) of some answers."""
+    return np.stack([answer.image_HWC for answer in answers if answer.image_HWC is not None])
 
 
 class _Beside:

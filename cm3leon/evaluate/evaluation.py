@@ -31,13 +31,19 @@ from tqdm import tqdm
 from cm3leon.api import CM3Leon, UsedDocument
 from cm3leon.config import Component, result_settings, to_mapping
 from cm3leon.evaluate.asking import ItemAsker, check_others
-from cm3leon.evaluate.best import best_answers, drawn_images
+from cm3leon.evaluate.best import (
+    best_answers,
+    drawn_images,
+    images_of,
+    rebuilt_truths,
+    right_in_any,
+)
 from cm3leon.evaluate.figures import as_figures
 from cm3leon.evaluate.files import add_answers, read_answers, sample_count, shard_file, write_arrays
 from cm3leon.evaluate.own_corpus import own_corpus
 from cm3leon.evaluate.row import Row, bank_identity, ranker_identity
 from cm3leon.evaluation.metrics import proportion
-from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, true_answer
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol
 from cm3leon.evaluation.protocols.corpus import CorpusTask, OwnCorpus
 from cm3leon.evaluation.report.answers import AnsweredItem
 from cm3leon.io import digest_of, read_json, write_json
@@ -185,6 +191,11 @@ class Evaluation:
             "seconds": sum(float(each["seconds"].sum()) for each in held),
             "notes": self.protocol.notes(items),
         }
+        samples = row.setting.samples
+        if self.protocol.answers_in == "image" and not self.protocol.scored_by and samples > 1:
+            files = [(self._of_shard(row, number), each) for number, each in enumerate(held)]
+            in_any = right_in_any(self.model(row), self.protocol, files, samples)
+            result["metrics"] |= as_figures(in_any)
 
         # Answers that reached their largest length may have lost their end.
         if (max_tokens := self.max_tokens(row)) is not None:
@@ -205,7 +216,8 @@ class Evaluation:
         """The figures of the true answers, and of the true answers to other items; both are the
         same for all rows of a model."""
         if row.folder not in self._levels:
-            items, truths = self.items(row), self._rebuilt_truths(row)
+            items = self.items(row)
+            truths = rebuilt_truths(self.model(row), self.protocol, items, SHARD)
             others = [*truths[1:], truths[0]]
             self._levels[row.folder] = {
                 "ceiling": as_figures(self.protocol.score(items, truths)),
@@ -241,7 +253,7 @@ class Evaluation:
         if file.is_file():
             return read_answers(file)["features"]
 
-        features_ID = self.protocol.features(_images(self._answers_of(row, number)))
+        features_ID = self.protocol.features(images_of(self._answers_of(row, number)))
         folder.mkdir(exist_ok=True)
         write_arrays(file, {"features": features_ID})
         return features_ID
@@ -429,23 +441,3 @@ class Evaluation:
                 f"setting.max_tokens is {row.setting.max_tokens}, and the answers of "
                 f"{self.component.name} are {answers}; leave it out"
             )
-
-    def _rebuilt_truths(self, row: Row) -> list[Answer]:
-        """The best answers that the model could give: true texts, and true images through its image
-        tokenizer and back."""
-        truths = [true_answer(item, self.protocol.answers_in) for item in self.items(row)]
-        if self.protocol.answers_in == "text":
-            return truths
-
-        tokenizer = self.model(row).run.image_tokenizer
-        rebuilt: list[Answer] = []
-        for first in range(0, len(truths), SHARD):
-            codes_BN = tokenizer.encode(_images(truths[first : first + SHARD]))
-            for image_HWC, codes_N in zip(tokenizer.decode(codes_BN), codes_BN, strict=True):
-                rebuilt.append(Answer(image_HWC=image_HWC, codes_N=codes_N))
-        return rebuilt
-
-
-def _images(answers: Sequence[Answer]) -> np.ndarray:
-    """The images (B, H, W, C) of some answers."""
-    return np.stack([answer.image_HWC for answer in answers if answer.image_HWC is not None])

@@ -29,6 +29,9 @@ tokens a word.
   lecture of 125 (Lu et al. 2022, table 1); 384 tokens are 295 words, more than twice a lecture.
 """
 
+RIGHT_IN_ANY = "right_in_any"
+"""Name of the share of items of which at least one of several images is right."""
+
 
 @dataclass(frozen=True, eq=False)
 class Item:

@@ -12,7 +12,7 @@ import numpy as np
 from cm3leon.config import choices
 from cm3leon.evaluation.config import Aim, EvaluationConfig, shown
 from cm3leon.evaluation.origin import is_logarithmic
-from cm3leon.evaluation.protocols.base import Answer
+from cm3leon.evaluation.protocols.base import RIGHT_IN_ANY, Answer
 from cm3leon.evaluation.report import (
     Card,
     Cell,
@@ -45,6 +45,10 @@ ALL_DOCUMENTS = (
 TRUNCATED = (
     "Truncated: the share of answers that were cut at their longest, {lengths} tokens, before they "
     "ended."
+)
+IN_ANY = (
+    "Right in any: the share of items of which at least one of the samples is right, which is what "
+    "a perfect choice between them would reach."
 )
 CEILING = (
     "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true "
@@ -212,6 +216,8 @@ def _table(
     for metric in metrics:
         if metric in explained:
             notes.append(explained[metric])
+    if RIGHT_IN_ANY in metrics:
+        notes.append(IN_ANY)
     if "truncated" in lines[0]:
         lengths = list(dict.fromkeys(row["max_tokens"] for row in rows))
         notes.append(TRUNCATED.format(lengths=" or ".join(map(str, lengths))))
