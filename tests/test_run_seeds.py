@@ -15,7 +15,7 @@ import yaml
 
 from cm3leon.commands.run import Options
 from cm3leon.config import dump_yaml
-from cm3leon.evaluation.metrics import average, proportion
+from cm3leon.evaluation.metrics import Measured, average, proportion
 from cm3leon.experiment import load_experiment
 from cm3leon.run import main
 from cm3leon.studies import load_study
@@ -140,6 +140,24 @@ def test_the_interval_over_seeds_of_a_share_is_one_of_shares():
     assert found["score"]["runs"]["low"] == pytest.approx(0.675 - half, rel=1e-4)
     assert found["score"]["runs"]["high"] == pytest.approx(0.675 + half, rel=1e-4)
     assert found["right"]["value"] == found["score"]["value"] == pytest.approx(0.675)
+
+
+@pytest.mark.parametrize("values", [(6267.0, 4811.0, 9002.0), (-0.2, 0.1, -0.4), (1.5, 0.5, 0.2)])
+def test_figures_that_are_no_shares_have_a_mean_and_a_spread(values):
+    """A distance, a correlation, a score that may be above 1."""
+    results = []
+    for value in values:
+        figure = asdict(Measured(value, value - 1, value + 1, 112))
+        results.append({"metrics": {"figure": figure}, "seconds": 1.0})
+    found = over_seeds(results)["metrics"]["figure"]
+    assert found["value"] == pytest.approx(np.mean(values))
+    assert found["runs"]["values"] == list(values)
+    assert found["runs"]["deviation"] == pytest.approx(np.std(values, ddof=1))
+
+    # 4.303 is Student's t for two degrees of freedom.
+    half = 4.30265 * np.std(values, ddof=1) / 3**0.5
+    assert found["runs"]["low"] == pytest.approx(np.mean(values) - half, rel=1e-4)
+    assert found["runs"]["high"] == pytest.approx(np.mean(values) + half, rel=1e-4)
 
 
 def test_it_has_a_folder_of_its_own():

@@ -147,6 +147,6 @@ def _combined(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _is_share(figure: Mapping[str, Any]) -> bool:
     """Whether a figure is a share of its items, as its interval tells."""
-    if not figure.get("n"):
+    if not figure.get("n") or not 0 <= figure["value"] <= 1:
         return False
     return (figure["low"], figure["high"]) == wilson(figure["value"], figure["n"])
