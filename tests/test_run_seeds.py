@@ -156,8 +156,8 @@ def test_figures_that_are_no_shares_have_a_mean_and_a_spread(values):
 
     # 4.303 is Student's t for two degrees of freedom.
     half = 4.30265 * np.std(values, ddof=1) / 3**0.5
-    assert found["runs"]["low"] == pytest.approx(np.mean(values) - half, rel=1e-4)
-    assert found["runs"]["high"] == pytest.approx(np.mean(values) + half, rel=1e-4)
+    assert found["runs"]["low"] == pytest.approx(np.mean(values) - half, rel=1e-3)
+    assert found["runs"]["high"] == pytest.approx(np.mean(values) + half, rel=1e-3)
 
 
 def test_it_has_a_folder_of_its_own():
