@@ -715,6 +715,21 @@ def test_documents_to_ids_and_back(vq: Any) -> None:
 KMEANS = {"name": "kmeans", "image_size": 12, "downsampling": 3}
 
 
+def test_clusters_are_the_same_where_training_computes_in_bf16() -> None:
+    torch.manual_seed(0)
+    images_BHWC = torch.randint(0, 256, (8, 12, 12, 3), dtype=torch.uint8)
+    found = []
+    for bf16 in (False, True):
+        torch.manual_seed(1)
+        tokenizer = IMAGE_TOKENIZERS.build({**KMEANS, "codebook_size": 16})
+        for _ in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss, _ = tokenizer.loss(images_BHWC)
+        found.append((loss, tokenizer.quantizer.codebook_VD))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_a_patch_goes_with_its_colour_or_its_outline_by_the_weight_of_colour() -> None:
     light, dark = np.array([220, 180, 150]), np.array([190, 150, 120])
     outlines = np.eye(3)[..., None], np.fliplr(np.eye(3))[..., None]

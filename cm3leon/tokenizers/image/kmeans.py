@@ -69,8 +69,18 @@ class PatchClusters(Autoencoder):
         with torch.no_grad():
             there.weight.copy_(_weighed_mean(config.downsampling**2, config.colour_weight))
             back.weight.copy_(_weighed_mean(config.downsampling**2, 1 / config.colour_weight))
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(config.downsampling), there)
-        self.decoder = nn.Sequential(back, nn.PixelShuffle(config.downsampling))
+        self.encoder = _InFloat32(nn.PixelUnshuffle(config.downsampling), there)
+        self.decoder = _InFloat32(back, nn.PixelShuffle(config.downsampling))
+
+
+class _InFloat32(nn.Sequential):
+    """Computes in float32 where training computes in bf16, too: a cluster is a mean of exact
+    pixels, on every processor."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            found: Tensor = super().forward(x_BCHW.float())
+        return found
 
 
 def _weighed_mean(pixels: int, weight: float) -> Tensor:
