@@ -79,8 +79,10 @@ class _InFloat32(nn.Sequential):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            found: Tensor = super().forward(x_BCHW.float())
-        return found
+            x_BCHW = x_BCHW.float()
+            for module in self:
+                x_BCHW = module(x_BCHW)
+        return x_BCHW
 
 
 def _weighed_mean(pixels: int, weight: float) -> Tensor:
