@@ -77,12 +77,12 @@ class _InFloat32(nn.Sequential):
     """Computes in float32 where training computes in bf16, too: a cluster is a mean of exact
     pixels, on every processor."""
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        with torch.autocast(x_BCHW.device.type, enabled=False):
-            x_BCHW = x_BCHW.float()
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
             for module in self:
-                x_BCHW = module(x_BCHW)
-        return x_BCHW
+                x = module(x)
+        return x
 
 
 def _weighed_mean(pixels: int, weight: float) -> Tensor:
